@@ -1,0 +1,20 @@
+#include "bind.h"
+#include "fastdit/isa.h"
+
+void bind_modulation(py::module_&);
+void bind_rotary(py::module_&);
+void bind_attention(py::module_&);
+void bind_patch(py::module_&);
+void bind_conv(py::module_&);
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "fastdit CPU kernels: pointers, sizes and strides as ints; knows nothing of torch.";
+  m.def("isa", [] { return fastdit::isa_name(fastdit::current_isa()); }, "The instruction set in use.");
+  m.def("best_isa", [] { return fastdit::isa_name(fastdit::best_isa()); }, "The best one this machine has.");
+  m.def("set_isa", &fastdit::set_isa, py::arg("name"), "Force one of portable, avx2, avx512, avx512_bf16.");
+  bind_modulation(m);
+  bind_rotary(m);
+  bind_attention(m);
+  bind_patch(m);
+  bind_conv(m);
+}

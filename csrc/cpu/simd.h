@@ -1,0 +1,289 @@
+// One SIMD vocabulary for the four ISAs, on compiler vector types; include only from csrc/cpu/<family>.cpp.
+//
+// Everything lives in fastdit::cpu::FASTDIT_ISA. Hazard: a std:: template or plain inline function that the
+// linker merges across ISAs would carry AVX-512 code into the portable path, so kernels use no std containers.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+
+#include "fastdit/dtype.h"
+#include "fastdit/isa.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#include <omp.h>
+
+#ifndef FASTDIT_ISA
+#error "compile through CMake: FASTDIT_ISA names the namespace"
+#endif
+
+#define FASTDIT_INLINE inline __attribute__((always_inline))
+
+namespace fastdit::cpu::FASTDIT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+constexpr int W = kVectorBytes / 4;   // floats in a vector
+constexpr int WD = kVectorBytes / 8;  // doubles in a vector
+typedef float vf __attribute__((vector_size(kVectorBytes)));
+typedef int32_t vi __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t vu __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t vh __attribute__((vector_size(kVectorBytes / 2)));
+typedef double vd __attribute__((vector_size(kVectorBytes)));
+
+// Arithmetic type of an element type: float for everything but double.
+template <class T>
+struct simd {
+  using S = float;
+  using V = vf;
+  static constexpr int width = W;
+};
+template <>
+struct simd<double> {
+  using S = double;
+  using V = vd;
+  static constexpr int width = WD;
+};
+
+// ---- scalar conversions -------------------------------------------------------------------------------
+FASTDIT_INLINE uint32_t as_bits(float x) { uint32_t u; __builtin_memcpy(&u, &x, 4); return u; }
+FASTDIT_INLINE float from_bits(uint32_t u) { float x; __builtin_memcpy(&x, &u, 4); return x; }
+
+FASTDIT_INLINE float to_scalar(float x) { return x; }
+FASTDIT_INLINE double to_scalar(double x) { return x; }
+FASTDIT_INLINE float to_scalar(bf16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
+FASTDIT_INLINE float to_scalar(f16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  const uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
+  if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
+  if (rest >= 0x0400u) return from_bits(sign | ((rest << 13) + 0x38000000u));
+  const float sub = static_cast<float>(rest) * 5.9604644775390625e-8f;  // 2^-24
+  return sign ? -sub : sub;
+#endif
+}
+template <class T>
+FASTDIT_INLINE T from_scalar(typename simd<T>::S x);
+template <>
+FASTDIT_INLINE float from_scalar<float>(float x) { return x; }
+template <>
+FASTDIT_INLINE double from_scalar<double>(double x) { return x; }
+template <>
+FASTDIT_INLINE bf16 from_scalar<bf16>(float x) {
+  const uint32_t u = as_bits(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return bf16{static_cast<uint16_t>((u >> 16) | 0x40u)};
+  return bf16{static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
+}
+template <>
+FASTDIT_INLINE f16 from_scalar<f16>(float x) {
+#if defined(__F16C__)
+  return f16{static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
+#else
+  const uint32_t u = as_bits(x), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
+  if (a > 0x7f800000u) return f16{static_cast<uint16_t>(sign | 0x7e00u | ((a >> 13) & 0x1ffu))};
+  if (a >= 0x477ff000u) return f16{static_cast<uint16_t>(sign | 0x7c00u)};
+  if (a < 0x38800000u) {  // subnormal half: let the FPU round at 2^-24
+    const float r = from_bits(a) + 0.5f;
+    return f16{static_cast<uint16_t>(sign | (as_bits(r) - 0x3f000000u))};
+  }
+  const uint32_t r = a - 0x38000000u + 0xfffu + ((a >> 13) & 1u);
+  return f16{static_cast<uint16_t>(sign | (r >> 13))};
+#endif
+}
+
+// ---- vectors ------------------------------------------------------------------------------------------
+template <class V, class P>
+FASTDIT_INLINE V load_raw(const P* p) { V v; __builtin_memcpy(&v, p, sizeof(V)); return v; }
+template <class V, class P>
+FASTDIT_INLINE void store_raw(P* p, V v) { __builtin_memcpy(p, &v, sizeof(V)); }
+
+FASTDIT_INLINE vf splat(float x) { return vf{} + x; }
+FASTDIT_INLINE vd splat(double x) { return vd{} + x; }
+
+FASTDIT_INLINE vf load(const float* p) { return load_raw<vf>(p); }
+FASTDIT_INLINE vd load(const double* p) { return load_raw<vd>(p); }
+FASTDIT_INLINE vf load(const bf16* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+  return (vf)(__builtin_convertvector(load_raw<vh>(p), vu) << 16);
+#endif
+}
+FASTDIT_INLINE vf load(const f16* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  vf v;
+  for (int i = 0; i < W; ++i) v[i] = to_scalar(p[i]);
+  return v;
+#endif
+}
+
+FASTDIT_INLINE void store(float* p, vf v) { store_raw(p, v); }
+FASTDIT_INLINE void store(double* p, vd v) { store_raw(p, v); }
+FASTDIT_INLINE void store(bf16* p, vf v) {
+#if defined(__AVX512BF16__)
+  store_raw(p, _mm512_cvtneps_pbh((__m512)v));
+#else
+  const vu u = (vu)v;
+  const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const vu nan = (vu)((u & 0x7fffffffu) > 0x7f800000u);
+  const vu out = (nan & ((u >> 16) | 0x40u)) | (~nan & rounded);
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)out));
+#else
+  store_raw(p, __builtin_convertvector(out, vh));
+#endif
+#endif
+}
+FASTDIT_INLINE void store(f16* p, vf v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < W; ++i) p[i] = from_scalar<f16>(v[i]);
+#endif
+}
+
+// The first n (< width) elements; the rest read as zero / stay untouched.
+template <class T>
+FASTDIT_INLINE typename simd<T>::V load_n(const T* p, int n) {
+  T tmp[simd<T>::width] = {};
+  for (int i = 0; i < n; ++i) tmp[i] = p[i];
+  return load(tmp);
+}
+template <class T>
+FASTDIT_INLINE void store_n(T* p, typename simd<T>::V v, int n) {
+  T tmp[simd<T>::width];
+  store(tmp, v);
+  for (int i = 0; i < n; ++i) p[i] = tmp[i];
+}
+
+// Rounds to T and back: the "native" precision law between two elementary operations.
+template <class T>
+FASTDIT_INLINE typename simd<T>::V round_to(typename simd<T>::V v) {
+  T tmp[simd<T>::width];
+  store(tmp, v);
+  return load(tmp);
+}
+template <>
+FASTDIT_INLINE vf round_to<float>(vf v) { return v; }
+template <>
+FASTDIT_INLINE vd round_to<double>(vd v) { return v; }
+
+FASTDIT_INLINE float sum(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float s = 0;
+  for (int i = 0; i < W; ++i) s += v[i];
+  return s;
+#endif
+}
+FASTDIT_INLINE double sum(vd v) {
+  double s = 0;
+  for (int i = 0; i < WD; ++i) s += v[i];
+  return s;
+}
+FASTDIT_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+FASTDIT_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
+
+// exp(x) by 2^(x log2 e) = 2^n * p(f), degree 5 on |f| <= 1/2: relative error 2e-7, 0 below -87, inf above 88.7.
+FASTDIT_INLINE vf exp(vf x) {
+  const vf t = x * 1.44269504088896341f;
+  const vf clamped = vmin(vmax(t, splat(-126.0f)), splat(127.0f));
+  const vf shifted = clamped + 12582912.0f;  // round to nearest integer in the low mantissa bits
+  const vi n = (vi)shifted - 0x4b400000;
+  // f * ln2, in two pieces so that no bits of x are lost
+  const vf nf = shifted - 12582912.0f;
+  const vf r = (x - nf * 0.693359375f) + nf * 2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  vf y = p * (vf)((n + 127) << 23);
+  y = t < -126.0f ? splat(0.0f) : y;
+  y = t > 128.0f ? splat(__builtin_inff()) : y;
+  return x != x ? x : y;
+}
+FASTDIT_INLINE vd exp(vd x) {
+  vd y;
+  for (int i = 0; i < WD; ++i) y[i] = __builtin_exp(x[i]);
+  return y;
+}
+template <class V>
+FASTDIT_INLINE V sigmoid(V x) { return 1.0f / (1.0f + exp(-x)); }
+FASTDIT_INLINE vd sigmoid(vd x) { return 1.0 / (1.0 + exp(-x)); }
+// tanh(x) = 1 - 2 / (exp(2x) + 1) away from 0; odd polynomial near it, where that cancels.
+FASTDIT_INLINE vf tanh(vf x) {
+  const vf x2 = x * x;
+  const vf near = x * (1.0f + x2 * (-0.333332819f + x2 * (0.133282034f + x2 * -0.0519868695f)));
+  const vf far = 1.0f - 2.0f / (exp(2.0f * x) + 1.0f);
+  return x2 < 0.0625f ? near : far;
+}
+FASTDIT_INLINE vd tanh(vd x) {
+  vd y;
+  for (int i = 0; i < WD; ++i) y[i] = __builtin_tanh(x[i]);
+  return y;
+}
+
+// ---- threads ------------------------------------------------------------------------------------------
+// Splits [0, n) into one contiguous range per thread: fn(begin, end, thread). Which thread runs a range never changes
+// its result. After fork() the OpenMP pool is gone, so a child runs on its own thread.
+template <class F>
+inline void parallel_ranges(int64_t n, int threads, F&& fn) {
+  if (n <= 0) return;
+  if (threads > n) threads = static_cast<int>(n);
+  if (threads <= 1 || in_forked_child()) return fn(int64_t{0}, n, 0);
+#pragma omp parallel num_threads(threads)
+  {
+    const int t = omp_get_thread_num(), count = omp_get_num_threads();
+    const int64_t begin = n * t / count, end = n * (t + 1) / count;
+    if (begin < end) fn(begin, end, t);
+  }
+}
+// Hands out [0, n) one index at a time, in order (longest first when the caller sorted so): fn(index, thread).
+template <class F>
+inline void parallel_tasks(int64_t n, int threads, F&& fn) {
+  if (threads > n) threads = static_cast<int>(n);
+  if (threads <= 1 || in_forked_child()) {
+    for (int64_t i = 0; i < n; ++i) fn(i, 0);
+    return;
+  }
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t i = 0; i < n; ++i) fn(i, omp_get_thread_num());
+}
+
+// 64-byte aligned scratch, freed at scope exit.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : data_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64))) {}
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+}  // namespace fastdit::cpu::FASTDIT_ISA

@@ -1,0 +1,1 @@
+"""Triton kernels; the sources stand in the top-level folder `kernels/` and are installed here."""
