@@ -1,0 +1,136 @@
+// The register tile of the convolution: kPixels pixels x (NV vectors of output channels).
+//
+// acc[p][v] = sum over segments, over k:  a[p][k] * b[k][v]        k runs over (kw, ci) merged, contiguous in memory
+//
+// Lanes are output channels, an activation is broadcast to all of them. On AVX-512 8 x 3 accumulators leave room for
+// 3 weight vectors and the broadcast: 24 FMAs for 11 loads. A segment is one (kt, kh) tap.
+#pragma once
+
+#include "simd.h"
+
+namespace fastdit::cpu::FASTDIT_ISA {
+
+constexpr int kPixels = kVectorBytes == 64 ? 8 : 4;
+constexpr int kMaxVectors = 3;
+
+// How products are formed: element type in memory (activations and packed weights), accumulator type, elements per step.
+struct F32Math {
+  using A = float;
+  using S = float;
+  using V = vf;
+  static constexpr int lanes = W, step = 1;
+  static FASTDIT_INLINE V broadcast(const A* a) { return splat(*a); }
+  static FASTDIT_INLINE V fma(V acc, V a, const A* b) { return acc + a * load(b); }
+};
+struct F64Math {
+  using A = double;
+  using S = double;
+  using V = vd;
+  static constexpr int lanes = WD, step = 1;
+  static FASTDIT_INLINE V broadcast(const A* a) { return splat(*a); }
+  static FASTDIT_INLINE V fma(V acc, V a, const A* b) { return acc + a * load(b); }
+};
+#if defined(__AVX512BF16__)
+struct BF16Math {  // vdpbf16ps: two products a step, accumulated in fp32
+  using A = bf16;
+  using S = float;
+  using V = vf;
+  static constexpr int lanes = W, step = 2;
+  static FASTDIT_INLINE V broadcast(const A* a) {
+    int32_t pair;
+    __builtin_memcpy(&pair, a, 4);
+    return (V)_mm512_set1_epi32(pair);
+  }
+  static FASTDIT_INLINE V fma(V acc, V a, const A* b) {
+    return (V)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(b), (__m512bh)a);
+  }
+};
+#endif
+
+template <class M>
+struct Segment {
+  const typename M::A* a[kPixels];
+  const typename M::A* b;
+};
+
+// Where a finished tile goes: out[offset[p]] (x coef0) and, in Winograd passes, also `second` elements further (x coef1).
+template <class M>
+struct Sink {
+  typename M::S* out;
+  int64_t offset[kPixels];
+  int64_t second;
+  int valid;  // pixels of the tile that exist
+  int coef0, coef1;  // +1, -1, or 0: untouched
+  bool first0, first1;  // first contribution: store instead of add
+};
+
+template <class M, int NV>
+FASTDIT_INLINE void deposit(typename M::S* out, const typename M::V (&acc)[NV], int coef, bool first) {
+  const typename M::V c = splat(static_cast<typename M::S>(coef));
+#pragma GCC unroll 8
+  for (int v = 0; v < NV; ++v) {
+    typename M::S* o = out + v * M::lanes;
+    store(o, first ? c * acc[v] : load(o) + c * acc[v]);
+  }
+}
+
+// steps = length of every segment / M::step
+template <class M, int NV>
+__attribute__((noinline)) void run_tile(const Segment<M>* segments, int count, int64_t length, const Sink<M>& sink) {
+  using V = typename M::V;
+  using A = typename M::A;
+  V acc[kPixels][NV];
+#pragma GCC unroll 8
+  for (int p = 0; p < kPixels; ++p)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) acc[p][v] = V{};
+  for (int s = 0; s < count; ++s) {
+    const A* b = segments[s].b;
+    const A* a[kPixels];
+#pragma GCC unroll 8
+    for (int p = 0; p < kPixels; ++p) a[p] = segments[s].a[p];
+    for (int64_t k = 0; k < length; k += M::step) {
+#pragma GCC unroll 8
+      for (int p = 0; p < kPixels; ++p) {
+        V ap = M::broadcast(a[p] + k);
+        __asm__("" : "+x"(ap));  // keep it in a register: as a memory operand it would be loaded NV times
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) acc[p][v] = M::fma(acc[p][v], ap, b + v * M::lanes * M::step);
+      }
+      b += NV * M::lanes * M::step;
+    }
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < kPixels; ++p) {
+    if (p >= sink.valid) break;
+    typename M::S* out = sink.out + sink.offset[p];
+    if (sink.coef0) deposit<M, NV>(out, acc[p], sink.coef0, sink.first0);
+    if (sink.coef1) deposit<M, NV>(out + sink.second, acc[p], sink.coef1, sink.first1);
+  }
+}
+
+template <class M>
+FASTDIT_INLINE void run_tile(int vectors, const Segment<M>* segments, int count, int64_t length, const Sink<M>& sink) {
+  switch (vectors) {
+    case 1: return run_tile<M, 1>(segments, count, length, sink);
+    case 2: return run_tile<M, 2>(segments, count, length, sink);
+    default: return run_tile<M, 3>(segments, count, length, sink);
+  }
+}
+
+// Output channels in blocks of at most kMaxVectors vectors, as even as possible (64 -> 2 + 2, 128 -> 3 + 3 + 2).
+struct Blocks {
+  int64_t vectors, count;
+  Blocks(int64_t channels, int lanes)
+      : vectors((channels + lanes - 1) / lanes), count((vectors + kMaxVectors - 1) / kMaxVectors) {}
+  int64_t begin(int64_t i) const { return vectors * i / count; }
+  int size(int64_t i) const { return static_cast<int>(begin(i + 1) - begin(i)); }
+};
+
+// Channels of an activated pixel in memory: pairs must not straddle two pixels.
+template <class M>
+FASTDIT_INLINE int64_t padded_channels(int64_t cin) {
+  return (cin + M::step - 1) / M::step * M::step;
+}
+
+}  // namespace fastdit::cpu::FASTDIT_ISA
