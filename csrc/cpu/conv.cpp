@@ -2,8 +2,7 @@
 //
 // The input is taken in strips (some frames x some rows): a strip's rows are activated once into a buffer, every thread
 // helping; then its outputs are computed, one task per (output channels, frame, region of pixels). Padding in T and H is
-// a choice of row: frames and rows that do not exist are skipped, not convolved. A region walks the taps in groups whose
-// weights stay in L2 while all its pixels pass, each group a fresh sum added to fp32 partial outputs: shorter sums, less error.
+// a choice of row: frames and rows that do not exist are skipped, not convolved.
 //
 // Winograd F(2,3) along H: from four input rows d, two output rows with 4 instead of 6 row products,
 //   V = (d0 - d2, d1 + d2, d2 - d1, d1 - d3),  M_j = U_j * V_j,  y0 = M0 + M1 + M2,  y1 = M1 - M2 - M3.
@@ -21,7 +20,7 @@ namespace fastdit::cpu::FASTDIT_ISA {
 namespace {
 
 constexpr int64_t kStripBytes = int64_t{16} << 20;  // activated rows in flight: half of a typical L3
-constexpr int64_t kGroupBytes = 224 << 10;          // weights of one group of taps: they stay in L2
+constexpr int64_t kMaxChain = 320;                  // products summed in one register: short chains, small error
 constexpr int64_t kRegionPixels = 256;
 constexpr int64_t kMinTasks = 32;
 
@@ -77,9 +76,11 @@ class Conv {
     const int64_t reach = (p.wo - 1) * p.stride[2] + (p.kernel[2] - 1) * p.dilation[2] + 1;
     row_pixels_ = reach > p.pad_w + p.w ? reach : p.pad_w + p.w;
     row_ = row_pixels_ * cp_;
-    merged_ = p.dilation[2] == 1;
-    length_ = (merged_ ? p.kernel[2] : 1) * cp_;
-    runs_ = merged_ ? 1 : p.kernel[2];
+    runs_ = p.dilation[2] == 1 ? 1 : p.kernel[2];
+    run_length_ = p.kernel[2] / runs_ * cp_;
+    cuts_ = (run_length_ + kMaxChain * M::step - 1) / (kMaxChain * M::step);
+    piece_ = round_up((run_length_ + cuts_ - 1) / cuts_, M::step);
+    together_ = max(1, min(kMaxSegments, kMaxChain * M::step / piece_));
     group_pixels_ = p.winograd ? 2 : 1;
     plan();
   }
@@ -269,43 +270,42 @@ class Conv {
     S* out;  // (rows, columns, lanes)
   };
 
-  // Sums of one region: taps in the order (kt, kh), or for Winograd (row j, kt), in groups.
+  // Sums of one region. The taps, in the order (Winograd row, kt, kh, kw, ci), are cut into pieces of at most kMaxChain
+  // products; a group of pieces is one fresh sum in registers, through which all pixels of the region pass while its
+  // weights are in cache.
   void convolve(const Region& r) const {
     const A* weights = static_cast<const A*>(p_.packed) +
                        blocks_.begin(r.block) * packed_vector<M>(p_.cin, p_.kernel, p_.winograd);
-    const int64_t tap = p_.kernel[2] * cp_ * r.lanes;  // packed elements of one (kt, kh)
-    const int64_t fit = kGroupBytes / (tap * int64_t(sizeof(A)));
+    const int64_t taps = (p_.winograd ? p_.kernel[0] : p_.kernel[0] * p_.kernel[1]) * runs_ * cuts_;
     const int64_t passes = p_.winograd ? kWinogradRows : 1;
-    const int64_t taps = p_.winograd ? p_.kernel[0] : p_.kernel[0] * p_.kernel[1];
-    const int64_t together = max(1, min(fit, kMaxSegments / runs_));
-    const int64_t width = r.x.size();
-    const int64_t pixels = width * ((r.y.size() + group_pixels_ - 1) / group_pixels_);
+    const int64_t pixels = r.x.size() * ((r.y.size() + group_pixels_ - 1) / group_pixels_);
     bool started[2] = {};
     for (int64_t pass = 0; pass < passes; ++pass) {
       Sink<M> sink;
       sink.out = r.out;
-      sink.second = width * r.lanes;
+      sink.second = r.x.size() * r.lanes;
       sink.coef0 = !p_.winograd || pass < 3;
       sink.coef1 = !p_.winograd || pass == 0 ? 0 : pass == 1 ? 1 : -1;
-      for (int64_t first = 0; first < taps; first += together) {
+      for (int64_t first = 0; first < taps; first += together_) {
         sink.first0 = sink.coef0 && !started[0];
         sink.first1 = sink.coef1 && !started[1];
-        const int64_t last = min(taps, first + together);
-        if (p_.winograd && !sink.first0 && !sink.first1 && !any_frame(r.t, first, last)) continue;
-        for (int64_t q = 0; q < pixels; q += kPixels) tile(r, weights, tap, pass, first, last, q, pixels, sink);
+        const int64_t last = min(taps, first + together_);
+        if (!sink.first0 && !sink.first1 && !any_frame(r.t, first, last)) continue;
+        for (int64_t q = 0; q < pixels; q += kPixels) tile(r, weights, pass, first, last, q, pixels, sink);
         started[0] |= sink.coef0 != 0;
         started[1] |= sink.coef1 != 0;
       }
     }
   }
+  int64_t time_tap(int64_t piece) const { return piece / (cuts_ * runs_ * (p_.winograd ? 1 : p_.kernel[1])); }
   bool any_frame(int64_t t, int64_t first, int64_t last) const {
-    for (int64_t kt = first; kt < last; ++kt)
+    for (int64_t kt = time_tap(first); kt <= time_tap(last - 1); ++kt)
       if (frame_at(t, kt) >= 0) return true;
     return false;
   }
 
-  void tile(const Region& r, const A* weights, int64_t tap, int64_t pass, int64_t first, int64_t last, int64_t q,
-            int64_t pixels, Sink<M> sink) const {
+  void tile(const Region& r, const A* weights, int64_t pass, int64_t first, int64_t last, int64_t q, int64_t pixels,
+            Sink<M>& sink) const {
     Segment<M> segments[kMaxSegments];
     const int64_t width = r.x.size();
     sink.valid = static_cast<int>(min(kPixels, pixels - q));
@@ -317,39 +317,29 @@ class Conv {
       x[p] = (x[p] + r.x.begin) * p_.stride[2] * cp_;
     }
     int count = 0;
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t kt = p_.winograd ? i : i / p_.kernel[1];
+    for (int64_t piece = first; piece < last; ++piece) {
+      const int64_t kt = time_tap(piece), cut = piece % cuts_, run = piece / cuts_ % runs_;
+      const int64_t kh = p_.winograd ? pass : piece / (cuts_ * runs_) % p_.kernel[1];
       const int64_t frame = frame_at(r.t, kt);
       if (frame < 0) continue;
-      const A* base = strip_ + (frame - frames_.begin) * slots_ * row_;
-      const A* a[kPixels];
-      if (p_.winograd) {
-        const int64_t pair = (r.y.begin - y0_) / 2;
-        for (int p = 0; p < kPixels; ++p) a[p] = base + ((pair + y[p]) * kWinogradRows + pass) * row_ + x[p];
-      } else {
-        const int64_t kh = i % p_.kernel[1];
-        bool any = false;
-        for (int p = 0; p < kPixels; ++p) {
+      const A* base = strip_ + (frame - frames_.begin) * slots_ * row_ + run * p_.dilation[2] * cp_ + cut * piece_;
+      Segment<M>& s = segments[count];
+      bool any = p_.winograd;
+      for (int p = 0; p < kPixels; ++p) {
+        if (p_.winograd) {
+          s.a[p] = base + (((r.y.begin - y0_) / 2 + y[p]) * kWinogradRows + pass) * row_ + x[p];
+        } else {
           const int64_t row = row_at(r.y.begin + y[p], kh);
           any |= row >= 0;
-          a[p] = (row < 0 ? zero_ : base + (row - in_rows_.begin) * row_) + x[p];
+          s.a[p] = row < 0 ? zero_ : base + (row - in_rows_.begin) * row_ + x[p];
         }
-        if (!any) continue;
       }
-      const A* b = weights + (p_.winograd ? i * kWinogradRows + pass : i) * tap;
-      for (int64_t run = 0; run < runs_; ++run) {
-        if (count == kMaxSegments) {
-          run_tile<M>(static_cast<int>(r.lanes / M::lanes), segments, count, length_, sink);
-          count = 0;
-          sink.first0 = sink.first1 = false;
-        }
-        Segment<M>& s = segments[count++];
-        for (int p = 0; p < kPixels; ++p) s.a[p] = a[p] + run * p_.dilation[2] * cp_;
-        s.b = b + run * length_ * r.lanes;
-      }
+      s.b = weights + ((kt * rows_ + kh) * p_.kernel[2] * cp_ + run * cp_ + cut * piece_) * r.lanes;
+      s.length = min(piece_, run_length_ - cut * piece_);
+      count += any;
     }
-    if (count || (sink.first0 && sink.coef0) || (sink.first1 && sink.coef1))
-      run_tile<M>(static_cast<int>(r.lanes / M::lanes), segments, count, length_, sink);
+    if (count || sink.first0 || sink.first1)
+      run_tile<M>(static_cast<int>(r.lanes / M::lanes), segments, count, sink);
   }
 
   // Bias, residual, one rounding, and the store in y's layout.
@@ -419,8 +409,9 @@ class Conv {
   const ConvParams& p_;
   const Blocks blocks_;
   const int64_t cp_, rows_;  // channels of an activated pixel; rows of a packed kernel
-  int64_t row_pixels_, row_, length_, runs_, group_pixels_;
-  bool merged_;  // the taps along W are one run
+  int64_t row_pixels_, row_, group_pixels_;
+  int64_t runs_, run_length_;         // the taps along W and the channels: one run, or kw runs when dilated
+  int64_t cuts_, piece_, together_;   // a run is cut into pieces; so many pieces make one sum
   int64_t strip_frames_ = 1, strip_rows_ = 1, strip_elements_ = 0, region_rows_ = 1, region_cols_ = 1;
   Prologue<S> fn_{};
   A *strip_ = nullptr, *zero_ = nullptr;

@@ -3,7 +3,7 @@
 // acc[p][v] = sum over segments, over k:  a[p][k] * b[k][v]        k runs over (kw, ci) merged, contiguous in memory
 //
 // Lanes are output channels, an activation is broadcast to all of them. On AVX-512 8 x 3 accumulators leave room for
-// 3 weight vectors and the broadcast: 24 FMAs for 11 loads. A segment is one (kt, kh) tap.
+// 3 weight vectors and the broadcast: 24 FMAs for 11 loads. A segment lies within one (kt, kh) tap.
 #pragma once
 
 #include "simd.h"
@@ -51,6 +51,7 @@ template <class M>
 struct Segment {
   const typename M::A* a[kPixels];
   const typename M::A* b;
+  int64_t length;  // of k, a multiple of M::step
 };
 
 // Where a finished tile goes: out[offset[p]] (x coef0) and, in Winograd passes, also `second` elements further (x coef1).
@@ -74,9 +75,8 @@ FASTDIT_INLINE void deposit(typename M::S* out, const typename M::V (&acc)[NV], 
   }
 }
 
-// steps = length of every segment / M::step
 template <class M, int NV>
-__attribute__((noinline)) void run_tile(const Segment<M>* segments, int count, int64_t length, const Sink<M>& sink) {
+__attribute__((noinline)) void run_tile(const Segment<M>* segments, int count, const Sink<M>& sink) {
   using V = typename M::V;
   using A = typename M::A;
   V acc[kPixels][NV];
@@ -86,6 +86,7 @@ __attribute__((noinline)) void run_tile(const Segment<M>* segments, int count, i
     for (int v = 0; v < NV; ++v) acc[p][v] = V{};
   for (int s = 0; s < count; ++s) {
     const A* b = segments[s].b;
+    const int64_t length = segments[s].length;
     const A* a[kPixels];
 #pragma GCC unroll 8
     for (int p = 0; p < kPixels; ++p) a[p] = segments[s].a[p];
@@ -110,11 +111,11 @@ __attribute__((noinline)) void run_tile(const Segment<M>* segments, int count, i
 }
 
 template <class M>
-FASTDIT_INLINE void run_tile(int vectors, const Segment<M>* segments, int count, int64_t length, const Sink<M>& sink) {
+FASTDIT_INLINE void run_tile(int vectors, const Segment<M>* segments, int count, const Sink<M>& sink) {
   switch (vectors) {
-    case 1: return run_tile<M, 1>(segments, count, length, sink);
-    case 2: return run_tile<M, 2>(segments, count, length, sink);
-    default: return run_tile<M, 3>(segments, count, length, sink);
+    case 1: return run_tile<M, 1>(segments, count, sink);
+    case 2: return run_tile<M, 2>(segments, count, sink);
+    default: return run_tile<M, 3>(segments, count, sink);
   }
 }
 

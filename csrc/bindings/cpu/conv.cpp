@@ -1,5 +1,7 @@
 #include "fastdit/conv.h"
 
+#include <pybind11/stl.h>
+
 #include <array>
 
 #include "../bind.h"
