@@ -1,8 +1,8 @@
 // y = conv3d(act(norm(cat(cache, x)))) + bias + residual, causal in time.
 //
 // The input is taken in strips (some frames x some rows): a strip's rows are activated once into a buffer, every thread
-// helping; then its outputs are computed, one task per (output channels, frame, region of pixels). Padding in T and H is
-// a choice of row: frames and rows that do not exist are skipped, not convolved.
+// helping; then its outputs are computed, one task per (output channels, frame, region of pixels). Padding in T and H
+// is a choice of row: frames and rows that do not exist are skipped, not convolved.
 //
 // Winograd F(2,3) along H: from four input rows d, two output rows with 4 instead of 6 row products,
 //   V = (d0 - d2, d1 + d2, d2 - d1, d1 - d3),  M_j = U_j * V_j,  y0 = M0 + M1 + M2,  y1 = M1 - M2 - M3.
@@ -89,7 +89,8 @@ class Conv {
     const int64_t table = round_up(p_.cin, M::lanes) + M::lanes;
     const int64_t bias = blocks_.vectors * M::lanes;
     const int64_t region = region_rows_ * region_cols_ * kMaxVectors * M::lanes;
-    const int64_t temp = p_.cin * M::lanes + (p_.winograd ? 4 * row_ : 0) * int64_t(sizeof(A)) / int64_t(sizeof(S)) + 64;
+    const int64_t temp =
+        p_.cin * M::lanes + (p_.winograd ? 4 * row_ : 0) * int64_t(sizeof(A)) / int64_t(sizeof(S)) + 64;
     const int64_t per_thread = round_up(region > temp ? region : temp, 64);
     const int threads = p_.threads < 1 ? 1 : p_.threads;
     const int64_t rows = round_up(strip_elements_ * sizeof(A), 64), zero = round_up(row_ * sizeof(A), 64);
@@ -137,9 +138,11 @@ class Conv {
     return r;
   }
   int64_t strip_size(int64_t frames, int64_t rows) const {
-    const int64_t in_frames = min(p_.cache_t + p_.t, (frames - 1) * p_.stride[0] + (p_.kernel[0] - 1) * p_.dilation[0] + 1);
-    const int64_t in_rows = p_.winograd ? round_up(rows, 2) * 2
-                                        : min(p_.h, (rows - 1) * p_.stride[1] + (p_.kernel[1] - 1) * p_.dilation[1] + 1);
+    const int64_t in_frames =
+        min(p_.cache_t + p_.t, (frames - 1) * p_.stride[0] + (p_.kernel[0] - 1) * p_.dilation[0] + 1);
+    const int64_t in_rows = p_.winograd
+                                ? round_up(rows, 2) * 2
+                                : min(p_.h, (rows - 1) * p_.stride[1] + (p_.kernel[1] - 1) * p_.dilation[1] + 1);
     return in_frames * in_rows * row_;
   }
 
@@ -170,10 +173,11 @@ class Conv {
     region_rows_ = min(strip_rows_, max(1, kRegionPixels / region_cols_));
     if (p_.winograd) region_rows_ = round_up(region_rows_, 2);
     const auto tasks = [&] {
-      return strip_frames_ * ((strip_rows_ + region_rows_ - 1) / region_rows_) * ((p_.wo + region_cols_ - 1) / region_cols_) *
-             blocks_.count;
+      return strip_frames_ * ((strip_rows_ + region_rows_ - 1) / region_rows_) *
+             ((p_.wo + region_cols_ - 1) / region_cols_) * blocks_.count;
     };
-    while (tasks() < kMinTasks && region_rows_ >= 2 * group_pixels_) region_rows_ = round_up(region_rows_ / 2, group_pixels_);
+    while (tasks() < kMinTasks && region_rows_ >= 2 * group_pixels_)
+      region_rows_ = round_up(region_rows_ / 2, group_pixels_);
   }
 
   void prologue(S* weight) {
@@ -198,7 +202,8 @@ class Conv {
       slots_ = in_rows_.size();
       parallel_ranges(frames_.size() * slots_, p_.threads, [&](int64_t begin, int64_t end, int thread) {
         for (int64_t i = begin; i < end; ++i)
-          activate(frames_.begin + i / slots_, in_rows_.begin + i % slots_, temp_ + thread * per_thread_, strip_ + i * row_);
+          activate(frames_.begin + i / slots_, in_rows_.begin + i % slots_, temp_ + thread * per_thread_,
+                   strip_ + i * row_);
       });
     }
     const int64_t down = (y1_ - y0_ + region_rows_ - 1) / region_rows_;
@@ -225,7 +230,8 @@ class Conv {
     activate_row<T, M>(p_, src, stride, row_pixels_, fn_, tmp, dst);
   }
 
-  // Winograd's data transform: slots (4 per pair of output rows) of every frame. Rows 2 and 3 of a pair are 0 and 1 of the next.
+  // Winograd's data transform: slots (4 per pair of output rows) of every frame. Rows 2 and 3 of a pair are 0 and 1 of
+  // the next.
   void transform() {
     const int64_t pairs = slots_ / kWinogradRows;
     parallel_ranges(frames_.size() * pairs, p_.threads, [&](int64_t begin, int64_t end, int thread) {
@@ -274,8 +280,8 @@ class Conv {
   // products; a group of pieces is one fresh sum in registers, through which all pixels of the region pass while its
   // weights are in cache.
   void convolve(const Region& r) const {
-    const A* weights = static_cast<const A*>(p_.packed) +
-                       blocks_.begin(r.block) * packed_vector<M>(p_.cin, p_.kernel, p_.winograd);
+    const A* weights =
+        static_cast<const A*>(p_.packed) + blocks_.begin(r.block) * packed_vector<M>(p_.cin, p_.kernel, p_.winograd);
     const int64_t taps = (p_.winograd ? p_.kernel[0] : p_.kernel[0] * p_.kernel[1]) * runs_ * cuts_;
     const int64_t passes = p_.winograd ? kWinogradRows : 1;
     const int64_t pixels = r.x.size() * ((r.y.size() + group_pixels_ - 1) / group_pixels_);
@@ -338,8 +344,7 @@ class Conv {
       s.length = min(piece_, run_length_ - cut * piece_);
       count += any;
     }
-    if (count || sink.first0 || sink.first1)
-      run_tile<M>(static_cast<int>(r.lanes / M::lanes), segments, count, sink);
+    if (count || sink.first0 || sink.first1) run_tile<M>(static_cast<int>(r.lanes / M::lanes), segments, count, sink);
   }
 
   // Bias, residual, one rounding, and the store in y's layout.
@@ -410,8 +415,8 @@ class Conv {
   const Blocks blocks_;
   const int64_t cp_, rows_;  // channels of an activated pixel; rows of a packed kernel
   int64_t row_pixels_, row_, group_pixels_;
-  int64_t runs_, run_length_;         // the taps along W and the channels: one run, or kw runs when dilated
-  int64_t cuts_, piece_, together_;   // a run is cut into pieces; so many pieces make one sum
+  int64_t runs_, run_length_;        // the taps along W and the channels: one run, or kw runs when dilated
+  int64_t cuts_, piece_, together_;  // a run is cut into pieces; so many pieces make one sum
   int64_t strip_frames_ = 1, strip_rows_ = 1, strip_elements_ = 0, region_rows_ = 1, region_cols_ = 1;
   Prologue<S> fn_{};
   A *strip_ = nullptr, *zero_ = nullptr;

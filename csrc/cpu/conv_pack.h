@@ -1,6 +1,7 @@
 // Packed weights: [block of output channels][kt][kh or Winograd row][kw][ci][lane], each block's lanes contiguous.
 //
-// Winograd F(2,3) along H turns the three taps g of H into four rows U g; its data and output transforms are in conv.cpp:
+// Winograd F(2,3) along H turns the three taps g of H into four rows U g; its data and output transforms are in
+// conv.cpp:
 //   U = [1 0 0; 1/2 1/2 1/2; 1/2 -1/2 1/2; 0 0 1]
 #pragma once
 
@@ -45,8 +46,8 @@ inline void pack(const ConvPackParams& p) {
         for (int64_t x = 0; x < kw; ++x) {
           const auto tap = [&](int64_t kh) -> S {
             if (!exists) return S(0);
-            return to_scalar(from_scalar<T>(
-                static_cast<typename simd<T>::S>(to_scalar(src[ci * p.stride[1] + kh * p.stride[3] + x * p.stride[4]]))));
+            return to_scalar(from_scalar<T>(static_cast<typename simd<T>::S>(
+                to_scalar(src[ci * p.stride[1] + kh * p.stride[3] + x * p.stride[4]]))));
           };
           A* dst = out + (x * cp + ci / M::step * M::step) * lanes + lane * M::step + ci % M::step;
           const int64_t row = kw * cp * lanes;

@@ -11,9 +11,12 @@ namespace fastdit::cpu::FASTDIT_ISA {
 FASTDIT_INLINE int64_t map_index(int64_t i, int64_t n, int pad) {
   if (i >= 0 && i < n) return i;
   switch (static_cast<Pad>(pad)) {
-    case Pad::zeros: return -1;
-    case Pad::edge: return i < 0 ? 0 : n - 1;
-    case Pad::reflect: break;
+    case Pad::zeros:
+      return -1;
+    case Pad::edge:
+      return i < 0 ? 0 : n - 1;
+    case Pad::reflect:
+      break;
   }
   return i < 0 ? -i : 2 * (n - 1) - i;
 }

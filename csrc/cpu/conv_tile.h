@@ -13,7 +13,8 @@ namespace fastdit::cpu::FASTDIT_ISA {
 constexpr int kPixels = kVectorBytes == 64 ? 8 : 4;
 constexpr int kMaxVectors = 3;
 
-// How products are formed: element type in memory (activations and packed weights), accumulator type, elements per step.
+// How products are formed: element type in memory (activations and packed weights), accumulator type, elements per
+// step.
 struct F32Math {
   using A = float;
   using S = float;
@@ -54,14 +55,15 @@ struct Segment {
   int64_t length;  // of k, a multiple of M::step
 };
 
-// Where a finished tile goes: out[offset[p]] (x coef0) and, in Winograd passes, also `second` elements further (x coef1).
+// Where a finished tile goes: out[offset[p]] (x coef0) and, in Winograd passes, also `second` elements further (x
+// coef1).
 template <class M>
 struct Sink {
   typename M::S* out;
   int64_t offset[kPixels];
   int64_t second;
-  int valid;  // pixels of the tile that exist
-  int coef0, coef1;  // +1, -1, or 0: untouched
+  int valid;            // pixels of the tile that exist
+  int coef0, coef1;     // +1, -1, or 0: untouched
   bool first0, first1;  // first contribution: store instead of add
 };
 
@@ -113,9 +115,12 @@ __attribute__((noinline)) void run_tile(const Segment<M>* segments, int count, c
 template <class M>
 FASTDIT_INLINE void run_tile(int vectors, const Segment<M>* segments, int count, const Sink<M>& sink) {
   switch (vectors) {
-    case 1: return run_tile<M, 1>(segments, count, sink);
-    case 2: return run_tile<M, 2>(segments, count, sink);
-    default: return run_tile<M, 3>(segments, count, sink);
+    case 1:
+      return run_tile<M, 1>(segments, count, sink);
+    case 2:
+      return run_tile<M, 2>(segments, count, sink);
+    default:
+      return run_tile<M, 3>(segments, count, sink);
   }
 }
 

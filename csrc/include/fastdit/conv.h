@@ -6,7 +6,7 @@
 
 namespace fastdit {
 
-enum class Pad : int { zeros = 0, edge = 1, reflect = 2 };     // edge: "first" in time, "replicate" in space
+enum class Pad : int { zeros = 0, edge = 1, reflect = 2 };  // edge: "first" in time, "replicate" in space
 enum class Norm : int { none = 0, channel_l2 = 1, channel_rms = 2, group = 3 };
 
 // Strides are in elements, in the order (N, C, T, H, W).

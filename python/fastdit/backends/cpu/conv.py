@@ -161,6 +161,4 @@ def _five(t):
 def register() -> None:
     for name in ("causal_conv3d", "next_cache", "norm_silu"):
         backward = getattr(reference, f"{name}_backward")
-        _register(
-            Impl(name, "cpu", lambda x, *_: on_cpu(x), globals()[name], backward, backward_backend="reference")
-        )
+        _register(Impl(name, "cpu", lambda x, *_: on_cpu(x), globals()[name], backward, backward_backend="reference"))
