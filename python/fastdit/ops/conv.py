@@ -31,8 +31,9 @@ def _grad_like(t: Tensor) -> Tensor:
 
 _causal_conv3d = Op(
     "causal_conv3d",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, Tensor? norm_weight, Tensor? residual, int[] stride, "
-    "int[] dilation, int[] padding, str time_pad, str space_pad, str? norm, float norm_eps, str? act, str algo) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, Tensor? norm_weight, Tensor? residual, "
+    "int[] stride, int[] dilation, int[] padding, str time_pad, str space_pad, "
+    "str? norm, float norm_eps, str? act, str algo) -> Tensor",
     differentiable=("x", "weight", "bias", "cache", "norm_weight", "residual"),
     fake=lambda x, weight, b, c, n, r, stride, dilation, padding, *_: _empty(
         x, output_shape(x.shape, weight.shape, stride, dilation, padding)
@@ -181,8 +182,8 @@ def causal_conv3d(
         cache (Tensor[B, C, 0..t0, H, W]; dtype of x): the frames before x as they were passed, before norm and act;
             it takes the place of that many padding frames.
         norm (str, optional): "channel_l2": h / max(||h||, eps) * sqrt(C) * norm_weight over a pixel's channels, eps
-            1e-12 (Wan); "channel_rms": h * rsqrt(mean(h^2) + eps) * norm_weight, eps 1e-8 (LTX). norm_weight (Tensor[C],
-            optional). norm_eps (float, optional): instead of those.
+            1e-12 (Wan); "channel_rms": h * rsqrt(mean(h^2) + eps) * norm_weight, eps 1e-8 (LTX). norm_weight
+            (Tensor[C], optional). norm_eps (float, optional): instead of those.
         act (str, optional): "silu". Norm and act act on the input; padding zeros stay zeros.
         residual (Tensor, shape of y; dtype of x): added last.
         algo (str): "direct"; "winograd": F(2,3) along H, 2/3 of the products, needs k_h = 3 with stride and dilation 1
@@ -221,7 +222,8 @@ def causal_conv3d(
     _check.choice(op, "algo", algo, _ALGOS)
     if norm is None and (norm_weight is not None or norm_eps is not None):
         raise ValueError(
-            f"{op}: norm_weight or norm_eps without norm; got norm=None, expected one of {_NORMS[1:]}; set it or drop them."
+            f"{op}: norm_weight or norm_eps without norm; got norm=None, expected one of {_NORMS[1:]}; "
+            "set it or drop them."
         )
     if norm_weight is not None:
         _vector(op, "norm_weight", norm_weight, x.shape[1], x)
@@ -237,7 +239,7 @@ def causal_conv3d(
         if x.shape[2] % stride[0] != 0:
             raise ValueError(
                 f"{op}: a chunk must be a whole number of strides; got T = {x.shape[2]} with stride_t = {stride[0]}, "
-                f"expected a multiple of it; cut the clip elsewhere."
+                "expected a multiple of it; cut the clip elsewhere."
             )
     shape = _check_geometry(op, x, weight, stride, dilation, padding, space_pad)
     if residual is not None:

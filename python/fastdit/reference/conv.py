@@ -118,9 +118,8 @@ def causal_conv3d(
     h = h.to(x.dtype).to(compute)
     before = padding[0] - (0 if cache is None else cache.shape[2])
     h = _pad(h, (before, *padding[1:]), time_pad, space_pad)
-    y = F.conv3d(h, weight.to(x.dtype).to(compute), None, stride, 0, dilation)
-    if bias is not None:
-        y = y + _channels(bias, y)
+    w, b = weight.to(x.dtype).to(compute), None if bias is None else bias.to(compute)
+    y = F.conv3d(h, w, b, stride, 0, dilation)
     if residual is not None:
         y = y + residual.to(compute)
     return y.to(x.dtype).contiguous(memory_format=memory_format(x))

@@ -36,6 +36,9 @@ def _conv(
 
 
 _WAN = dict(norm="channel_l2", act="silu")
+_EDGE = dict(time_pad="first", space_pad="replicate")
+_LTX2 = dict(time_pad="first", space_pad="reflect", norm="channel_rms", norm_eps=1e-6, act="silu")
+_DOWN_TIME = dict(kernel=(3, 1, 1), stride=(2, 1, 1), padding=(1, 0, 0, 0, 0, 0))
 
 
 def _fp32_weights(m: Maker):
@@ -79,16 +82,16 @@ SAMPLES = (
     Sample("causal_conv3d", "long-chain", _conv(C=352, Cout=16, H=3, W=4, algo="direct")),
     Sample("causal_conv3d", "two-regions", _conv(C=4, Cout=20, H=3, W=270)),
     Sample("causal_conv3d", "down-space", _conv(kernel=(1, 3, 3), stride=(1, 2, 2), padding=(0, 0, 0, 1, 0, 1), H=6)),
-    Sample("causal_conv3d", "down-time", _conv(kernel=(3, 1, 1), stride=(2, 1, 1), cache=1, padding=(1, 0, 0, 0, 0, 0), frames=2)),
+    Sample("causal_conv3d", "down-time", _conv(cache=1, frames=2, **_DOWN_TIME)),
     Sample("causal_conv3d", "time", _conv(kernel=(3, 1, 1), Cout=64, cache=2)),
     Sample("causal_conv3d", "space", _conv(kernel=(1, 3, 3), Cout=20, **_WAN)),
     Sample("causal_conv3d", "pointwise", _conv(kernel=(1, 1, 1), Cout=100)),
     Sample("causal_conv3d", "dilated", _conv(dilation=(2, 1, 2), padding=(4, 0, 1, 1, 2, 2), C=9)),
-    Sample("causal_conv3d", "hunyuan", _conv(time_pad="first", space_pad="replicate", act="silu")),
-    Sample("causal_conv3d", "ltx2", _conv(time_pad="first", space_pad="reflect", norm="channel_rms", norm_eps=1e-6, act="silu")),
+    Sample("causal_conv3d", "hunyuan", _conv(act="silu", **_EDGE)),
+    Sample("causal_conv3d", "ltx2", _conv(**_LTX2)),
     Sample("causal_conv3d", "ltx-symmetric", _conv(time_pad="first", padding=(1, 1, 1, 1, 1, 1), last=False)),
     Sample("causal_conv3d", "cogvideox", _conv(time_pad="first", cache=2)),
-    Sample("causal_conv3d", "mochi-down", _conv(kernel=(1, 2, 2), stride=(1, 2, 2), time_pad="first", space_pad="replicate", H=4)),
+    Sample("causal_conv3d", "mochi-down", _conv(kernel=(1, 2, 2), stride=(1, 2, 2), H=4, **_EDGE)),
     Sample("causal_conv3d", "fp32-weights", _fp32_weights),
     Sample("causal_conv3d", "strided", _strided),
     Sample("next_cache", "roll", _cache(2), moves=True),
