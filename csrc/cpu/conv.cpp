@@ -20,8 +20,8 @@ namespace fastdit::cpu::FASTDIT_ISA {
 namespace {
 
 constexpr int64_t kStripBytes = int64_t{16} << 20;  // activated rows in flight: half of a typical L3
-constexpr int64_t kMaxChain = 320;                  // products summed in one register: short chains, small error
-constexpr int64_t kRegionPixels = 256;
+constexpr int64_t kMaxChain = 320;  // products summed in one register: short chains, small error
+constexpr int64_t kRegionPixels = 128;
 constexpr int64_t kMinTasks = 32;
 
 // The calling thread's scratch, kept between calls: fresh pages for every convolution cost more than its prologue.
@@ -91,7 +91,9 @@ class Conv {
     const int64_t region = region_rows_ * region_cols_ * kMaxVectors * M::lanes;
     const int64_t temp =
         p_.cin * M::lanes + (p_.winograd ? 4 * row_ : 0) * int64_t(sizeof(A)) / int64_t(sizeof(S)) + 64;
-    const int64_t per_thread = round_up(region > temp ? region : temp, 64);
+    const int64_t tables = (3 * (kRegionPixels + kPixels) + rows_ * region_rows_) * int64_t(sizeof(int64_t) / sizeof(S));
+    region_ = round_up(region, 64);
+    const int64_t per_thread = round_up(max(region_ + tables, temp), 64);
     const int threads = p_.threads < 1 ? 1 : p_.threads;
     const int64_t rows = round_up(strip_elements_ * sizeof(A), 64), zero = round_up(row_ * sizeof(A), 64);
     char* at = static_cast<char*>(
@@ -217,7 +219,7 @@ class Conv {
       r.block = task / (across * down * (t1_ - t0_));
       r.lanes = blocks_.size(r.block) * M::lanes;
       r.out = temp_ + thread * per_thread_;
-      convolve(r);
+      convolve(r, reinterpret_cast<int64_t*>(r.out + region_));
       finish(r);
     });
   }
@@ -276,15 +278,38 @@ class Conv {
     S* out;  // (rows, columns, lanes)
   };
 
+  // Where the pixels of a region are: what does not change from tap to tap is computed once.
+  struct Pixel {
+    int64_t row, x;  // row: of the table of row offsets; x: elements from the start of an input row
+    int64_t out;     // elements from the start of the region's partial outputs
+  };
+  // row_offset[tap row][region row]: elements from the frame's first row in the strip, -1 where the row is zeros.
+  int64_t locate(const Region& r, Pixel* pixel, int64_t* row_offset) const {
+    const int64_t width = r.x.size(), rows = (r.y.size() + group_pixels_ - 1) / group_pixels_;
+    int64_t count = 0;
+    for (int64_t y = 0; y < rows; ++y) {
+      for (int64_t x = 0; x < width; ++x)
+        pixel[count++] = Pixel{y, (r.x.begin + x) * p_.stride[2] * cp_, (y * group_pixels_ * width + x) * r.lanes};
+      for (int64_t kh = 0; kh < rows_; ++kh) {
+        const int64_t row = p_.winograd ? 0 : row_at(r.y.begin + y, kh);
+        row_offset[kh * region_rows_ + y] = p_.winograd ? (((r.y.begin - y0_) / 2 + y) * kWinogradRows + kh) * row_
+                                            : row < 0   ? -1
+                                                        : (row - in_rows_.begin) * row_;
+      }
+    }
+    for (int64_t i = count; i % kPixels; ++i) pixel[i] = pixel[count - 1];  // the last tile's spare lanes, not stored
+    return count;
+  }
+
   // Sums of one region. The taps, in the order (Winograd row, kt, kh, kw, ci), are cut into pieces of at most kMaxChain
   // products; a group of pieces is one fresh sum in registers, through which all pixels of the region pass while its
   // weights are in cache.
-  void convolve(const Region& r) const {
-    const A* weights =
-        static_cast<const A*>(p_.packed) + blocks_.begin(r.block) * packed_vector<M>(p_.cin, p_.kernel, p_.winograd);
+  void convolve(const Region& r, int64_t* table) const {
+    Pixel* pixel = reinterpret_cast<Pixel*>(table);
+    const int64_t* row_offset = table + 3 * (kRegionPixels + kPixels);
+    const int64_t pixels = locate(r, pixel, table + 3 * (kRegionPixels + kPixels));
     const int64_t taps = (p_.winograd ? p_.kernel[0] : p_.kernel[0] * p_.kernel[1]) * runs_ * cuts_;
     const int64_t passes = p_.winograd ? kWinogradRows : 1;
-    const int64_t pixels = r.x.size() * ((r.y.size() + group_pixels_ - 1) / group_pixels_);
     bool started[2] = {};
     for (int64_t pass = 0; pass < passes; ++pass) {
       Sink<M> sink;
@@ -293,58 +318,62 @@ class Conv {
       sink.coef0 = !p_.winograd || pass < 3;
       sink.coef1 = !p_.winograd || pass == 0 ? 0 : pass == 1 ? 1 : -1;
       for (int64_t first = 0; first < taps; first += together_) {
+        Piece pieces[kMaxSegments];
+        const int count = gather(r, pass, first, min(taps, first + together_), pieces);
         sink.first0 = sink.coef0 && !started[0];
         sink.first1 = sink.coef1 && !started[1];
-        const int64_t last = min(taps, first + together_);
-        if (!sink.first0 && !sink.first1 && !any_frame(r.t, first, last)) continue;
-        for (int64_t q = 0; q < pixels; q += kPixels) tile(r, weights, pass, first, last, q, pixels, sink);
+        if (!count && !sink.first0 && !sink.first1) continue;
+        for (int64_t q = 0; q < pixels; q += kPixels) {
+          sink.valid = static_cast<int>(min(kPixels, pixels - q));
+          tile(r, pixel + q, row_offset, pieces, count, sink);
+        }
         started[0] |= sink.coef0 != 0;
         started[1] |= sink.coef1 != 0;
       }
     }
   }
-  int64_t time_tap(int64_t piece) const { return piece / (cuts_ * runs_ * (p_.winograd ? 1 : p_.kernel[1])); }
-  bool any_frame(int64_t t, int64_t first, int64_t last) const {
-    for (int64_t kt = time_tap(first); kt <= time_tap(last - 1); ++kt)
-      if (frame_at(t, kt) >= 0) return true;
-    return false;
-  }
 
-  void tile(const Region& r, const A* weights, int64_t pass, int64_t first, int64_t last, int64_t q, int64_t pixels,
-            Sink<M>& sink) const {
-    Segment<M> segments[kMaxSegments];
-    const int64_t width = r.x.size();
-    sink.valid = static_cast<int>(min(kPixels, pixels - q));
-    int64_t y[kPixels], x[kPixels];
-    for (int p = 0; p < kPixels; ++p) {
-      const int64_t i = min(q + p, pixels - 1);  // past the end: the last pixel again, not stored
-      y[p] = i / width, x[p] = i % width;
-      sink.offset[p] = (y[p] * group_pixels_ * width + x[p]) * r.lanes;
-      x[p] = (x[p] + r.x.begin) * p_.stride[2] * cp_;
-    }
+  struct Piece {
+    const A *a, *b;  // a: in row 0 of its frame
+    int64_t length, row;
+  };
+  int gather(const Region& r, int64_t pass, int64_t first, int64_t last, Piece* pieces) const {
+    const A* weights = static_cast<const A*>(p_.packed) +
+                       blocks_.begin(r.block) * packed_vector<M>(p_.cin, p_.kernel, p_.winograd);
     int count = 0;
-    for (int64_t piece = first; piece < last; ++piece) {
-      const int64_t kt = time_tap(piece), cut = piece % cuts_, run = piece / cuts_ % runs_;
-      const int64_t kh = p_.winograd ? pass : piece / (cuts_ * runs_) % p_.kernel[1];
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t cut = i % cuts_, run = i / cuts_ % runs_, tap = i / (cuts_ * runs_);
+      const int64_t kt = p_.winograd ? tap : tap / p_.kernel[1], row = p_.winograd ? pass : tap % p_.kernel[1];
       const int64_t frame = frame_at(r.t, kt);
       if (frame < 0) continue;
-      const A* base = strip_ + (frame - frames_.begin) * slots_ * row_ + run * p_.dilation[2] * cp_ + cut * piece_;
-      Segment<M>& s = segments[count];
-      bool any = p_.winograd;
-      for (int p = 0; p < kPixels; ++p) {
-        if (p_.winograd) {
-          s.a[p] = base + (((r.y.begin - y0_) / 2 + y[p]) * kWinogradRows + pass) * row_ + x[p];
-        } else {
-          const int64_t row = row_at(r.y.begin + y[p], kh);
-          any |= row >= 0;
-          s.a[p] = row < 0 ? zero_ : base + (row - in_rows_.begin) * row_ + x[p];
-        }
-      }
-      s.b = weights + ((kt * rows_ + kh) * p_.kernel[2] * cp_ + run * cp_ + cut * piece_) * r.lanes;
-      s.length = min(piece_, run_length_ - cut * piece_);
-      count += any;
+      Piece& piece = pieces[count++];
+      piece.a = strip_ + (frame - frames_.begin) * slots_ * row_ + run * p_.dilation[2] * cp_ + cut * piece_;
+      piece.b = weights + (((kt * rows_ + row) * p_.kernel[2] + run) * cp_ + cut * piece_) * r.lanes;
+      piece.length = min(piece_, run_length_ - cut * piece_);
+      piece.row = row;
     }
-    if (count || sink.first0 || sink.first1) run_tile<M>(static_cast<int>(r.lanes / M::lanes), segments, count, sink);
+    return count;
+  }
+
+  void tile(const Region& r, const Pixel* pixel, const int64_t* row_offset, const Piece* pieces, int count,
+            Sink<M>& sink) const {
+    Segment<M> segments[kMaxSegments];
+    for (int p = 0; p < kPixels; ++p) sink.offset[p] = pixel[p].out;
+    int used = 0;
+    for (int i = 0; i < count; ++i) {
+      Segment<M>& s = segments[used];
+      const int64_t* rows = row_offset + pieces[i].row * region_rows_;
+      bool any = false;
+      for (int p = 0; p < kPixels; ++p) {
+        const int64_t row = rows[pixel[p].row];
+        s.a[p] = row < 0 ? zero_ : pieces[i].a + row + pixel[p].x;
+        any |= row >= 0;
+      }
+      s.b = pieces[i].b;
+      s.length = pieces[i].length;
+      used += any;
+    }
+    if (used || sink.first0 || sink.first1) run_tile<M>(static_cast<int>(r.lanes / M::lanes), segments, used, sink);
   }
 
   // Bias, residual, one rounding, and the store in y's layout.
@@ -421,7 +450,7 @@ class Conv {
   Prologue<S> fn_{};
   A *strip_ = nullptr, *zero_ = nullptr;
   S *bias_ = nullptr, *temp_ = nullptr;
-  int64_t per_thread_ = 0;
+  int64_t per_thread_ = 0, region_ = 0;  // values of scratch per thread; of them, one region's partial outputs
   // the strip at hand: sample, output frames, output rows, input frames and (direct) rows, rows per frame in strip_
   int64_t n_ = 0, t0_ = 0, t1_ = 0, y0_ = 0, y1_ = 0, slots_ = 0;
   Range frames_{0, 0}, in_rows_{0, 0};

@@ -13,6 +13,19 @@ namespace fastdit::cpu::FASTDIT_ISA {
 constexpr int kPixels = kVectorBytes == 64 ? 8 : 4;
 constexpr int kMaxVectors = 3;
 
+// A value from memory in every lane, by one load. As plain code g++ 12 loads a scalar and then spends a shuffle on the
+// FMA units' ports, or folds the load into each of the NV products that use it.
+FASTDIT_INLINE vf broadcast(const float* a) {
+#if defined(__AVX2__) && !defined(__SANITIZE_ADDRESS__)
+  vf v;
+  __asm__("vbroadcastss %1, %0" : "=v"(v) : "m"(*a));
+  return v;
+#else
+  return splat(*a);
+#endif
+}
+FASTDIT_INLINE vd broadcast(const double* a) { return splat(*a); }
+
 // How products are formed: element type in memory (activations and packed weights), accumulator type, elements per
 // step.
 struct F32Math {
@@ -20,7 +33,7 @@ struct F32Math {
   using S = float;
   using V = vf;
   static constexpr int lanes = W, step = 1;
-  static FASTDIT_INLINE V broadcast(const A* a) { return splat(*a); }
+  static FASTDIT_INLINE V spread(const A* a) { return broadcast(a); }
   static FASTDIT_INLINE V fma(V acc, V a, const A* b) { return acc + a * load(b); }
 };
 struct F64Math {
@@ -28,20 +41,17 @@ struct F64Math {
   using S = double;
   using V = vd;
   static constexpr int lanes = WD, step = 1;
-  static FASTDIT_INLINE V broadcast(const A* a) { return splat(*a); }
+  static FASTDIT_INLINE V spread(const A* a) { return broadcast(a); }
   static FASTDIT_INLINE V fma(V acc, V a, const A* b) { return acc + a * load(b); }
 };
 #if defined(__AVX512BF16__)
-struct BF16Math {  // vdpbf16ps: two products a step, accumulated in fp32
+struct BF16Math {  // vdpbf16ps: two products a step, accumulated in fp32; a pair travels as the bits of a float
+  typedef float pair_t __attribute__((may_alias, aligned(2)));
   using A = bf16;
   using S = float;
   using V = vf;
   static constexpr int lanes = W, step = 2;
-  static FASTDIT_INLINE V broadcast(const A* a) {
-    int32_t pair;
-    __builtin_memcpy(&pair, a, 4);
-    return (V)_mm512_set1_epi32(pair);
-  }
+  static FASTDIT_INLINE V spread(const A* a) { return broadcast(reinterpret_cast<const pair_t*>(a)); }
   static FASTDIT_INLINE V fma(V acc, V a, const A* b) {
     return (V)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(b), (__m512bh)a);
   }
@@ -95,8 +105,7 @@ __attribute__((noinline)) void run_tile(const Segment<M>* segments, int count, c
     for (int64_t k = 0; k < length; k += M::step) {
 #pragma GCC unroll 8
       for (int p = 0; p < kPixels; ++p) {
-        V ap = M::broadcast(a[p] + k);
-        __asm__("" : "+x"(ap));  // keep it in a register: as a memory operand it would be loaded NV times
+        const V ap = M::spread(a[p] + k);
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) acc[p][v] = M::fma(acc[p][v], ap, b + v * M::lanes * M::step);
       }
