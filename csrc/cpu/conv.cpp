@@ -19,8 +19,9 @@
 namespace fastdit::cpu::FASTDIT_ISA {
 namespace {
 
-constexpr int64_t kStripBytes = int64_t{16} << 20;  // activated rows in flight: half of a typical L3
-constexpr int64_t kMaxChain = 320;  // products summed in one register: short chains, small error
+constexpr int64_t kStripBytes = int64_t{3} << 19;  // activated rows in flight per thread: about its share of the caches
+constexpr int64_t kMaxChain = 320;                 // products summed in one register: short chains, small error
+constexpr int64_t kKeepBytes = int64_t{64} << 20;  // scratch kept between calls
 constexpr int64_t kRegionPixels = 128;
 constexpr int64_t kMinTasks = 32;
 
@@ -91,7 +92,8 @@ class Conv {
     const int64_t region = region_rows_ * region_cols_ * kMaxVectors * M::lanes;
     const int64_t temp =
         p_.cin * M::lanes + (p_.winograd ? 4 * row_ : 0) * int64_t(sizeof(A)) / int64_t(sizeof(S)) + 64;
-    const int64_t tables = (3 * (kRegionPixels + kPixels) + rows_ * region_rows_) * int64_t(sizeof(int64_t) / sizeof(S));
+    const int64_t tables =
+        (3 * (kRegionPixels + kPixels) + rows_ * region_rows_) * int64_t(sizeof(int64_t) / sizeof(S));
     region_ = round_up(region, 64);
     const int64_t per_thread = round_up(max(region_ + tables, temp), 64);
     const int threads = p_.threads < 1 ? 1 : p_.threads;
@@ -111,7 +113,7 @@ class Conv {
     for (n_ = 0; n_ < p_.n; ++n_)
       for (t0_ = 0; t0_ < p_.to; t0_ += strip_frames_)
         for (y0_ = 0; y0_ < p_.ho; y0_ += strip_rows_) strip();
-    workspace.trim(2 * kStripBytes);
+    workspace.trim(kKeepBytes);
   }
 
  private:
@@ -148,10 +150,10 @@ class Conv {
     return in_frames * in_rows * row_;
   }
 
-  // Strips: as few rows activated twice as the budget allows. Regions: enough tasks for many cores, the same for any
-  // number of them.
+  // Strips: as few rows activated twice as the budget allows; no result depends on them. Regions: enough tasks for many
+  // cores, the same regions for any number of them.
   void plan() {
-    const int64_t budget = kStripBytes / int64_t(sizeof(A));
+    const int64_t budget = kStripBytes * max(2, p_.threads) / int64_t(sizeof(A));
     double best = 0;
     for (int64_t frames = p_.to;; frames = frames > 32 ? 32 : frames / 2) {
       if (frames < 1) frames = 1;
@@ -159,8 +161,10 @@ class Conv {
       while (rows > 2 && strip_size(frames, rows) > budget) rows = round_up(rows / 2, 2);
       while (rows > 2 && rows < p_.ho && strip_size(frames, rows + 2) <= budget) rows += 2;
       rows = min(rows, p_.ho);
-      const double cost = double(strip_size(frames, rows)) / double(frames * rows) +
-                          (strip_size(frames, rows) > budget ? 1e30 * double(strip_size(frames, rows)) : 0);
+      const int64_t size = strip_size(frames, rows);
+      const double halo =
+          p_.winograd ? 1 + double(rows + 2) / double(2 * rows) : 1;  // rows activated for their neighbours
+      const double cost = double(size) * halo / double(frames * rows) + (size > budget ? 1e30 * double(size) : 0);
       if (best == 0 || cost < best) {
         best = cost;
         strip_frames_ = frames;
@@ -338,8 +342,8 @@ class Conv {
     int64_t length, row;
   };
   int gather(const Region& r, int64_t pass, int64_t first, int64_t last, Piece* pieces) const {
-    const A* weights = static_cast<const A*>(p_.packed) +
-                       blocks_.begin(r.block) * packed_vector<M>(p_.cin, p_.kernel, p_.winograd);
+    const A* weights =
+        static_cast<const A*>(p_.packed) + blocks_.begin(r.block) * packed_vector<M>(p_.cin, p_.kernel, p_.winograd);
     int count = 0;
     for (int64_t i = first; i < last; ++i) {
       const int64_t cut = i % cuts_, run = i / cuts_ % runs_, tap = i / (cuts_ * runs_);

@@ -196,8 +196,8 @@ def causal_conv3d(
         ValueError: shapes, devices, geometry; a cached chunk whose length is no multiple of stride_t, which would shift
         the next chunk's windows.   TypeError: dtypes.   NoBackend: nothing can run it.
     Cost:   2*B*T'*H'*W'*Cout*C*k_t*k_h*k_w FLOPs (2/3 of it with winograd), compute-bound. The CPU backend keeps a
-        packed copy of the weight while it lives (4/3 of its size with winograd) and rows in flight, 32 MiB at most
-        for all but giant frames.
+        packed copy of the weight while it lives (4/3 of its size with winograd), and rows in flight: 1.5 MiB a
+        thread, more only where a few rows of a frame are larger.
     Source: diffusers WanCausalConv3d, CogVideoXCausalConv3d, HunyuanVideoCausalConv3d, LTXVideoCausalConv3d, Mochi.
     """
     op = "causal_conv3d"
