@@ -239,3 +239,21 @@ def test_bad_index_is_caught_inside_a_compiled_graph():
     )
     with pytest.raises(ValueError, match="out of range"):
         compiled(X)
+
+
+@pytest.mark.big
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_offsets_beyond_32_bits(dtype):
+    """Rows 2^31 elements apart: reserved memory, of which only the rows themselves are ever touched."""
+    m = Maker(dtype)
+    rows, table = m.randn(1, 3, 72), m.randn(1, 72)
+    far = torch.empty(2**32 + 72, dtype=dtype).as_strided((1, 3, 72), (0, 2**31, 1))
+    far.copy_(rows)
+    expected = ops.gate_residual_norm_modulate(rows, rows, table, shift=table, backend="cpu")
+    for a, b in zip(ops.gate_residual_norm_modulate(far, far, table, shift=table, backend="cpu"), expected, strict=True):
+        close.assert_bitwise(a, b)
+    tables = torch.empty(2**32 + 72, dtype=dtype).as_strided((3, 72), (2**31, 1))
+    tables.copy_(rows[0])
+    index = torch.tensor([[2, 0, 1]])
+    ours = ops.norm_modulate(rows, scale=tables, row_index=index, backend="cpu")
+    close.assert_bitwise(ours, ops.norm_modulate(rows, scale=rows[0], row_index=index, backend="cpu"))
