@@ -24,18 +24,21 @@ def rope_table(
 ) -> tuple[Tensor, Tensor]:
     """cos, sin (N, R/2) fp32 of position * theta^(-2i / dim), the axes side by side; angles in fp64, as Wan's."""
     grids = [grid] if grid and not isinstance(grid[0], Sequence) else grid
-    angles = []
+    tables: list[tuple[Tensor, Tensor]] = []
     for sizes in grids:
-        axes = []
+        cos, sin = [], []
         for axis, (size, dim) in enumerate(zip(sizes, axes_dim, strict=True)):
             inverse = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
             angle = torch.arange(size, dtype=torch.float64, device=device)[:, None] * inverse  # (size, dim/2)
             shape = [1] * len(sizes) + [dim // 2]
             shape[axis] = size
-            axes.append(angle.view(shape).expand(*sizes, dim // 2))
-        angles.append(torch.cat(axes, dim=-1).flatten(0, -2))
-    angle = torch.cat(angles) if angles else torch.zeros(0, sum(axes_dim) // 2, dtype=torch.float64, device=device)
-    return angle.cos().float(), angle.sin().float()
+            cos.append(angle.cos().float().view(shape).expand(*sizes, -1))
+            sin.append(angle.sin().float().view(shape).expand(*sizes, -1))
+        tables.append((torch.cat(cos, dim=-1).flatten(0, -2), torch.cat(sin, dim=-1).flatten(0, -2)))
+    if not tables:
+        return torch.empty(0, sum(axes_dim) // 2, device=device), torch.empty(0, sum(axes_dim) // 2, device=device)
+    cosines, sines = zip(*tables, strict=True)
+    return torch.cat(cosines), torch.cat(sines)
 
 
 def axis_rows(axes: Sequence[Tensor], grids: Tensor, length: int, packed: bool) -> tuple[Tensor, Tensor]:
@@ -138,5 +141,5 @@ def qk_norm_rope(
         y = y.to(x.dtype)
         if inplace:
             x.copy_(y)
-        outputs.append(x if inplace else y.clone() if y is x else y)
+        outputs.append(x if inplace else y.clone(memory_format=torch.contiguous_format) if y is x else y)
     return outputs[0], outputs[1]
