@@ -37,6 +37,7 @@ _qk_norm_rope = Op(
     fake=lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
     validate=_validate,
 )
+_NO_AXES: tuple[Tensor | None, ...] = (None,) * 6
 _inplace.define(_ARGUMENTS, _validate)
 
 
@@ -129,14 +130,14 @@ def qk_norm_rope(
     """
     _rotary_check.queries_and_keys(q, k)
     _rotary_check.options(norm, scope, eps, layout, precision)
-    for what, t, x in (
-        ("q_weight", q_weight, q),
-        ("k_weight", k_weight, k),
-        ("q_bias", q_bias, q),
-        ("k_bias", k_bias, k),
-    ):
-        if t is not None:
-            _rotary_check.affine(what, t, x, norm, scope, precision)
+    if q_weight is not None:
+        _rotary_check.affine("q_weight", q_weight, q, norm, scope, precision)
+    if k_weight is not None:
+        _rotary_check.affine("k_weight", k_weight, k, norm, scope, precision)
+    if q_bias is not None:
+        _rotary_check.affine("q_bias", q_bias, q, norm, scope, precision)
+    if k_bias is not None:
+        _rotary_check.affine("k_bias", k_bias, k, norm, scope, precision)
     compact = _check_tables(q, k, cos, sin, k_cos, k_sin, axes, grids, layout, rope_start, rope_len, precision)
     args = (
         q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, k_cos, k_sin, *compact, grids,
@@ -153,7 +154,7 @@ def _check_tables(q, k, cos, sin, k_cos, k_sin, axes, grids, layout, rope_start,
     check, op = _rotary_check, _rotary_check.OP
     q_len = check.rope_slice(q, "q", rope_start, rope_len)
     k_len = check.rope_slice(k, "k", rope_start, rope_len)
-    compact: tuple[Tensor | None, ...] = (None,) * 6
+    compact = _NO_AXES
     pairs = []
     if cos is not None or sin is not None:
         check.tables(("cos", "sin"), cos, sin, q, precision)
@@ -163,7 +164,7 @@ def _check_tables(q, k, cos, sin, k_cos, k_sin, axes, grids, layout, rope_start,
         check.tables(("k_cos", "k_sin"), k_cos, k_sin, k, precision)
         check.broadcasts("k_cos", k_cos, k, "k", k_len)
         pairs.append(k_cos.shape[-1])
-    elif cos is not None:
+    elif cos is not None and k.shape != q.shape:
         check.broadcasts("cos", cos, k, "k", k_len)
     if axes is not None:
         if cos is not None:
@@ -175,9 +176,11 @@ def _check_tables(q, k, cos, sin, k_cos, k_sin, axes, grids, layout, rope_start,
                 "pass k_cos and k_sin."
             )
         pairs.append(sum(t.shape[1] for t in axes[::2]))
-        compact = (*axes, *compact[len(axes) :])
+        compact = (*axes, *_NO_AXES[len(axes) :])
     elif grids is not None:
         raise ValueError(f"{op}: grids without axes; got axes=None, expected the per-axis tables; pass them.")
+    elif layout != "axis_half" and len(pairs) < 2:
+        return compact
     if len(pairs) == 2 and pairs[0] != pairs[1]:
         raise ValueError(
             f"{op}: q and k rotate different numbers of channels; got R = {2 * pairs[0]} and {2 * pairs[1]}, "

@@ -21,6 +21,10 @@ def overlap(a: Tensor, b: Tensor) -> bool:
     """
     if a.numel() == 0 or b.numel() == 0 or a.device.type == "meta":
         return False
+    first, second = (a, b) if a.data_ptr() <= b.data_ptr() else (b, a)
+    last = sum((size - 1) * stride for size, stride in zip(first.shape, first.stride(), strict=True))
+    if second.data_ptr() > first.data_ptr() + last * first.element_size():
+        return False
     reach: dict[int, list[int]] = {}  # stride -> least and greatest i - j
     for t, end, sign in ((a, 1, 1), (b, 0, -1)):
         for size, stride in zip(t.shape, t.stride(), strict=True):
@@ -33,7 +37,7 @@ def overlap(a: Tensor, b: Tensor) -> bool:
         above.insert(0, above[0] + high * stride)
     targets = {(b.data_ptr() - a.data_ptr()) // a.element_size()}
     for d, (stride, (low, high)) in enumerate(dims):
-        following = set()
+        following: set[int] = set()
         for target in targets:
             first = max(low, -((above[d + 1] - target) // stride))
             last = min(high, (target - below[d + 1]) // stride)
@@ -47,6 +51,8 @@ def overlap(a: Tensor, b: Tensor) -> bool:
 
 
 def _self_overlap(t: Tensor) -> bool:
+    if t.is_contiguous():
+        return False
     span = 1
     for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
         if size > 1:
@@ -93,8 +99,8 @@ def call(backend: str | None, validate, *args) -> None:
             "use inplace=False or torch.no_grad()."
         )
     if _explain.probe.calls is not None:
-        _explain.intercept(OP, q.device, args, backend)
-    impl = registry.select(_NAME, q.device, args, backend)
+        _explain.intercept(OP, args, backend)
+    impl = registry.select(_NAME, args, backend)
     if torch.compiler.is_compiling() or not _op._ordinary(args):
         torch.ops.fastdit.qk_norm_rope_(*args, impl.backend)
         return

@@ -15,6 +15,11 @@ from torch import Tensor
 from .modulation import normalise
 
 
+def grid_list(grid: Sequence) -> list[Sequence[int]]:
+    """(T, H, W) or a list of such -> the list."""
+    return [grid] if grid and not isinstance(grid[0], Sequence) else list(grid)
+
+
 def rope_table(
     grid: Sequence[int] | Sequence[Sequence[int]],
     axes_dim: Sequence[int],
@@ -23,9 +28,8 @@ def rope_table(
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """cos, sin (N, R/2) fp32 of position * theta^(-2i / dim), the axes side by side; angles in fp64, as Wan's."""
-    grids = [grid] if grid and not isinstance(grid[0], Sequence) else grid
     tables: list[tuple[Tensor, Tensor]] = []
-    for sizes in grids:
+    for sizes in grid_list(grid):
         cos, sin = [], []
         for axis, (size, dim) in enumerate(zip(sizes, axes_dim, strict=True)):
             inverse = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
