@@ -2,10 +2,13 @@
 
 from ._explain import explain
 from .modulation import gate_residual, gate_residual_norm_modulate, norm_modulate
+from .rotary import qk_norm_rope, rope_table
 
 __all__ = [
     "explain",
     "gate_residual",
     "gate_residual_norm_modulate",
     "norm_modulate",
+    "qk_norm_rope",
+    "rope_table",
 ]

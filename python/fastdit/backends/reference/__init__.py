@@ -2,7 +2,7 @@
 
 import importlib
 
-FAMILIES = ("modulation",)
+FAMILIES = ("modulation", "rotary")
 
 
 def register_all() -> None:
