@@ -76,8 +76,9 @@ template <class V>
 using Tile = V[kRows][kVectors];
 
 template <class A, class V>
-FASTDIT_INLINE void multiply(const A* a, const A* b, int64_t steps, Tile<V>& acc) {
+FASTDIT_INLINE void multiply(const A* a, const A* b, int64_t steps, Tile<V>& out) {
   constexpr int width = simd<A>::width;
+  V acc[kRows][kVectors];  // a local array stays in registers, the caller's would be stored on every step
 #pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
@@ -113,6 +114,10 @@ FASTDIT_INLINE void multiply(const A* a, const A* b, int64_t steps, Tile<V>& acc
       a += kRows, b += kColumns<A>;
     }
   }
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) out[i][j] = acc[i][j];
 }
 
 // 64 aligned bytes past the caches: y is far larger than they are and is not read back here.
