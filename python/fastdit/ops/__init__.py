@@ -2,10 +2,13 @@
 
 from ._explain import explain
 from .modulation import gate_residual, gate_residual_norm_modulate, norm_modulate
+from .patch import patch_embed3d, unpatchify3d
 
 __all__ = [
     "explain",
     "gate_residual",
     "gate_residual_norm_modulate",
     "norm_modulate",
+    "patch_embed3d",
+    "unpatchify3d",
 ]

@@ -2,7 +2,7 @@
 
 import importlib
 
-FAMILIES = ("modulation",)
+FAMILIES = ("modulation", "patch")
 
 
 def register_all() -> None:
