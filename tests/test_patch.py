@@ -138,8 +138,15 @@ def test_round_trip():
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(
-    "shape, D", [((0, 4, 1, 4, 4), 8), ((2, 4, 0, 4, 4), 8), ((2, 4, 1, 4, 0), 8), ((2, 0, 1, 4, 4), 8), ((1, 4, 1, 4, 4), 0)]
-)  # fmt: skip
+    "shape, D",
+    [
+        ((0, 4, 1, 4, 4), 8),
+        ((2, 4, 0, 4, 4), 8),
+        ((2, 4, 1, 4, 0), 8),
+        ((2, 0, 1, 4, 4), 8),
+        ((1, 4, 1, 4, 4), 0),
+    ],
+)
 def test_zero_size_embed(shape, D, backend):
     x = torch.randn(shape, requires_grad=True)
     weight, bias = torch.randn(D, shape[1], 1, 2, 2, requires_grad=True), torch.randn(D, requires_grad=True)

@@ -140,7 +140,7 @@ FASTDIT_INLINE void stream_pair(double* y, vd a, vd b) {
 template <class T>
 FASTDIT_INLINE void stream_pair(T* y, vf a, vf b) {
   _mm512_stream_si512(reinterpret_cast<__m512i*>(y),
-                      _mm512_inserti64x4(_mm512_castsi256_si512(half(a, T{})), half(b, T{}), 1));
+                      _mm512_inserti64x4(_mm512_zextsi256_si512(half(a, T{})), half(b, T{}), 1));
 }
 FASTDIT_INLINE void stream_fence() { _mm_sfence(); }
 #else

@@ -8,6 +8,7 @@ goes to the ops as it is: `attention_varlen(cu_seqlens_q=p.cu_seqlens, max_seqle
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -98,10 +99,10 @@ def pack(tokens: Sequence[Tensor], grids: Sequence[Grid] | None = None) -> Packe
         raise ValueError(
             f"pack: one grid per segment; got {len(grids)} grids for {len(tokens)} segments, expected as many."
         )
-    for i, ((t, h, w), segment) in enumerate(zip(grids, tokens, strict=True)):
-        if t * h * w != segment.shape[0]:
+    for i, (grid, segment) in enumerate(zip(grids, tokens, strict=True)):
+        if math.prod(grid) != segment.shape[0]:
             raise ValueError(
-                f"pack: grid {i} is not its segment's; got {(t, h, w)} for {segment.shape[0]} tokens, "
+                f"pack: grid {i} is not its segment's; got {tuple(grid)} for {segment.shape[0]} tokens, "
                 "expected t * h * w tokens; check the patch size."
             )
     return packed(torch.cat(list(tokens)), [(t, h, w) for t, h, w in grids])

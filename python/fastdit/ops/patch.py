@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ def _check_video(op: str, what: str, x: Tensor, weight: Tensor) -> tuple[int, in
     return T // pt, H // ph, W // pw
 
 
-def _check_pos(op: str, pos: Tensor, x: Tensor, expected: tuple[Sequence[int], ...], layout: str) -> None:
+def _check_pos(op: str, pos: Any, x: Tensor, expected: tuple[Sequence[int], ...], layout: str) -> Tensor:
     _parameter(op, "pos", pos, x)
     if not any(tuple(pos.shape) == tuple(shape) for shape in expected):
         raise ValueError(
@@ -98,14 +99,15 @@ def _check_pos(op: str, pos: Tensor, x: Tensor, expected: tuple[Sequence[int], .
             f"{' or '.join(str(list(shape)) for shape in expected)}; make it for this grid."
         )
     _check.channels_contiguous(op, "pos", pos)
+    return pos
 
 
 def patch_embed3d(
-    x: Tensor | Sequence[Tensor],
+    x: Tensor | list[Tensor] | tuple[Tensor, ...],
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    pos: Tensor | Sequence[Tensor] | None = None,
+    pos: Tensor | list[Tensor] | tuple[Tensor, ...] | None = None,
     backend: str | None = None,
 ) -> Tensor | Packed:
     """Embed each patch of a video as a token; videos of different sizes go into one packed sequence.
@@ -145,9 +147,8 @@ def patch_embed3d(
     t, h, w = _check_video(op, "x", x, weight)
     if pos is not None:
         N, D = t * h * w, weight.shape[0]
-        _check_pos(op, pos, x, ((N, D), (1, N, D), (x.shape[0], N, D)), "(N, D) or (B, N, D)")
-        if pos.dim() == 3 and pos.shape[0] == 1:
-            pos = pos[0]
+        pos = _check_pos(op, pos, x, ((N, D), (1, N, D), (x.shape[0], N, D)), "(N, D) or (B, N, D)")
+        pos = pos[0] if pos.dim() == 3 and pos.shape[0] == 1 else pos
     return _patch_embed3d(backend, x, weight, bias, pos, [])
 
 
@@ -223,7 +224,7 @@ def unpatchify3d(
     if channels < 1:
         raise ValueError(f"{op}: channels must be positive; got {channels}, expected C >= 1; set it.")
     many = len(grid) > 0 and isinstance(grid[0], (list, tuple))
-    grids = list(grid) if many else [grid]
+    grids: list[Any] = list(grid) if many else [grid]
     if len(grid) == 0 or any(len(g) != 3 or min(g) < 0 for g in grids):
         raise ValueError(f"{op}: grid must be (t, h, w) or a list of them; got {grid}, expected sizes >= 0; set it.")
     if tokens.dim() != (2 if many else 3):
@@ -235,8 +236,8 @@ def unpatchify3d(
     K, N = channels * math.prod(patch), sum(math.prod(g) for g in grids)
     if tokens.shape[-1] != K:
         raise ValueError(
-            f"{op}: a token must hold C*pt*ph*pw values; got {tokens.shape[-1]}, expected {K} for channels = {channels} "
-            f"and patch = {tuple(patch)}; check both."
+            f"{op}: a token must hold C*pt*ph*pw values; got {tokens.shape[-1]}, expected {K} for "
+            f"channels = {channels} and patch = {tuple(patch)}; check both."
         )
     if tokens.shape[-2] != N:
         raise ValueError(

@@ -7,6 +7,7 @@ embedding in the order of nn.Conv3d's weight, (c, t, h, w); what the last layer 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,27 +15,27 @@ from torch import Tensor
 
 
 def patch_embed3d(
-    x: Tensor | Sequence[Tensor],
+    x: Tensor | list[Tensor] | tuple[Tensor, ...],
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    pos: Tensor | Sequence[Tensor] | None = None,
+    pos: Tensor | list[Tensor] | tuple[Tensor, ...] | None = None,
 ) -> Tensor:
     """tokens[n] = weight . patch[n] + bias + pos[n], rounded once.
 
-    x (B, C, T, H, W) -> (B, N, D), with pos (N, D) or (B, N, D); a list of (C, T, H, W) of any sizes -> packed (sum N, D),
-    with pos packed likewise or a list of (N, D).
+    x (B, C, T, H, W) -> (B, N, D), with pos (N, D) or (B, N, D); a list of (C, T, H, W) of any sizes -> packed
+    (sum N, D), with pos packed likewise or a list of (N, D).
     """
-    if not isinstance(x, Tensor):
-        if not isinstance(pos, Sequence):
-            lengths = [patches(item[None], weight.shape[2:]).shape[1] for item in x]
-            pos = [None] * len(lengths) if pos is None else pos.split(lengths)
-        return torch.cat([patch_embed3d(v[None], weight, bias, pos=p)[0] for v, p in zip(x, pos, strict=True)])
+    if isinstance(x, (list, tuple)):
+        lengths = [patches(video[None], weight.shape[2:]).shape[1] for video in x]
+        rows: Any = pos.split(lengths) if isinstance(pos, Tensor) else pos or [None] * len(x)
+        parts = zip(x, rows, strict=True)
+        return torch.cat([patch_embed3d(video[None], weight, bias, pos=row)[0] for video, row in parts])
     math = torch.promote_types(x.dtype, torch.float32)
     y = F.linear(patches(x, weight.shape[2:]).to(math), weight.to(math).flatten(1))
     if bias is not None:
         y = y + bias.to(math)
-    if pos is not None:
+    if isinstance(pos, Tensor):
         y = y + pos.to(math)
     return y.to(x.dtype)
 
@@ -51,7 +52,7 @@ def patches(x: Tensor, patch: Sequence[int]) -> Tensor:
 def unpatchify3d(
     tokens: Tensor,
     *,
-    grid: Sequence[int] | Sequence[Sequence[int]],
+    grid: Sequence[Any],
     patch: Sequence[int],
     channels: int,
     order: str = "thwc",

@@ -15,11 +15,10 @@ from ._abi import DTYPE, on_cpu
 def patch_embed3d(x, weight, bias, pos, grids):
     (D, C), patch = weight.shape[:2], weight.shape[2:]
     if x.dim() == 1:
-        shape = (sum(math.prod(grids[i : i + 3]) for i in range(0, len(grids), 3)), D)
+        y = torch.empty((sum(math.prod(grids[i : i + 3]) for i in range(0, len(grids), 3)), D), dtype=x.dtype)
     else:
         grid = [s // p for s, p in zip(x.shape[2:], patch, strict=True)]
-        shape = (x.shape[0], math.prod(grid), D)
-    y = torch.empty(shape, dtype=x.dtype)
+        y = torch.empty((x.shape[0], math.prod(grid), D), dtype=x.dtype)
     if y.numel() == 0:
         return y
     if x.dtype == torch.float64:  # the kernel knows f32 parameters beside half types only
@@ -30,7 +29,8 @@ def patch_embed3d(x, weight, bias, pos, grids):
     if pos is not None:
         pos_at, pos_b, pos_n = pos.data_ptr(), pos.stride(0) if pos.dim() == 3 else 0, pos.stride(-2)
     if x.dim() == 1:
-        items, x_at, size, px = [], x.data_ptr(), x.element_size(), math.prod(patch)
+        items: list[int] = []
+        x_at, size, px = x.data_ptr(), x.element_size(), math.prod(patch)
         for i in range(0, len(grids), 3):
             t, h, w = grids[i : i + 3]
             T, H, W = t * patch[0], h * patch[1], w * patch[2]
@@ -64,7 +64,8 @@ def unpatchify3d(tokens, grid, patch, channels, order):
         inner *= size[letter]
     batch, stride_b = (1, 0) if tokens.dim() == 2 else (tokens.shape[0], tokens.stride(0))
     stride_n, itemsize = tokens.stride(-2), tokens.element_size()
-    items, tokens_at, y_at = [], tokens.data_ptr(), y.data_ptr()
+    items: list[int] = []
+    tokens_at, y_at = tokens.data_ptr(), y.data_ptr()
     for i in range(0, len(grid), 3):
         t, h, w = grid[i : i + 3]
         items += (tokens_at, y_at, batch, t, h, w, stride_b, stride_n)

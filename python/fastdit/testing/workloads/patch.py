@@ -13,7 +13,7 @@ PATCH = (1, 2, 2)
 
 
 def _embed(C: int, D: int, patch=PATCH, grid=(1, 2), B: int = 2, bias: bool = True, pos=None, wide=(), view=None):
-    """x whose grid is (*grid, n). pos: rows of tables, 1 (shared) or B. wide: what comes in fp32. view: relayout of x."""
+    """Grid (*grid, n). pos: leading dims of the table. wide: what comes in fp32. view: relayout of x."""
 
     def make(m: Maker):
         fp32 = torch.promote_types(m.dtype, torch.float32)
