@@ -13,8 +13,6 @@ from ..packing import Packed, packed
 from . import _check
 from ._op import Op
 
-_AXES = ("T", "H", "W")
-
 
 def _embed_fake(x: Tensor, weight: Tensor, bias, pos, grids: Sequence[int]) -> Tensor:
     D, _, pt, ph, pw = weight.shape
@@ -48,6 +46,8 @@ _unpatchify3d = Op(
 
 
 def _parameter(op: str, what: str, t: Tensor, x: Tensor) -> None:
+    if isinstance(t, Tensor) and t.dtype == x.dtype and t.device == x.device:
+        return  # the everyday case, in half the time
     _check.floating(op, what, t)
     if t.dtype not in (x.dtype, torch.float32):
         raise TypeError(
@@ -59,8 +59,8 @@ def _parameter(op: str, what: str, t: Tensor, x: Tensor) -> None:
 
 def _check_weight(op: str, weight: Tensor, bias: Tensor | None, x: Tensor) -> None:
     _parameter(op, "weight", weight, x)
-    hint = " A Conv2d's is weight.unsqueeze(2)." if weight.dim() == 4 else ""
     if weight.dim() != 5 or 0 in weight.shape[2:]:
+        hint = " A Conv2d's is weight.unsqueeze(2)." if weight.dim() == 4 else ""
         raise ValueError(
             f"{op}: weight must be (D, C, pt, ph, pw) as nn.Conv3d's; got {list(weight.shape)}, "
             f"expected 5 dims and a patch of at least one pixel; reshape it.{hint}"
@@ -76,24 +76,25 @@ def _check_weight(op: str, weight: Tensor, bias: Tensor | None, x: Tensor) -> No
 
 def _check_video(op: str, what: str, x: Tensor, weight: Tensor) -> tuple[int, int, int]:
     """The grid of tokens of one video (..., C, T, H, W)."""
-    if x.shape[-4] != weight.shape[1]:
+    *_, C, T, H, W = x.shape
+    _, channels, pt, ph, pw = weight.shape
+    if C != channels:
         raise ValueError(
             f"{op}: {what} and weight differ in channels; got {list(x.shape)} beside weight {list(weight.shape)}, "
-            f"expected C = {weight.shape[1]}; check the layout, channels come before T, H, W."
+            f"expected C = {channels}; check the layout, channels come before T, H, W."
         )
-    for axis, size, p in zip(_AXES, x.shape[-3:], weight.shape[2:], strict=True):
-        if size % p != 0:
-            raise ValueError(
-                f"{op}: {axis} of {what} is no multiple of the patch; got {axis} = {size}, "
-                f"expected a multiple of {p}; pad or crop the video."
-            )
-    (T, H, W), (pt, ph, pw) = x.shape[-3:], weight.shape[2:]
+    if T % pt or H % ph or W % pw:
+        axis, size, p = next(a for a in (("T", T, pt), ("H", H, ph), ("W", W, pw)) if a[1] % a[2])
+        raise ValueError(
+            f"{op}: {axis} of {what} is no multiple of the patch; got {axis} = {size}, "
+            f"expected a multiple of {p}; pad or crop the video."
+        )
     return T // pt, H // ph, W // pw
 
 
 def _check_pos(op: str, pos: Any, x: Tensor, expected: tuple[Sequence[int], ...], layout: str) -> Tensor:
     _parameter(op, "pos", pos, x)
-    if not any(tuple(pos.shape) == tuple(shape) for shape in expected):
+    if pos.shape not in expected:
         raise ValueError(
             f"{op}: pos must be {layout}; got {list(pos.shape)}, expected "
             f"{' or '.join(str(list(shape)) for shape in expected)}; make it for this grid."
@@ -137,8 +138,8 @@ def patch_embed3d(
     if isinstance(x, (list, tuple)):
         return _embed_list(x, weight, bias, pos, backend)
     _check.floating(op, "x", x)
-    hint = " An image is x.unsqueeze(2)." if x.dim() == 4 else ""
     if x.dim() != 5:
+        hint = " An image is x.unsqueeze(2)." if x.dim() == 4 else ""
         raise ValueError(
             f"{op}: x has the wrong rank; got {list(x.shape)}, expected (B, C, T, H, W) or a list of (C, T, H, W); "
             f"reshape it.{hint}"
