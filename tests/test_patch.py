@@ -184,6 +184,19 @@ def test_never_returns_its_input():
         assert y.data_ptr() != one.data_ptr()
 
 
+def test_gradients_own_their_memory():
+    # a gradient that shares the incoming one's memory would change when an optimiser scales it in place
+    w, tokens = torch.randn(4, 1, 1, 1, 1), torch.randn(1, 6, 4, requires_grad=True)
+    pos = torch.randn(6, 4, requires_grad=True)
+    grad = torch.randn(1, 6, 4)
+    given = torch.autograd.grad(ops.patch_embed3d(torch.randn(1, 1, 1, 2, 3), w, pos=pos, backend="cpu"), pos, grad)[0]
+    assert given.untyped_storage().data_ptr() != grad.untyped_storage().data_ptr()
+    grad = torch.randn(1, 4, 1, 2, 3)
+    y = ops.unpatchify3d(tokens, grid=(1, 2, 3), patch=(1, 1, 1), channels=4, backend="cpu")
+    given = torch.autograd.grad(y, tokens, grad)[0]
+    assert given.untyped_storage().data_ptr() != grad.untyped_storage().data_ptr() and given.is_contiguous()
+
+
 def test_nan_stays_in_its_token(isa):
     for dtype in contract.DTYPES:
         m = Maker(dtype)

@@ -15,12 +15,15 @@ def _triples(grids):
     return [tuple(grids[i : i + 3]) for i in range(0, len(grids), 3)]
 
 
+def videos(x, weight, grids):
+    """The videos (C, T, H, W) of a flat list."""
+    C, patch = weight.shape[1], weight.shape[2:]
+    shapes = [(C, *(g * p for g, p in zip(grid, patch, strict=True))) for grid in _triples(grids)]
+    return [v.view(s) for v, s in zip(x.split([math.prod(s) for s in shapes]), shapes, strict=True)]
+
+
 def patch_embed3d(x, weight, bias, pos, grids):
-    if x.dim() == 1:
-        C, patch = weight.shape[1], weight.shape[2:]
-        shapes = [(C, *(g * p for g, p in zip(grid, patch, strict=True))) for grid in _triples(grids)]
-        x = [v.view(s) for v, s in zip(x.split([math.prod(s) for s in shapes]), shapes, strict=True)]
-    return formula.patch_embed3d(x, weight, bias, pos=pos)
+    return formula.patch_embed3d(videos(x, weight, grids) if x.dim() == 1 else x, weight, bias, pos=pos)
 
 
 def unpatchify3d(tokens, grid, patch, channels, order):
