@@ -2,6 +2,7 @@
 
 from ._explain import explain
 from .modulation import gate_residual, gate_residual_norm_modulate, norm_modulate
+from .patch import patch_embed3d, unpatchify3d
 from .rotary import qk_norm_rope, rope_table
 
 __all__ = [
@@ -9,6 +10,8 @@ __all__ = [
     "gate_residual",
     "gate_residual_norm_modulate",
     "norm_modulate",
+    "patch_embed3d",
     "qk_norm_rope",
     "rope_table",
+    "unpatchify3d",
 ]
