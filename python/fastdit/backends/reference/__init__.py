@@ -2,7 +2,7 @@
 
 import importlib
 
-FAMILIES = ("modulation", "rotary", "patch")
+FAMILIES = ("modulation", "rotary", "patch", "conv")
 
 
 def register_all() -> None:

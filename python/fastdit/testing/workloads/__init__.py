@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FAMILIES = ("modulation", "rotary", "patch")
+FAMILIES = ("modulation", "rotary", "patch", "conv")
 
 
 class Maker:
