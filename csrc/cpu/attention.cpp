@@ -44,7 +44,7 @@ void run_tile(const AttentionParams& p, const Sequence& s, int64_t head, Tile<M>
   pack_queries<M, T>(buf.q, pitch, tile.count, p.head_dim, l.steps,
                      [&](int64_t i) { return q + tile.query[i] * p.q_stride[1]; });
   // the maximum is taken over s * sign(scale); scale = 0 weighs all visible keys alike
-  const double c = (p.scale < 0 ? -p.scale : p.scale) * 1.44269504088896340736;
+  const double c = (p.scale < 0 ? -p.scale : p.scale) * M::unit;
   if (p.scale <= 0) {
     for (int64_t i = 0; i < l.steps * pitch; ++i) buf.q[i] = p.scale < 0 ? M::negate(buf.q[i]) : typename M::Word{};
   }

@@ -1,4 +1,4 @@
-// Arithmetic of an attention tile: what a word of a packed operand is, how it is multiplied, how exp2 is taken.
+// Arithmetic of an attention tile: what a word of a packed operand is, how it is multiplied, how a weight is taken.
 #pragma once
 
 #include "simd.h"
@@ -28,25 +28,6 @@ FASTDIT_INLINE V higher(V a, V b) {
 #endif
 }
 
-// 2^t for t <= 0, -inf included: floor, a polynomial on the fraction, exponent add.
-#if defined(__AVX512F__)
-FASTDIT_INLINE vf exp2_fraction(vf t) { return (vf)_mm512_reduce_ps((__m512)t, 0x09); }
-FASTDIT_INLINE vf exp2_scale(vf p, vf t) { return (vf)_mm512_scalef_ps((__m512)p, (__m512)t); }
-#else
-FASTDIT_INLINE vf exp2_fraction(vf t) {  // t - floor(t); where t < -126 the result is not used
-  vf nearest = (vmax(t, splat(-127.0f)) + 12582912.0f) - 12582912.0f;
-  const vf f = t - nearest;
-  return f < 0.0f ? f + 1.0f : f;
-}
-FASTDIT_INLINE vf exp2_scale(vf p, vf t) {
-  const vf c = vmax(t, splat(-126.0f));
-  vf nearest = (c + 12582912.0f) - 12582912.0f;
-  nearest = nearest > c ? nearest - 1.0f : nearest;
-  const vf y = p * (vf)((__builtin_convertvector(nearest, vi) + 127) << 23);
-  return t != t ? t : (t < -126.0f ? splat(0.0f) : y);
-}
-#endif
-
 struct Fp32Math {
   using S = float;
   using V = vf;
@@ -56,16 +37,24 @@ struct Fp32Math {
   static constexpr int lanes = W;
   static constexpr int pair = 1;  // channels (QK) or keys (PV) in a word
   static FASTDIT_INLINE V multiply_add(V acc, Word a, V b) { return acc + splat(a) * b; }
-  static FASTDIT_INLINE V exp2(V t) {  // degree 6: 2e-9
-    const vf f = exp2_fraction(t);
-    vf p = splat(2.170225317e-04f);
-    p = p * f + 1.243968849e-03f;
-    p = p * f + 9.678840923e-03f;
-    p = p * f + 5.548334202e-02f;
-    p = p * f + 2.402298363e-01f;
-    p = p * f + 6.931469838e-01f;
-    p = p * f + 1.0f;
-    return exp2_scale(p, t);
+  // A weight is exp(s * c - shift) with c = scale * unit: base e keeps s - max exact where it is small.
+  static constexpr double unit = 1.0;
+  static FASTDIT_INLINE V power(V t) {
+#if defined(__AVX512F__)
+    const vf x = higher(splat(-110.0f), t);  // exp(-110) = 0; NaN stays
+    const vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), 0x08);
+    const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    return exp(t);
+#endif
   }
   static FASTDIT_INLINE S log(S x) { return __builtin_logf(x); }
   static FASTDIT_INLINE Word negate(Word x) { return -x; }
@@ -80,11 +69,8 @@ struct Fp64Math {
   static constexpr int lanes = WD;
   static constexpr int pair = 1;
   static FASTDIT_INLINE V multiply_add(V acc, Word a, V b) { return acc + splat(a) * b; }
-  static FASTDIT_INLINE V exp2(V t) {
-    V y = {};
-    for (int i = 0; i < WD; ++i) y[i] = __builtin_exp2(t[i]);
-    return y;
-  }
+  static constexpr double unit = 1.0;
+  static FASTDIT_INLINE V power(V t) { return exp(t); }
   static FASTDIT_INLINE S log(S x) { return __builtin_log(x); }
   static FASTDIT_INLINE Word negate(Word x) { return -x; }
 };
@@ -102,13 +88,24 @@ struct Bf16Math {
   static FASTDIT_INLINE V multiply_add(V acc, Word a, V b) {
     return (V)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
   }
-  static FASTDIT_INLINE V exp2(V t) {  // degree 3: 7.5e-5, a hundredth of the rounding to bf16 that follows
-    const vf f = exp2_fraction(t);
-    vf p = splat(7.802449948e-02f);
-    p = p * f + 2.260671884e-01f;
-    p = p * f + 6.958335292e-01f;
-    p = p * f + 9.999252191e-01f;
-    return exp2_scale(p, t);
+  // Two rows of fp32 -> one row of pairs.
+  static FASTDIT_INLINE __m512i join(V low, V high) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+  }
+  // A weight is 2^(s * c - shift): floor, a polynomial on the fraction, exponent add. Degree 5: 7.5e-8. Degree 3 would
+  // do for weights that are rounded to bf16, but their sum also gives lse, in fp32.
+  static constexpr double unit = 1.44269504088896340736;
+  static FASTDIT_INLINE V power(V t) {
+    const vf f = (vf)_mm512_reduce_ps((__m512)t, 0x09);
+    vf p = splat(1.877576410e-3f);
+    p = p * f + 8.989340732e-3f;
+    p = p * f + 5.582631751e-2f;
+    p = p * f + 2.401536172e-1f;
+    p = p * f + 6.931530732e-1f;
+    p = p * f + 9.999999251e-1f;
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)t);
   }
   static FASTDIT_INLINE S log(S x) { return __builtin_logf(x); }
   static FASTDIT_INLINE Word negate(Word x) { return x ^ 0x80008000u; }

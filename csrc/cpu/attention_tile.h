@@ -1,7 +1,7 @@
 // One tile of queries against a list of key groups, everything transposed: lanes are queries.
 //
 //   S^T = K Q^T   [8 keys][lanes]       per group; maxima, sums and rescaling are vertical
-//   P^T = exp2(S^T c - m)               over the block, written over S^T
+//   P^T = power(S^T c - m)               over the block, written over S^T
 //   O^T += V^T P^T   [8 channels][lanes] per channel tile; rescaled once per block
 //
 // A lane never meets another, so a query's result does not depend on the tile it sits in.
@@ -101,31 +101,33 @@ inline void score_block(const TileBuffers<M>& buf, const TileView<M>& view, cons
   }
 }
 
-// Scores -> weights exp2(s * c - shift), in place as words; sum[n] = their sum over the block.
+// Scores -> weights power(s * c - shift), in place as words; sum[n] = their sum over the block, 32 rows at a time:
+// short chains keep the rounding of long sums small.
 template <class M, int NV>
 inline void weigh_block(typename M::S* s, int64_t rows, typename M::S c, const typename M::V (&shift)[NV],
                         typename M::V (&sum)[NV]) {
   using V = typename M::V;
   constexpr int64_t pitch = NV * M::lanes;
   typename M::Word* out = reinterpret_cast<typename M::Word*>(s);
-  for (int64_t r = 0; r < rows; r += M::pair, s += M::pair * pitch, out += pitch) {
+  for (int64_t chunk = 0; chunk < rows; chunk += 32) {
+    V part[NV] = {};
+    const int64_t end = rows < chunk + 32 ? rows : chunk + 32;
+    for (int64_t r = chunk; r < end; r += M::pair, s += M::pair * pitch, out += pitch) {
 #pragma GCC unroll 3
-    for (int n = 0; n < NV; ++n) {
-      const V p = M::exp2(load_raw<V>(s + n * M::lanes) * c - shift[n]);
-      sum[n] += p;
-#if defined(__AVX512BF16__)
-      if constexpr (M::pair == 2) {
-        const V next = M::exp2(load_raw<V>(s + pitch + n * M::lanes) * c - shift[n]);
-        sum[n] += next;
-        const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)next, (__m512)p);
-        store_raw(out + n * M::lanes, _mm512_permutexvar_epi16(order, both));
-        continue;
+      for (int n = 0; n < NV; ++n) {
+        const V p = M::power(load_raw<V>(s + n * M::lanes) * c - shift[n]);
+        part[n] += p;
+        if constexpr (M::pair == 2) {
+          const V next = M::power(load_raw<V>(s + pitch + n * M::lanes) * c - shift[n]);
+          part[n] += next;
+          store_raw(out + n * M::lanes, M::join(p, next));
+        } else {
+          store_raw(out + n * M::lanes, p);
+        }
       }
-#endif
-      store_raw(out + n * M::lanes, p);
     }
+#pragma GCC unroll 3
+    for (int n = 0; n < NV; ++n) sum[n] += part[n];
   }
 }
 
@@ -153,7 +155,7 @@ inline void value_block(const TileBuffers<M>& buf, const int64_t* groups, int64_
   }
 }
 
-// Visits the groups; leaves O^T unscaled in buf.o, and per lane the sum and the base-2 shift it is relative to.
+// Visits the groups; leaves O^T unscaled in buf.o, and per lane the sum and the shift it is relative to.
 template <class M, int NV>
 inline void attend_tile(const TileBuffers<M>& buf, const TileView<M>& view, int64_t count, int64_t steps,
                         int64_t channel_tiles, typename M::S c, typename M::S* sums, typename M::S* shifts) {
@@ -171,8 +173,8 @@ inline void attend_tile(const TileBuffers<M>& buf, const TileView<M>& view, int6
     for (int n = 0; n < NV; ++n) max[n] = top[n];
     score_block<M, NV>(buf, view, buf.groups + at, groups, steps, max);
     for (int n = 0; n < NV; ++n) {
-      const V next = max[n] == lowest ? V{} : max[n] * c;  // no key so far: exp2(-inf - 0) = 0
-      keep[n] = top[n] == lowest ? V{} : M::exp2(shift[n] - next);
+      const V next = max[n] == lowest ? V{} : max[n] * c;  // no key so far: power(-inf - 0) = 0
+      keep[n] = top[n] == lowest ? V{} : M::power(shift[n] - next);
       top[n] = max[n];
       shift[n] = next;
       sum[n] = V{};
@@ -188,7 +190,7 @@ inline void attend_tile(const TileBuffers<M>& buf, const TileView<M>& view, int6
   }
 }
 
-// O^T / sum -> rows of o; lse = ln2 * (shift + log2(sum)).
+// O^T / sum -> rows of o; lse = shift / unit + log(sum).
 template <class M, class T, class RowOf, class LseOf>
 inline void store_tile(const typename M::S* o, int pitch, int count, int64_t dim, const typename M::S* sums,
                        const typename M::S* shifts, RowOf&& row_of, LseOf&& lse_of, bool want_lse) {
@@ -201,7 +203,7 @@ inline void store_tile(const typename M::S* o, int pitch, int count, int64_t dim
   }
   if (want_lse) {
     for (int lane = 0; lane < count; ++lane)
-      *lse_of(lane) = static_cast<S>(0.69314718055994530942) * shifts[lane] + M::log(sums[lane]);
+      *lse_of(lane) = static_cast<S>(1 / M::unit) * shifts[lane] + M::log(sums[lane]);
   }
 #if defined(__AVX512F__)
   if constexpr (sizeof(S) == 4) {

@@ -75,7 +75,7 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor):
     o (B, N, H, D) or (N, H, D) with lse (B, H, N) or (H, N):
         lse = log(exp(lse1) + exp(lse2));   o = exp(lse1 - lse) * o1 + exp(lse2 - lse) * o2
     """
-    law = torch.promote_types(o1.dtype, torch.float32)
+    law = _law(o1)
     top = torch.maximum(lse1, lse2).detach()
     top = torch.where(top == -math.inf, 0.0, top)
     w1, w2 = torch.exp(lse1 - top), torch.exp(lse2 - top)
@@ -91,8 +91,6 @@ def attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    o: Tensor,
-    lse: Tensor,
     *,
     dlse: Tensor | None = None,
     scale: float | None = None,
@@ -100,7 +98,7 @@ def attention_backward(
     frame_tokens: int | Tensor | None = None,
 ):
     """dq, dk, dv of `attention`, one head at a time: O(N * M) memory, whatever B and H are."""
-    dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (torch.zeros(x.shape, dtype=_law(q), device=x.device) for x in (q, k, v))
     scale = default_scale(q, scale)
     for b in range(q.shape[0]):
         m = k.shape[1] if kv_len is None else int(kv_len[b])
@@ -108,7 +106,7 @@ def attention_backward(
         visible = visible_dense(q.shape[1], k.shape[1], None, frames, q.device)
         visible = None if visible is None else visible[..., :m]
         _segment_backward(
-            *(do[b], q[b], k[b, :m], v[b, :m], o[b], lse[b], None if dlse is None else dlse[b], visible, scale),
+            *(do[b], q[b], k[b, :m], v[b, :m], None if dlse is None else dlse[b], visible, scale),
             *(dq[b], dk[b, :m], dv[b, :m]),
         )
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
@@ -119,8 +117,6 @@ def attention_varlen_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    o: Tensor,
-    lse: Tensor,
     *,
     dlse: Tensor | None = None,
     cu_seqlens_q: Tensor,
@@ -132,7 +128,7 @@ def attention_varlen_backward(
     grids: Tensor | None = None,
 ):
     """dq, dk, dv of `attention_varlen`, one head of one segment at a time."""
-    dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (torch.zeros(x.shape, dtype=_law(q), device=x.device) for x in (q, k, v))
     scale = default_scale(q, scale)
     cu_q, cu_k = cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     bounds_q, bounds_k = cu_q.tolist(), cu_k.tolist()
@@ -144,7 +140,7 @@ def attention_varlen_backward(
             None if grids is None else grids[s : s + 1],
         )[0]
         _segment_backward(
-            *(do[iq], q[iq], k[ik], v[ik], o[iq], lse[:, iq], None if dlse is None else dlse[:, iq], visible, scale),
+            *(do[iq], q[iq], k[ik], v[ik], None if dlse is None else dlse[:, iq], visible, scale),
             *(dq[iq], dk[ik], dv[ik]),
         )
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
@@ -238,34 +234,38 @@ def _packed_slots(cu_seqlens: Tensor, width: int, total: int) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float):
-    law = torch.promote_types(q.dtype, torch.float32)
+    law = _law(q)
     group = q.shape[2] // max(k.shape[2], 1)
     k, v = (x.repeat_interleave(group, dim=2) if group > 1 else x for x in (k, v))
     qt, kt, vt = (x.to(law).transpose(1, 2) for x in (q, k, v))  # (B, H, N, D)
-    scores = scale * (qt @ kt.mT)
-    if visible is not None:
-        scores = torch.where(visible, scores, -math.inf)
-    lse = scores.logsumexp(-1)
-    p = torch.where(lse[..., None] == -math.inf, 0.0, scores.softmax(-1))
+    p, lse = _weights(scale * (qt @ kt.mT), visible)
     return (p @ vt).to(q.dtype).transpose(1, 2).contiguous(), lse
 
 
-def _segment_backward(do, q, k, v, o, lse, dlse, visible, scale, dq, dk, dv):
-    """Adds to dq (N, H, D), dk, dv (M, Hkv, D). With p = exp(s - lse): ds = p * (do v^T - <do, o> + dlse)."""
+def _weights(scores: Tensor, visible: Tensor | None):
+    if visible is not None:
+        scores = torch.where(visible, scores, -math.inf)
+    lse = scores.logsumexp(-1)
+    return torch.where(lse[..., None] == -math.inf, 0.0, scores.softmax(-1)), lse
+
+
+def _law(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def _segment_backward(do, q, k, v, dlse, visible, scale, dq, dk, dv):
+    """Adds to dq (N, H, D), dk, dv (M, Hkv, D). With dp = do v^T: ds = p * (dp - sum_j p dp + dlse)."""
     if visible is not None:
         visible = visible.reshape(visible.shape[-2:])
-    group = q.shape[1] // max(k.shape[1], 1)
+    law, group = _law(q), q.shape[1] // max(k.shape[1], 1)
     for h in range(q.shape[1]):
-        qh, doh, oh = (x[:, h].to(lse.dtype) for x in (q, do, o))
-        kh, vh = (x[:, h // group].to(lse.dtype) for x in (k, v))
-        scores = scale * (qh @ kh.mT)
-        if visible is not None:
-            scores = torch.where(visible, scores, -math.inf)
-        p = torch.exp(scores - torch.where(lse[h] == -math.inf, 0.0, lse[h])[:, None])
-        delta = (doh * oh).sum(-1)
+        qh, kh, vh, doh = (x.to(law) for x in (q[:, h], k[:, h // group], v[:, h // group], do[:, h]))
+        p = _weights(scale * (qh @ kh.mT), visible)[0]
+        dp = doh @ vh.mT
+        shared = (p * dp).sum(-1)
         if dlse is not None:
-            delta = delta - dlse[h]
-        ds = scale * p * (doh @ vh.mT - delta[:, None])
+            shared = shared - dlse[h]
+        ds = scale * p * (dp - shared[:, None])
         dq[:, h] += ds @ kh
         dk[:, h // group] += ds.mT @ qh
         dv[:, h // group] += p.mT @ doh

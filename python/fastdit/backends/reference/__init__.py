@@ -2,7 +2,7 @@
 
 import importlib
 
-FAMILIES = ("modulation",)
+FAMILIES = ("modulation", "attention")
 
 
 def register_all() -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FAMILIES = ("modulation",)
+FAMILIES = ("modulation", "attention")
 
 
 class Maker:
