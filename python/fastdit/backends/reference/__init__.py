@@ -2,7 +2,7 @@
 
 import importlib
 
-FAMILIES = ("modulation", "attention")
+FAMILIES = ("modulation", "rotary", "attention")
 
 
 def register_all() -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FAMILIES = ("modulation", "attention")
+FAMILIES = ("modulation", "rotary", "attention")
 
 
 class Maker:
