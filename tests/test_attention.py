@@ -234,11 +234,18 @@ def test_reference_backward_is_autograd_of_the_reference(mode):
         close.assert_close(a.float(), e, e.float())
 
 
-def test_long_rows_need_no_quadratic_memory():
-    """64 x 2^19 scores of 4 heads would be 0.5 GiB; the kernel's scratch holds one packed head."""
-    q, k = torch.randn(1, 64, 4, 8), torch.randn(1, 1, 4, 8).expand(1, 2**19, 4, 8)
-    o = ops.attention(q, k, k, backend="cpu")
-    close.assert_close(o, k[:, :64].double(), k[:, :64])
+def test_many_keys():
+    """2^17 keys against the merged attention over their eighths, which is itself the reference's."""
+    make = Maker()
+    q, k, v = make.randn(1, 33, 2, 8), make.randn(1, 2**17, 2, 8), make.randn(1, 2**17, 2, 8)
+    wide = [[t.double() for t in (k[:, i::8], v[:, i::8])] for i in range(8)]
+    parts = [reference.attention(q.double(), *kv, return_lse=True) for kv in wide]
+    truth = parts[0]
+    for part in parts[1:]:
+        truth = reference.merge_attention(*truth, *part)
+    o, lse = ops.attention(q, k, v, return_lse=True, backend="cpu")
+    close.assert_close(o, truth[0], workloads.sdpa(q, k, v))
+    close.assert_close(lse, truth[1], reference.attention(q, k, v, return_lse=True)[1])
 
 
 def test_double_backward_raises():

@@ -113,13 +113,16 @@ def adaln_attention(
     qkv_layer, proj_layer = _layer(op, "qkv", qkv), _layer(op, "proj", proj)
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     if num_heads < 1 or kv_heads < 1:
-        raise ValueError(f"{op}: head counts must be positive; got {num_heads} and {kv_heads}, expected >= 1; set them.")
+        raise ValueError(
+            f"{op}: head counts must be positive; got {num_heads} and {kv_heads}, expected >= 1; set them."
+        )
     packed = cu_seqlens is not None
     if packed != (max_seqlen is not None) or packed != (x.dim() == 2):
         raise ValueError(
-            f"{op}: packed x (N, C), cu_seqlens and max_seqlen come together; got x {list(x.shape)}, expected all or none."
+            f"{op}: packed x (N, C), cu_seqlens and max_seqlen come together; got x {list(x.shape)}, "
+            "expected all or none; pass the missing ones."
         )
-    if packed and kv_len is not None or not packed and (window is not None or grids is not None):
+    if (packed and kv_len is not None) or (not packed and (window is not None or grids is not None)):
         wrong, why = ("kv_len", "dense") if packed else ("window", "packed")
         raise ValueError(f"{op}: {wrong} is for {why} tokens; got x {list(x.shape)}, expected None; drop it.")
 

@@ -34,9 +34,7 @@ def attention_backward(
     do = torch.zeros_like(o) if do is None else do
     frames = _frames(frame_tokens, frame_tokens_of)
     with _full_precision(q):
-        grads = formula.attention_backward(
-            do, q, k, v, dlse=dlse, scale=scale, kv_len=kv_len, frame_tokens=frames
-        )
+        grads = formula.attention_backward(do, q, k, v, dlse=dlse, scale=scale, kv_len=kv_len, frame_tokens=frames)
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Dense attention by torch's SDPA: no masks, since its masked path is quadratic in memory and lets padded NaN through."""
+"""Dense attention by torch's SDPA: no masks, whose path there is quadratic in memory and lets padded NaN through."""
 
 from __future__ import annotations
 
