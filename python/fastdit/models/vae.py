@@ -11,6 +11,7 @@ Shapes: videos (B, 3, 1 + 4*t, H, W) <-> latents (B, z_dim, 1 + t, H/8, W/8).
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +129,7 @@ class DownBlock(nn.Module):
         dims = [in_dim] + [out_dim] * num_res_blocks
         self.factors = (2 if time else 1, 2 if down else 1)
         self.out_dim = out_dim
-        self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True))
+        self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in pairwise(dims))
         self.downsampler = Downsample(out_dim, time) if down else None
 
     def shortcut(self, x: Tensor) -> Tensor:
@@ -154,7 +155,7 @@ class UpBlock(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, num_res_blocks: int, up: bool, time: bool, is_residual: bool):
         super().__init__()
         dims = [in_dim] + [out_dim] * (num_res_blocks + 1)
-        self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True))
+        self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in pairwise(dims))
         self.upsampler = Upsample(out_dim, out_dim, time) if up and is_residual else None
         self.upsamplers = nn.ModuleList([Upsample(out_dim, out_dim // 2, time)]) if up and not is_residual else None
         self.out_dim = out_dim
@@ -184,7 +185,7 @@ class Encoder(nn.Module):
         dims = [dim * m for m in [1, *dim_mult]]
         self.conv_in = CausalConv3d(in_channels, dims[0], 3)
         self.down_blocks = nn.ModuleList()
-        for i, (in_dim, out_dim) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for i, (in_dim, out_dim) in enumerate(pairwise(dims)):
             down = i != len(dim_mult) - 1
             time = down and downsample_time[i]
             if is_residual:
@@ -214,7 +215,7 @@ class Decoder(nn.Module):
         self.conv_in = CausalConv3d(z_dim, dims[0], 3)
         self.mid_block = MidBlock(dims[0])
         self.up_blocks = nn.ModuleList()
-        for i, (in_dim, out_dim) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for i, (in_dim, out_dim) in enumerate(pairwise(dims)):
             up = i != len(dim_mult) - 1
             if i > 0 and not is_residual:
                 in_dim //= 2  # the upsampling before has halved them
