@@ -49,6 +49,7 @@ def block_forward(
             class_labels,
             added_cond_kwargs,
         )
+    hidden_states = hidden_states.contiguous()  # the first block's come transposed from an eager patch embedding
     norm1, norm3 = self.norm1, self.norm3
     emb = norm1.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
     shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = norm1.linear(norm1.silu(emb)).chunk(6, dim=1)

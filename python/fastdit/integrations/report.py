@@ -67,8 +67,8 @@ class Verification:
 
     def __str__(self) -> str:
         return (
-            f"error against eager: max {self.max_error:.3g}, rms {self.rms_error:.3g} (output rms {self.rms_before:.3g})"
-            f"   time: {self.before_ms:.1f} -> {self.after_ms:.1f} ms, {self.speedup:.2f}x"
+            f"against eager: max error {self.max_error:.3g}, rms {self.rms_error:.3g} of {self.rms_before:.3g}; "
+            f"time {self.before_ms:.1f} -> {self.after_ms:.1f} ms, {self.speedup:.2f}x"
         )
 
 
@@ -107,7 +107,7 @@ class Report:
 
         `call` names another method than the model's own call, e.g. "decode". Times are medians of `rounds`.
         """
-        from fastdit.integrations.accelerate import accelerate, restore
+        from fastdit.integrations._accelerate import accelerate, restore
 
         if len(self.models) != 1:
             raise ValueError(
