@@ -121,7 +121,7 @@ def check_options(roots: list[nn.Module], allowed: set[str] | None, precision: s
 def is_excluded(name: str, patterns: list[str]) -> bool:
     """Does a pattern match this module's name or the name of a module above it?"""
     parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[:n]), p) for p in patterns for n in range(1, len(parts) + 1) if name)
+    return any(fnmatchcase(".".join(parts[:n]), p) for p in patterns for n in range(1, len(parts) + 1))
 
 
 def refusal(

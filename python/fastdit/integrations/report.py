@@ -6,7 +6,7 @@ import io
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ class Verification:
 class Report:
     """`print` it; `rows` for programs."""
 
-    models: list[nn.Module]
+    models: list[nn.Module] = field(repr=False)
     rows: list[Row]
     options: dict[str, Any]
 
