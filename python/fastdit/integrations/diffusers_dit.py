@@ -14,11 +14,11 @@ from fastdit import ops
 from fastdit.integrations.registry import RECORD, Kind, register
 
 
-def has(module: nn.Module, *names: str) -> bool:
+def has(module: Any, *names: str) -> bool:
     return all(hasattr(module, name) for name in names)
 
 
-def law(module: nn.Module, x: Tensor, table: Tensor) -> str:
+def law(module: Any, x: Tensor, table: Tensor) -> str:
     """The rounding law of modulation. Under autocast x is wider than its tables; promotion makes the math fp32."""
     return getattr(module, RECORD).precision if x.dtype == table.dtype else "fp32"
 
@@ -78,7 +78,7 @@ def block_forward(
 block_forward.__name__ = "forward"
 
 
-def refuse_block(block: nn.Module) -> str | None:
+def refuse_block(block: Any) -> str | None:
     if block.attn2 is not None or hasattr(block, "fuser") or block.pos_embed is not None:
         return "has a cross-attention, a fuser or positions of its own, which adaLN-Zero blocks do not have"
     if block.norm1.emb is None:
@@ -125,7 +125,7 @@ class FastditAttnProcessor:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -164,7 +164,7 @@ def shared_processor() -> FastditAttnProcessor:
     return FastditAttnProcessor()
 
 
-def refuse_attention(attn: nn.Module) -> str | None:
+def refuse_attention(attn: Any) -> str | None:
     name = type(attn.processor).__name__
     if name != "AttnProcessor2_0":
         return f"its processor is {name}, not AttnProcessor2_0"
@@ -201,12 +201,12 @@ def patch_conv_forward(self, input: Tensor) -> Tensor:
 patch_conv_forward.__name__ = "forward"
 
 
-def is_patch_embedding(module: nn.Module) -> bool:
+def is_patch_embedding(module: Any) -> bool:
     proj = getattr(module, "proj", None)
     return isinstance(proj, nn.Conv2d) and hasattr(module, "patch_size") and proj.kernel_size == proj.stride
 
 
-def refuse_patch_embedding(module: nn.Module) -> str | None:
+def refuse_patch_embedding(module: Any) -> str | None:
     proj = module.proj
     if type(proj) is not nn.Conv2d or proj.padding != (0, 0) or proj.dilation != (1, 1) or proj.groups != 1:
         return "its convolution is not a plain nn.Conv2d without padding"
@@ -270,13 +270,13 @@ def model_forward(
 model_forward.__name__ = "forward"
 
 
-def refuse_model(model: nn.Module) -> str | None:
+def refuse_model(model: Any) -> str | None:
     if type(model.norm_out) is not nn.LayerNorm or model.norm_out.elementwise_affine:
         return "its last norm is not a plain LayerNorm"
     return None
 
 
-def model_patches(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+def model_patches(model: Any) -> Iterator[tuple[nn.Module, str, Any]]:
     yield model, "forward", model_forward
 
 

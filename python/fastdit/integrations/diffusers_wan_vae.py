@@ -7,7 +7,8 @@ convolution is in channels_last_3d memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,11 +60,11 @@ def frame_conv_forward(self, input: Tensor, *, padding=None, norm_weight=None, r
     )
 
 
-def gamma(norm: nn.Module) -> Tensor:
+def gamma(norm: Any) -> Tensor:
     return norm.gamma.flatten()
 
 
-def cached(conv: nn.Module, x: Tensor, feat_cache: list | None, feat_idx: list, **fused) -> Tensor:
+def cached(conv: Any, x: Tensor, feat_cache: list | None, feat_idx: list, **fused) -> Tensor:
     """One layer of the stream: use this layer's slot of the cache, refill it, move on to the next slot."""
     if feat_cache is None:
         return conv(x, **fused)
@@ -184,7 +185,7 @@ def is_causal_conv(module: object) -> bool:
     return isinstance(module, nn.Conv3d) and len(getattr(module, "_padding", ())) == 6
 
 
-def refuse_convs(*convs: nn.Module) -> str | None:
+def refuse_convs(*convs: Any) -> str | None:
     for conv in convs:
         plain = type(conv) is nn.Conv2d or is_causal_conv(conv)
         if not plain or conv.groups != 1 or conv.padding_mode != "zeros" or set(conv.dilation) != {1}:
@@ -192,7 +193,7 @@ def refuse_convs(*convs: nn.Module) -> str | None:
     return None
 
 
-def refuse_norms(*norms: nn.Module) -> str | None:
+def refuse_norms(*norms: Any) -> str | None:
     for norm in norms:
         if not has(norm, "gamma", "scale", "bias", "channel_first") or not norm.channel_first:
             return f"its norm is a {type(norm).__name__}, not a channel norm"
@@ -201,11 +202,11 @@ def refuse_norms(*norms: nn.Module) -> str | None:
     return None
 
 
-def refuse_activation(module: nn.Module) -> str | None:
+def refuse_activation(module: Any) -> str | None:
     return None if type(module) is nn.SiLU else f"its activation is {type(module).__name__}, not SiLU"
 
 
-def refuse_residual_block(block: nn.Module) -> str | None:
+def refuse_residual_block(block: Any) -> str | None:
     if block.dropout.p > 0:
         return f"dropout p={block.dropout.p} between its norm and its convolution"
     shortcut = [] if isinstance(block.conv_shortcut, nn.Identity) else [block.conv_shortcut]
@@ -216,14 +217,14 @@ def refuse_residual_block(block: nn.Module) -> str | None:
     )
 
 
-def residual_block_patches(block: nn.Module) -> Iterator:
+def residual_block_patches(block: Any) -> Iterator:
     yield block, "forward", residual_block_forward
     for conv in (block.conv1, block.conv2, block.conv_shortcut):
         if not isinstance(conv, nn.Identity):
             yield conv, "forward", causal_conv_forward
 
 
-def itemsize(module: nn.Module) -> int:
+def itemsize(module: Any) -> int:
     return next(module.parameters()).element_size()
 
 
@@ -245,7 +246,7 @@ register(
 )
 
 
-def resample_patches(module: nn.Module) -> Iterator:
+def resample_patches(module: Any) -> Iterator:
     yield module, "forward", resample_forward
     yield module.resample[1], "forward", frame_conv_forward
     if hasattr(module, "time_conv"):
@@ -286,19 +287,20 @@ register(
     )
 )
 
-for side, blocks, forward in (("encoder", "down_blocks", encoder_forward), ("decoder", "up_blocks", decoder_forward)):
+
+def register_side(side: str, blocks: str, forward: Callable) -> None:
     register(
         Kind(
             name=f"causal {side} (first and last convolution)",
             ops=("causal_conv3d", "next_cache"),
-            match=lambda m, blocks=blocks: (
+            match=lambda m: (
                 has(m, "conv_in", "mid_block", blocks, "norm_out", "conv_out", "nonlinearity")
                 and is_causal_conv(m.conv_in)
             ),
             refuse=lambda m: (
                 refuse_convs(m.conv_in, m.conv_out) or refuse_norms(m.norm_out) or refuse_activation(m.nonlinearity)
             ),
-            patches=lambda m, forward=forward: [
+            patches=lambda m: [
                 (m, "forward", forward),
                 (m.conv_in, "forward", causal_conv_forward),
                 (m.conv_out, "forward", causal_conv_forward),
@@ -307,6 +309,10 @@ for side, blocks, forward in (("encoder", "down_blocks", encoder_forward), ("dec
             unit="pixel",
         )
     )
+
+
+register_side("encoder", "down_blocks", encoder_forward)
+register_side("decoder", "up_blocks", decoder_forward)
 
 register(
     Kind(

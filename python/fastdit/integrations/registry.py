@@ -36,11 +36,11 @@ class Kind:
 
     name: str
     ops: tuple[str, ...]
-    match: Callable[[nn.Module], bool]
-    refuse: Callable[[nn.Module], str | None]
-    patches: Callable[[nn.Module], Iterable[tuple[nn.Module, str, Any]]]
-    absorbs: Callable[[nn.Module], Iterable[nn.Module]] = lambda block: ()
-    saving: Callable[[nn.Module], int] = lambda block: 0
+    match: Callable[[Any], bool]
+    refuse: Callable[[Any], str | None]
+    patches: Callable[[Any], Iterable[tuple[nn.Module, str, Any]]]
+    absorbs: Callable[[Any], Iterable[nn.Module]] = lambda block: ()
+    saving: Callable[[Any], int] = lambda block: 0
     unit: str = "token"
     precision: str = "native"
 

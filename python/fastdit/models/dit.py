@@ -53,7 +53,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_embedding(t, self.frequency_size).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_embedding(t, self.frequency_size).to(next(self.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -77,7 +77,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_channels: int, hidden_size: int, patch: tuple[int, ...]):
         super().__init__()
-        conv = nn.Conv3d if len(patch) == 3 else nn.Conv2d
+        conv: type = nn.Conv3d if len(patch) == 3 else nn.Conv2d
         self.proj = conv(in_channels, hidden_size, kernel_size=patch, stride=patch)
 
     def forward(self, x: Tensor, pos: Tensor) -> Tensor:
@@ -192,24 +192,15 @@ class DiT(nn.Module):
 
     def initialize_weights(self) -> None:
         """The paper's initialisation: each block starts as the identity, the output at zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        with torch.no_grad():
-            self.pos_embed.copy_(sincos_pos_embed(self.pos_embed.shape[-1], self.grid))
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for weight in (
-            self.y_embedder.embedding_table.weight,
-            self.t_embedder.mlp[0].weight,
-            self.t_embedder.mlp[2].weight,
-        ):
-            nn.init.normal_(weight, std=0.02)
-        zero = [block.adaLN_modulation[-1] for block in self.blocks]
-        for linear in [*zero, self.final_layer.adaLN_modulation[-1], self.final_layer.linear]:
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for name, parameter in self.named_parameters():
+            if name == "pos_embed":
+                parameter.data.copy_(sincos_pos_embed(parameter.shape[-1], self.grid))
+            elif "adaLN_modulation" in name or "final_layer" in name or name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif name.startswith(("t_embedder", "y_embedder")):
+                nn.init.normal_(parameter, std=0.02)
+            else:
+                nn.init.xavier_uniform_(parameter.flatten(1))  # the patch embedding too, as the linear it is
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """(B, N, prod(patch) * out_channels) -> (B, out_channels, [T,] H, W)"""

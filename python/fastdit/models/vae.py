@@ -29,7 +29,7 @@ class Stream(dict):
 
     first = True  # the chunk is the first frame
 
-    def __call__(self, conv: nn.Module, x: Tensor, **fused) -> Tensor:
+    def __call__(self, conv: CausalConv3d, x: Tensor, **fused) -> Tensor:
         cache = self.get(conv)
         y = conv(x, cache, **fused)
         self[conv] = ops.next_cache(x, cache, conv.kernel_size[0])

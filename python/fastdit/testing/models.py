@@ -6,9 +6,9 @@ diffusers is imported on use: it is an extra.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
 
 WAN21 = dict(
     base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
@@ -19,7 +19,7 @@ WAN22 = dict(
 )  # fmt: skip
 
 
-def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomize(model: Any, seed: int = 0) -> Any:
     """Weights of scale 1/sqrt(fan-in), norms around one, biases and tables small: no gate is zero, nothing explodes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -36,7 +36,7 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def diffusers_dit(*, layers: int = 2, heads: int = 2, head_dim: int = 32, size: int = 16, seed: int = 0) -> nn.Module:
+def diffusers_dit(*, layers: int = 2, heads: int = 2, head_dim: int = 32, size: int = 16, seed: int = 0) -> Any:
     """DiTTransformer2DModel; layers=28, heads=16, head_dim=72, size=32 is DiT-XL/2 at 256 x 256."""
     from diffusers import DiTTransformer2DModel
 
@@ -48,7 +48,7 @@ def diffusers_dit(*, layers: int = 2, heads: int = 2, head_dim: int = 32, size: 
     )
 
 
-def diffusers_wan_vae(seed: int = 0, **config) -> nn.Module:
+def diffusers_wan_vae(seed: int = 0, **config) -> Any:
     """AutoencoderKLWan; without config the full-size Wan 2.1 VAE."""
     from diffusers import AutoencoderKLWan
 
