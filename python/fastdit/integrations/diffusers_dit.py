@@ -12,10 +12,7 @@ from torch import Tensor, nn
 
 from fastdit import ops
 from fastdit.integrations.registry import RECORD, Kind, register
-
-
-def has(module: Any, *names: str) -> bool:
-    return all(hasattr(module, name) for name in names)
+from fastdit.integrations.structure import has, itemsize
 
 
 def law(module: Any, x: Tensor, table: Tensor) -> str:
@@ -101,7 +98,7 @@ register(
         patches=lambda block: [(block, "forward", block_forward)],
         absorbs=lambda block: [block.norm1, block.norm1.norm, block.norm3],
         # passes over (tokens, C): eager 2*(norm 2, scale 2, shift 2) + 2*(gate 2, add 3) = 22, fused 2 + 4 + 3 = 9
-        saving=lambda block: 13 * block.norm3.normalized_shape[0] * next(block.parameters()).element_size(),
+        saving=lambda block: 13 * block.norm3.normalized_shape[0] * itemsize(block),
     )
 )
 
@@ -294,6 +291,6 @@ register(
         patches=model_patches,
         absorbs=lambda model: [model.norm_out],
         # passes over (tokens, C): norm 2, scale 2, shift 2 against 2
-        saving=lambda model: 4 * model.norm_out.normalized_shape[0] * next(model.parameters()).element_size(),
+        saving=lambda model: 4 * model.norm_out.normalized_shape[0] * itemsize(model),
     )
 )

@@ -14,8 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import ops
-from fastdit.integrations.diffusers_dit import has
 from fastdit.integrations.registry import Kind, register
+from fastdit.integrations.structure import (
+    has,
+    is_causal_conv,
+    itemsize,
+    refuse_activation,
+    refuse_convs,
+    refuse_norms,
+)
 from fastdit.models.vae import AFTER, ONE_BEFORE, chunks, patchify, unpatchify
 from fastdit.nn import channels_last, frame_attention, upsample2x
 
@@ -181,31 +188,6 @@ for function in (
 # Recognition ------------------------------------------------------------------------------------------------------
 
 
-def is_causal_conv(module: object) -> bool:
-    return isinstance(module, nn.Conv3d) and len(getattr(module, "_padding", ())) == 6
-
-
-def refuse_convs(*convs: Any) -> str | None:
-    for conv in convs:
-        plain = type(conv) is nn.Conv2d or is_causal_conv(conv)
-        if not plain or conv.groups != 1 or conv.padding_mode != "zeros" or set(conv.dilation) != {1}:
-            return f"its convolution is a {type(conv).__name__} with groups, dilation or a wrapper"
-    return None
-
-
-def refuse_norms(*norms: Any) -> str | None:
-    for norm in norms:
-        if not has(norm, "gamma", "scale", "bias", "channel_first") or not norm.channel_first:
-            return f"its norm is a {type(norm).__name__}, not a channel norm"
-        if isinstance(norm.bias, Tensor):
-            return "its norm has a bias"
-    return None
-
-
-def refuse_activation(module: Any) -> str | None:
-    return None if type(module) is nn.SiLU else f"its activation is {type(module).__name__}, not SiLU"
-
-
 def refuse_residual_block(block: Any) -> str | None:
     if block.dropout.p > 0:
         return f"dropout p={block.dropout.p} between its norm and its convolution"
@@ -222,10 +204,6 @@ def residual_block_patches(block: Any) -> Iterator:
     for conv in (block.conv1, block.conv2, block.conv_shortcut):
         if not isinstance(conv, nn.Identity):
             yield conv, "forward", causal_conv_forward
-
-
-def itemsize(module: Any) -> int:
-    return next(module.parameters()).element_size()
 
 
 register(
