@@ -54,7 +54,7 @@ def frame_attention(qkv: Tensor) -> Tensor:
     In channels_last_3d memory the queries, keys and values are strided views and the result needs no copy.
     """
     b, c3, t, h, w = qkv.shape
-    q, k, v = qkv.permute(0, 2, 3, 4, 1).reshape(b * t, h * w, 3, 1, c3 // 3).unbind(2)
+    q, k, v = channels_last(qkv).permute(0, 2, 3, 4, 1).reshape(b * t, h * w, 3, 1, c3 // 3).unbind(2)
     return ops.attention(q, k, v).reshape(b, t, h, w, c3 // 3).permute(0, 4, 1, 2, 3)
 
 
