@@ -98,17 +98,19 @@ def interleaved(
     device: torch.device | str = "cpu",
     rounds: int = 7,
     shortest: float = 2e-3,
+    repeats: int | None = None,
     after_round: Callable[[int], None] | None = None,
 ) -> dict[str, Timing]:
     """Time every call once per round, in an order that turns from round to round.
 
     Args:
-        calls: name -> function without arguments. Each is called at least twice before the first round.
+        calls: name -> function without arguments.
         rounds: samples per call; at least 7 for a figure that is published.
-        shortest: a sample repeats its call until it lasts this many seconds.
+        shortest: a sample repeats its call until it lasts this many seconds; two unrecorded calls find out how often.
+        repeats: calls per sample, when the caller knows and has warmed up.
         after_round: called with the number of rounds done (progress bars).
     """
-    repeats = {name: _repeats(call, device, shortest) for name, call in calls.items()}
+    times = {name: repeats or _repeats(call, device, shortest) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     collecting = gc.isenabled()
@@ -117,7 +119,7 @@ def interleaved(
         for done in range(rounds):
             turn = done % len(names)
             for name in names[turn:] + names[:turn]:
-                samples[name].append(_sample(calls[name], repeats[name], device))
+                samples[name].append(_sample(calls[name], times[name], device))
             if after_round is not None:
                 after_round(done + 1)
     finally:
