@@ -30,8 +30,8 @@ Isa parse(const std::string& name) {
   for (int i = 0; i < 4; ++i) {
     if (name == kNames[i]) {
       if (i > static_cast<int>(best_isa()))
-        throw std::invalid_argument("FASTDIT_CPU_ISA: this machine cannot run it; got " + name +
-                                    ", expected at most " + isa_name(best_isa()) + "; choose a smaller one");
+        throw std::invalid_argument("FASTDIT_CPU_ISA: this machine cannot run it; got " + name + ", expected at most " +
+                                    isa_name(best_isa()) + "; choose a smaller one");
       return static_cast<Isa>(i);
     }
   }

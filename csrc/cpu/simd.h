@@ -55,8 +55,16 @@ struct simd<double> {
 };
 
 // ---- scalar conversions -------------------------------------------------------------------------------
-FASTDIT_INLINE uint32_t as_bits(float x) { uint32_t u; __builtin_memcpy(&u, &x, 4); return u; }
-FASTDIT_INLINE float from_bits(uint32_t u) { float x; __builtin_memcpy(&x, &u, 4); return x; }
+FASTDIT_INLINE uint32_t as_bits(float x) {
+  uint32_t u;
+  __builtin_memcpy(&u, &x, 4);
+  return u;
+}
+FASTDIT_INLINE float from_bits(uint32_t u) {
+  float x;
+  __builtin_memcpy(&x, &u, 4);
+  return x;
+}
 
 FASTDIT_INLINE float to_scalar(float x) { return x; }
 FASTDIT_INLINE double to_scalar(double x) { return x; }
@@ -75,9 +83,13 @@ FASTDIT_INLINE float to_scalar(f16 x) {
 template <class T>
 FASTDIT_INLINE T from_scalar(typename simd<T>::S x);
 template <>
-FASTDIT_INLINE float from_scalar<float>(float x) { return x; }
+FASTDIT_INLINE float from_scalar<float>(float x) {
+  return x;
+}
 template <>
-FASTDIT_INLINE double from_scalar<double>(double x) { return x; }
+FASTDIT_INLINE double from_scalar<double>(double x) {
+  return x;
+}
 template <>
 FASTDIT_INLINE bf16 from_scalar<bf16>(float x) {
   const uint32_t u = as_bits(x);
@@ -103,9 +115,15 @@ FASTDIT_INLINE f16 from_scalar<f16>(float x) {
 
 // ---- vectors ------------------------------------------------------------------------------------------
 template <class V, class P>
-FASTDIT_INLINE V load_raw(const P* p) { V v; __builtin_memcpy(&v, p, sizeof(V)); return v; }
+FASTDIT_INLINE V load_raw(const P* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
 template <class V, class P>
-FASTDIT_INLINE void store_raw(P* p, V v) { __builtin_memcpy(p, &v, sizeof(V)); }
+FASTDIT_INLINE void store_raw(P* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
 
 FASTDIT_INLINE vf splat(float x) { return vf{} + x; }
 FASTDIT_INLINE vd splat(double x) { return vd{} + x; }
@@ -182,9 +200,13 @@ FASTDIT_INLINE typename simd<T>::V round_to(typename simd<T>::V v) {
   return load(tmp);
 }
 template <>
-FASTDIT_INLINE vf round_to<float>(vf v) { return v; }
+FASTDIT_INLINE vf round_to<float>(vf v) {
+  return v;
+}
 template <>
-FASTDIT_INLINE vd round_to<double>(vd v) { return v; }
+FASTDIT_INLINE vd round_to<double>(vd v) {
+  return v;
+}
 
 FASTDIT_INLINE float sum(vf v) {
 #if defined(__AVX512F__)
@@ -230,7 +252,9 @@ FASTDIT_INLINE vd exp(vd x) {
   return y;
 }
 template <class V>
-FASTDIT_INLINE V sigmoid(V x) { return 1.0f / (1.0f + exp(-x)); }
+FASTDIT_INLINE V sigmoid(V x) {
+  return 1.0f / (1.0f + exp(-x));
+}
 FASTDIT_INLINE vd sigmoid(vd x) { return 1.0 / (1.0 + exp(-x)); }
 // tanh(x) = 1 - 2 / (exp(2x) + 1) away from 0; odd polynomial near it, where that cancels.
 FASTDIT_INLINE vf tanh(vf x) {
@@ -276,7 +300,8 @@ inline void parallel_tasks(int64_t n, int threads, F&& fn) {
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : data_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64))) {}
+  explicit Scratch(int64_t count)
+      : data_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64))) {}
   ~Scratch() { std::free(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

@@ -21,10 +21,26 @@ constexpr int64_t itemsize(DType t) { return t == DType::f64 ? 8 : t == DType::f
 }  // namespace fastdit
 
 // The only dtype dispatch: calls `body` with T bound to the element type of `code`.
-#define FASTDIT_DTYPE_SWITCH(code, T, ...)                    \
-  switch (static_cast<::fastdit::DType>(code)) {              \
-    case ::fastdit::DType::f32: { using T = float; __VA_ARGS__; break; }           \
-    case ::fastdit::DType::bf16: { using T = ::fastdit::bf16; __VA_ARGS__; break; } \
-    case ::fastdit::DType::f16: { using T = ::fastdit::f16; __VA_ARGS__; break; }   \
-    case ::fastdit::DType::f64: { using T = double; __VA_ARGS__; break; }          \
+#define FASTDIT_DTYPE_SWITCH(code, T, ...)       \
+  switch (static_cast<::fastdit::DType>(code)) { \
+    case ::fastdit::DType::f32: {                \
+      using T = float;                           \
+      __VA_ARGS__;                               \
+      break;                                     \
+    }                                            \
+    case ::fastdit::DType::bf16: {               \
+      using T = ::fastdit::bf16;                 \
+      __VA_ARGS__;                               \
+      break;                                     \
+    }                                            \
+    case ::fastdit::DType::f16: {                \
+      using T = ::fastdit::f16;                  \
+      __VA_ARGS__;                               \
+      break;                                     \
+    }                                            \
+    case ::fastdit::DType::f64: {                \
+      using T = double;                          \
+      __VA_ARGS__;                               \
+      break;                                     \
+    }                                            \
   }

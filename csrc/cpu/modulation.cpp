@@ -1,0 +1,244 @@
+// Modulation forward, one row at a time:
+//   r = residual + act(gate) * [rms](y)
+//   h = n(r) * (1 + scale) + shift
+//
+// A row is widened once into an L1-resident buffer; statistics take two passes over that buffer (mean, then centred
+// squares), so memory sees each tensor exactly once. Table rows are widened when the row map moves to another row:
+// N / M tokens share one, and a per-token table costs one more pass over L1.
+#include "fastdit/modulation.h"
+
+#include "simd.h"
+
+namespace fastdit::cpu::FASTDIT_ISA {
+namespace {
+
+template <class T, class S>
+void widen_as(const void* from, S* to, int64_t C) {
+  using V = typename simd<S>::V;
+  constexpr int w = simd<S>::width;
+  const T* p = static_cast<const T*>(from);
+  int64_t c = 0;
+  if constexpr (sizeof(typename simd<T>::S) == sizeof(S)) {
+    for (; c + w <= C; c += w) store_raw(to + c, static_cast<V>(load(p + c)));
+  }
+  for (; c < C; ++c) to[c] = static_cast<S>(to_scalar(p[c]));
+}
+
+template <class S>
+void widen(const void* from, int64_t offset, int dtype, S* to, int64_t C) {
+  FASTDIT_DTYPE_SWITCH(dtype, T, widen_as<T>(static_cast<const T*>(from) + offset, to, C));
+}
+
+// One table's current row, widened; `row` reports whether it moved.
+template <class S>
+struct Cursor {
+  S* values;
+  int64_t offset = -1;
+
+  bool move(const Table& t, int64_t b, int64_t n, int64_t N, const void* index, int is64, int64_t C) {
+    if (!t.data) return false;
+    int64_t at;
+    if (index) {
+      const int64_t i = b * N + n;
+      at = (is64 ? static_cast<const int64_t*>(index)[i] : static_cast<const int32_t*>(index)[i]) * t.stride_m;
+    } else {
+      at = b * t.stride_b + (n / t.tokens_per_row) * t.stride_m;
+    }
+    if (at == offset) return false;
+    offset = at;
+    widen(t.data, at, t.dtype, values, C);
+    return true;
+  }
+};
+
+template <class S>
+FASTDIT_INLINE S inverse_root(S x) {
+  return S(1) / (sizeof(S) == 8 ? static_cast<S>(__builtin_sqrt(x)) : static_cast<S>(__builtin_sqrtf(x)));
+}
+
+// Padded to whole vectors: rows of the scratch end in zeros, so passes over it need no tail.
+template <class S>
+S sum_squares(const S* row, int64_t padded) {
+  using V = typename simd<S>::V;
+  constexpr int w = simd<S>::width;
+  V a{}, b{};
+  int64_t c = 0;
+  for (; c + 2 * w <= padded; c += 2 * w) {
+    const V u = load(row + c), v = load(row + c + w);
+    a += u * u;
+    b += v * v;
+  }
+  for (; c < padded; c += w) {
+    const V u = load(row + c);
+    a += u * u;
+  }
+  return sum(a + b);
+}
+
+template <class T, class TR, bool native>
+struct Row {
+  using S = typename simd<T>::S;
+  using V = typename simd<T>::V;
+  static constexpr int w = simd<T>::width;
+
+  const ModulationParams& p;
+  int64_t C, padded;
+  Scratch<S> memory;
+  S *value, *branch, *post, *affine, *offset;  // affine = weight_offset + weight, offset = bias
+  Cursor<S> gate, scale, shift;
+
+  explicit Row(const ModulationParams& params) : p(params), C(p.C), padded((p.C + w - 1) / w * w), memory(8 * padded) {
+    S* m = memory.get();
+    for (int64_t i = 0; i < 8 * padded; ++i) m[i] = 0;
+    value = m;
+    branch = m + padded;
+    post = m + 2 * padded;
+    affine = m + 3 * padded;
+    offset = m + 4 * padded;
+    gate.values = m + 5 * padded;
+    scale.values = m + 6 * padded;
+    shift.values = m + 7 * padded;
+    if (p.post_weight.data) widen(p.post_weight.data, 0, p.post_weight.dtype, post, C);
+    if (p.weight.data) widen(p.weight.data, 0, p.weight.dtype, affine, C);
+    if (p.weight_offset != 0)
+      for (int64_t c = 0; c < C; ++c) affine[c] = to_scalar(round_scalar(affine[c] + static_cast<S>(p.weight_offset)));
+    if (p.bias.data) widen(p.bias.data, 0, p.bias.dtype, offset, C);
+  }
+
+  static auto round_scalar(S x) {
+    if constexpr (native)
+      return from_scalar<T>(x);
+    else
+      return x;
+  }
+  static FASTDIT_INLINE V rounded(V v) {
+    if constexpr (native)
+      return round_to<T>(v);
+    else
+      return v;
+  }
+
+  // value = y, or residual + act(gate) * [rms](y) rounded as stored in r.
+  void gate_residual(int64_t b, int64_t n) {
+    const T* y = static_cast<const T*>(p.y) + b * p.y_stride_b + n * p.y_stride_n;
+    if (!p.residual) {
+      widen_as<T>(y, value, C);
+      return;
+    }
+    if (gate.move(p.gate, b, n, p.N, p.gate_row_index, p.index_is_64, C) && p.gate_act == GateAct::tanh)
+      for (int64_t c = 0; c < padded; c += w) store_raw(gate.values + c, rounded(tanh(load(gate.values + c))));
+    const bool gated = p.gate.data;
+    const TR* residual = static_cast<const TR*>(p.residual) + b * p.residual_stride_b + n * p.residual_stride_n;
+    TR* out = static_cast<TR*>(p.r) + (b * p.N + n) * C;
+    S root = 1;
+    if (p.post_norm) {
+      widen_as<T>(y, branch, C);
+      root = inverse_root(sum_squares(branch, padded) / static_cast<S>(C) + static_cast<S>(p.post_eps));
+    }
+    const bool post = p.post_norm, weighted = p.post_weight.data;
+    auto element = [&](int64_t c, V from, V res) {
+      V v = from;
+      if (post) {
+        v = rounded(v * root);
+        if (weighted) v = rounded(v * load(this->post + c));
+      }
+      if (gated) v = rounded(v * load(gate.values + c));
+      return res + v;
+    };
+    int64_t c = 0;
+    for (; c + w <= C; c += w) {
+      V v = element(c, load(y + c), load(residual + c));
+      store(out + c, v);
+      store_raw(value + c, round_to<TR>(v));
+    }
+    if (const int tail = static_cast<int>(C - c); tail) {
+      V v = element(c, load_n(y + c, tail), load_n(residual + c, tail));
+      store_n(out + c, v, tail);
+      store_raw(value + c, round_to<TR>(v));
+    }
+  }
+
+  // h = n(value) * (1 + scale) + shift
+  void norm_modulate(int64_t b, int64_t n) {
+    if (scale.move(p.scale, b, n, p.N, p.row_index, p.index_is_64, C))
+      for (int64_t c = 0; c < padded; c += w) store_raw(scale.values + c, rounded(load(scale.values + c) + S(1)));
+    shift.move(p.shift, b, n, p.N, p.row_index, p.index_is_64, C);
+    S mean = 0, root;
+    if (p.norm == Norm::layer) {
+      V a{}, d{};
+      int64_t c = 0;
+      for (; c + 2 * w <= padded; c += 2 * w) {
+        a += load(value + c);
+        d += load(value + c + w);
+      }
+      for (; c < padded; c += w) a += load(value + c);
+      mean = sum(a + d) / static_cast<S>(C);
+      for (c = 0; c + w <= C; c += w) store_raw(value + c, load(value + c) - mean);
+      for (; c < C; ++c) value[c] -= mean;  // the zeros behind the row stay zeros
+    }
+    root = inverse_root(sum_squares(value, padded) / static_cast<S>(C) + static_cast<S>(p.eps));
+    T* out = static_cast<T*>(p.h) + (b * p.N + n) * C;
+    const bool has_weight = p.weight.data || p.weight_offset != 0, has_bias = p.bias.data;
+    const bool has_scale = p.scale.data, has_shift = p.shift.data;
+    const bool rms = p.norm == Norm::rms;
+    auto run = [&](auto&& element) {
+      int64_t c = 0;
+      for (; c + w <= C; c += w) store(out + c, element(c));
+      if (c < C) store_n(out + c, element(c), static_cast<int>(C - c));
+    };
+    if (!has_weight && !has_bias && has_scale && has_shift) {  // adaLN-Zero: the hot case, free of branches
+      run([&](int64_t c) {
+        const V x = rounded(load(value + c) * root);
+        return rounded(x * load(scale.values + c)) + load(shift.values + c);
+      });
+      return;
+    }
+    run([&](int64_t c) {
+      V x = load(value + c) * root;
+      if (rms) x = rounded(x);  // eager RMSNorm rounds before its affine part, F.layer_norm only after it
+      if (has_weight) x = x * load(affine + c);
+      if (rms && has_weight) x = rounded(x);
+      if (has_bias) x = x + load(offset + c);
+      x = rounded(x);
+      if (has_scale) x = rounded(x * load(scale.values + c));
+      if (has_shift) x = x + load(shift.values + c);
+      return x;
+    });
+  }
+};
+
+template <class T, class TR, bool native>
+void run(const ModulationParams& p) {
+  const int64_t rows = p.B * p.N;
+  // below about 64 KB a second thread costs more than it saves
+  const int threads = rows * p.C < 16384 ? 1 : p.threads;
+  parallel_ranges(rows, threads, [&](int64_t begin, int64_t end, int) {
+    Row<T, TR, native> row(p);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / p.N, n = i % p.N;
+      row.gate_residual(b, n);
+      if (p.norm != Norm::none) row.norm_modulate(b, n);
+    }
+  });
+}
+
+template <class T, class TR>
+void by_law(const ModulationParams& p) {
+  if (p.native && sizeof(T) == 2)
+    run<T, TR, true>(p);
+  else
+    run<T, TR, false>(p);  // in fp32 and fp64 every operation rounds to the dtype anyway
+}
+
+}  // namespace
+
+void modulation_forward(const ModulationParams& p) {
+  FASTDIT_DTYPE_SWITCH(p.dtype, T, {
+    if (p.residual_dtype == p.dtype)
+      by_law<T, T>(p);
+    else if constexpr (sizeof(T) == 2)
+      by_law<T, float>(p);
+  });
+}
+
+}  // namespace fastdit::cpu::FASTDIT_ISA

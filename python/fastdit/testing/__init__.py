@@ -1,0 +1,1 @@
+"""What tests, benchmarks and the command line share: tolerances, poisoned memory, workloads, contracts, timing."""

@@ -1,0 +1,25 @@
+"""Fixtures that every family's tests use."""
+
+import pytest
+import torch
+
+from fastdit import _cpu
+
+_ORDER = ("portable", "avx2", "avx512", "avx512_bf16")
+ISAS = _ORDER[: _ORDER.index(_cpu.best_isa()) + 1]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Runs the test once per instruction set that this machine has."""
+    before = _cpu.isa()
+    _cpu.set_isa(request.param)
+    yield request.param
+    _cpu.set_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()

@@ -1,0 +1,241 @@
+"""modulation: the contract on every sample, the laws that are its own, and every check of its input."""
+
+import pytest
+import torch
+
+import fastdit
+from fastdit import ops
+from fastdit.testing import close, contract
+from fastdit.testing.workloads import Maker, samples
+
+SAMPLES = [s for op in ("norm_modulate", "gate_residual", "gate_residual_norm_modulate") for s in samples(op)]
+each_sample = pytest.mark.parametrize("sample", SAMPLES, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", contract.DTYPES, ids=lambda d: str(d)[6:])
+HOT = ("adaln", "adaln-native", "gate", "seam", "packed-index", "indexed")
+each_hot = pytest.mark.parametrize("sample", [s for s in SAMPLES if s.id in HOT], ids=str)
+
+
+@each_dtype
+@each_sample
+def test_forward(sample, dtype, isa):
+    contract.forward(sample, dtype, "cpu")
+
+
+@each_dtype
+@each_sample
+def test_backward(sample, dtype):
+    contract.backward(sample, dtype, "cpu")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@each_sample
+def test_gradcheck(sample, backend):
+    contract.gradcheck(sample, backend)
+
+
+@each_hot
+def test_opcheck(sample):
+    assert contract.opcheck(sample, "cpu") == 2
+
+
+@each_dtype
+@each_sample
+def test_fast_path_equals_torch_ops(sample, dtype):
+    contract.paths_equal(sample, dtype, "cpu")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@each_hot
+def test_compile(sample, backend):
+    contract.compile_dynamic(sample, backend)
+
+
+@each_hot
+def test_threads(sample):
+    contract.threads_equal(sample, torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (0, 8)])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_zero_size(shape, backend):
+    x = torch.randn(shape, requires_grad=True)
+    table = torch.randn(1 if len(shape) == 2 else shape[0], 8)
+    y = ops.norm_modulate(x, shift=table, scale=table, backend=backend)
+    r, h = ops.gate_residual_norm_modulate(x, x, table, shift=table, backend=backend)
+    assert y.shape == r.shape == h.shape == shape
+    (y + r + h).sum().backward()
+    assert x.grad.shape == shape
+
+
+def test_never_returns_its_input():
+    x = torch.randn(2, 4, 8)
+    zero = torch.zeros_like(x)
+    assert ops.gate_residual(x, zero).data_ptr() != x.data_ptr()
+    assert ops.norm_modulate(x).data_ptr() != x.data_ptr()
+
+
+def test_nan_stays_in_its_token(isa):
+    m = Maker(torch.bfloat16)
+    x = m.randn(1, 6, 40)
+    x[0, 2, 5] = float("nan")
+    y = ops.norm_modulate(x, shift=m.randn(1, 40), backend="cpu")
+    assert torch.isnan(y[0, 2]).all() and not torch.isnan(y[0, [0, 1, 3, 4, 5]]).any()
+
+
+def test_packing_equals_one_by_one():
+    m = Maker(torch.bfloat16)
+    parts = [m.randn(n, 72) for n in (3, 1, 5)]
+    table = m.randn(3, 72)
+    index = torch.repeat_interleave(torch.arange(3), torch.tensor([3, 1, 5])).to(torch.int32)
+    packed = ops.norm_modulate(torch.cat(parts), scale=table, row_index=index)
+    single = torch.cat([ops.norm_modulate(p, scale=table[i : i + 1]) for i, p in enumerate(parts)])
+    close.assert_bitwise(packed, single)
+
+
+def test_after_fork_runs_on_one_thread():
+    x = torch.randn(4, 512, 256)
+    expected = ops.norm_modulate(x, backend="cpu")  # starts the OpenMP pool that a child will not have
+    context = torch.multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+
+    def child():
+        y = fastdit._cpu_backend.modulation.norm_modulate(x, None, None, None, None, None, "layer", 1e-6, 0.0, "fp32")
+        queue.put(bool((y.numpy() == expected.numpy()).all()))
+
+    process = context.Process(target=child)
+    process.start()
+    process.join(20)
+    alive = process.is_alive()
+    process.kill()
+    assert not alive, "the kernel hung in a forked child"
+    assert queue.get()
+
+
+def test_double_backward_raises():
+    x = torch.randn(2, 4, 8, requires_grad=True)
+    y = ops.norm_modulate(x, backend="cpu")
+    (g,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        torch.autograd.grad(g.sum(), x)
+
+
+def test_forward_mode_is_not_silently_dropped():
+    x, t = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, t)
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            ops.norm_modulate(dual, backend="cpu")
+        exact = torch.autograd.forward_ad.unpack_dual(ops.norm_modulate(dual, backend="reference")).tangent
+    assert exact is not None and exact.abs().sum() > 0
+
+
+def test_backends_and_explain(capsys):
+    x = torch.randn(2, 4, 8)
+    text = fastdit.explain("norm_modulate", x)
+    assert "cpu         chosen" in text and "backward: reference" in text and text in capsys.readouterr().out
+    with fastdit.use_backend("reference"):
+        assert "reference   chosen" in fastdit.explain("norm_modulate", x)
+        with pytest.raises(fastdit.NoBackend, match="triton"):
+            ops.norm_modulate(x, backend="triton")
+    with pytest.raises(ValueError, match="unknown backend"):
+        ops.norm_modulate(x, backend="gpu")
+    with pytest.raises(fastdit.NoBackend, match="needs a CPU tensor; got meta"):
+        ops.norm_modulate(x.to("meta"), backend="cpu")
+    assert ops.norm_modulate(x.to("meta")).device.type == "meta"
+
+
+B, N, C = 2, 6, 8
+X, T, V = torch.randn(B, N, C), torch.randn(B, C), torch.randn(C)
+BAD_NORM = {
+    "rank": (dict(x=X[0, 0]), ValueError, "wrong rank"),
+    "integer": (dict(x=X.int()), TypeError, "int32"),
+    "last-dim": (dict(x=torch.randn(B, C, N).transpose(1, 2)), ValueError, "must be contiguous"),
+    "no-channels": (dict(x=X[..., :0]), ValueError, "no channels"),
+    "scale-chunk": (dict(scale=torch.randn(B, 6 * C)), ValueError, r"chunk\(6"),
+    "scale-C": (dict(scale=torch.randn(B, C + 1)), ValueError, "must end in C"),
+    "scale-B": (dict(scale=torch.randn(B + 1, C)), ValueError, "must be"),
+    "scale-rank": (dict(scale=torch.randn(B, 1, 1, C)), ValueError, "must be"),
+    "M-divides": (dict(scale=torch.randn(B, 4, C)), ValueError, "must divide"),
+    "scale-strided": (dict(scale=torch.randn(C, B).t()), ValueError, "contiguous"),
+    "scale-dtype": (dict(scale=T.int()), TypeError, "int32"),
+    "scale-device": (dict(scale=T.to("meta")), ValueError, "another device"),
+    "packed-table": (dict(x=X[0], scale=T), ValueError, "packed"),
+    "weight-shape": (dict(weight=T), ValueError, r"must be \(C,\)"),
+    "bias-shape": (dict(bias=torch.randn(C + 1)), ValueError, r"must be \(C,\)"),
+    "index-dtype": (dict(scale=T, row_index=torch.zeros(B, N)), TypeError, "int32 or int64"),
+    "index-shape": (
+        dict(scale=T, row_index=torch.zeros(B, N + 1, dtype=torch.int32)),
+        ValueError,
+        "one entry per token",
+    ),
+    "index-table": (dict(scale=T[None], row_index=torch.zeros(B, N, dtype=torch.int32)), ValueError, "table"),
+    "index-high": (dict(scale=T, row_index=torch.full((B, N), B, dtype=torch.int32)), ValueError, "out of range"),
+    "index-low": (dict(scale=T, row_index=torch.full((B, N), -1)), ValueError, "out of range"),
+    "eps-nan": (dict(eps=float("nan")), ValueError, "eps"),
+    "eps-negative": (dict(eps=-1e-6), ValueError, "eps"),
+    "norm": (dict(norm="batch"), ValueError, "norm"),
+    "precision": (dict(precision="tf32"), ValueError, "precision"),
+    "native-dtype": (dict(x=X.bfloat16(), scale=T, precision="native"), TypeError, "fp32"),
+    "native-weight": (dict(x=X.bfloat16(), weight=V, precision="native"), TypeError, "fp32"),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("case", BAD_NORM, ids=str)
+def test_bad_input_norm_modulate(case, backend):
+    kwargs, error, match = BAD_NORM[case]
+    with pytest.raises(error, match=match) as caught:
+        ops.norm_modulate(**{"x": X, **kwargs}, backend=backend)
+    assert str(caught.value).startswith("norm_modulate: ") and "got" in str(caught.value)
+
+
+GOOD = dict(residual=X, y=X, gate=T)
+BAD_GATE = {
+    "shape": (dict(residual=X[:, :4]), ValueError, "differ in shape"),
+    "rank": (dict(y=X[None], residual=X[None]), ValueError, "wrong rank"),
+    "residual-dtype": (dict(residual=X.double()), TypeError, "residual must have"),
+    "residual-device": (dict(residual=X.to("meta")), ValueError, "another device"),
+    "native-dtype": (dict(y=X.bfloat16(), gate=None, precision="native"), TypeError, "fp32"),
+    "gate-C": (dict(gate=torch.randn(B, C + 1)), ValueError, "must end in C"),
+    "gate-act": (dict(gate_act="relu"), ValueError, "gate_act"),
+    "act-without-gate": (dict(gate=None, gate_act="tanh"), ValueError, "nothing to act on"),
+    "post-norm": (dict(post_norm="layer"), ValueError, "post_norm"),
+    "post-weight": (dict(post_norm_weight=V), ValueError, "without post_norm"),
+    "post-weight-shape": (dict(post_norm="rms", post_norm_weight=T), ValueError, r"must be \(C,\)"),
+    "post-eps": (dict(post_norm="rms", post_norm_eps=float("nan")), ValueError, "post_norm_eps"),
+    "index-high": (dict(row_index=torch.full((B, N), B, dtype=torch.int32)), ValueError, "out of range"),
+    "precision": (dict(precision="bf16"), ValueError, "precision"),
+}
+
+
+@pytest.mark.parametrize("op", ["gate_residual", "gate_residual_norm_modulate"])
+@pytest.mark.parametrize("case", BAD_GATE, ids=str)
+def test_bad_input_gate(case, op):
+    kwargs, error, match = BAD_GATE[case]
+    with pytest.raises(error, match=match) as caught:
+        getattr(ops, op)(**{**GOOD, **kwargs})
+    assert str(caught.value).startswith(f"{op}: ")
+
+
+@pytest.mark.parametrize(
+    "kwargs, match",
+    [
+        (dict(gate=None, gate_row_index=torch.zeros(B, N, dtype=torch.int32)), "gate_row_index has no table"),
+        (dict(gate_row_index=torch.zeros(B, 1, dtype=torch.int32)), "one entry per token"),
+        (dict(gate_row_index=torch.full((B, N), 9, dtype=torch.int32)), "gate_row_index is out of range"),
+        (dict(scale=torch.randn(B, 4, C)), "must divide"),
+        (dict(eps=float("inf")), "eps"),
+    ],
+)
+def test_bad_input_seam(kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        ops.gate_residual_norm_modulate(**{**GOOD, **kwargs})
+
+
+def test_bad_index_is_caught_inside_a_compiled_graph():
+    index = torch.full((B, N), B, dtype=torch.int32)
+    compiled = torch.compile(
+        lambda x: ops.norm_modulate(x, scale=T, row_index=index, backend="cpu"), backend="aot_eager"
+    )
+    with pytest.raises(ValueError, match="out of range"):
+        compiled(X)
