@@ -149,6 +149,12 @@ def measure(workload: Workload, dtype: torch.dtype, settings: Settings, pass_: s
     return Measured(workload, dtype, pass_, backend, ours, timings, err_ratio, skipped)
 
 
+def call(workload: Workload, dtype: torch.dtype, device: str = "cpu", pass_: str = "fwd") -> timing.Call:
+    """fastdit's side of a row as a function without arguments, for a clock of somebody else."""
+    args, kwargs = workload.make(Maker(dtype, device))
+    return _call(getattr(ops, workload.op), workload, args, kwargs, pass_, device)
+
+
 def document(measured: list[Measured], device: str, ceilings: dict[str, float]) -> dict[str, Any]:
     """What `fastdit bench --json` writes."""
     return {"machine": describe(device), "ceilings": ceilings, "rows": [row for m in measured for row in m.rows()]}
