@@ -7,7 +7,8 @@ ceiling at that size: a copy of the same bytes, or torch's GEMM at the same FLOP
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,11 +113,15 @@ def cases(op: str | None = None, suite: str = "cpu") -> list[tuple[Workload, tor
     return [(w, dtype) for w in found for dtype in w.dtypes]
 
 
-def run(chosen: list[tuple[Workload, torch.dtype]], settings: Settings) -> Iterator[Measured]:
-    """Measures the cases one after the other."""
-    for workload, dtype in chosen:
-        for pass_ in settings.passes:
-            yield measure(workload, dtype, settings, pass_)
+def family(name: str) -> list[tuple[Workload, torch.dtype]]:
+    """The rows of one family, for its benchmarks/bench_<family>.py."""
+    module = importlib.import_module(f"{workloads.__name__}.{name}")
+    return [(w, dtype) for w in module.BENCH for dtype in w.dtypes]
+
+
+def label(value: object) -> str:
+    """Test ids: norm_modulate-DiT-XL/2-256, bfloat16."""
+    return _name(value) if isinstance(value, torch.dtype) else str(value)
 
 
 def measure(workload: Workload, dtype: torch.dtype, settings: Settings, pass_: str = "fwd") -> Measured:
