@@ -23,7 +23,8 @@ def rows(benchmark, eager, call, rounds):
         assert torch.isfinite(actual).all()
         scale = expected.double().pow(2).mean().sqrt()
         assert (actual.double() - expected.double()).pow(2).mean().sqrt() < 0.05 * scale
-        timed = timing.interleaved({"eager": lambda: call(eager), "fastdit": lambda: call(fast)}, rounds=rounds, repeats=1)
+        calls = {"eager": lambda: call(eager), "fastdit": lambda: call(fast)}
+        timed = timing.interleaved(calls, rounds=rounds, repeats=1)
         benchmark.pedantic(lambda: call(fast), rounds=1)
     ratio = timed["eager"].p50 / timed["fastdit"].p50
     benchmark.extra_info.update(eager_ms=timed["eager"].ms, fastdit_ms=timed["fastdit"].ms, ratio=ratio)

@@ -1,7 +1,7 @@
 """`pytest benchmarks/`: one row per workload and dtype, timed by pytest-benchmark, its peers in extra_info.
 
-    pytest benchmarks/ --benchmark-json=rows.json
-    pytest benchmarks/bench_attention.py -k DiT
+pytest benchmarks/ --benchmark-json=rows.json
+pytest benchmarks/bench_attention.py -k DiT
 """
 
 import pytest

@@ -1,8 +1,8 @@
 """Rewrites the kernel table of README.md from the JSON of `fastdit bench`.
 
-    fastdit bench --json benchmarks/results/<machine>/<date>.json
-    python benchmarks/report.py --write benchmarks/results/<machine>/<date>.json
-    python benchmarks/report.py --check benchmarks/results/<machine>/<date>.json      (exit 1 when the table is stale)
+fastdit bench --json benchmarks/results/<machine>/<date>.json
+python benchmarks/report.py --write benchmarks/results/<machine>/<date>.json
+python benchmarks/report.py --check benchmarks/results/<machine>/<date>.json      (exit 1 when the table is stale)
 """
 
 import argparse
@@ -23,7 +23,8 @@ def table(document: dict) -> str:
         key = (row["op"], row["model"], row["shape"], row["dtype"], row["pass"])
         groups.setdefault(key, []).append(row)
     machine = document["machine"]
-    where = f"{machine.get('gpu', machine['cpu'])}, {machine['isa']}, {machine['threads']} threads, torch {machine['torch']}"
+    device = machine.get("gpu", machine["cpu"])
+    where = f"{device}, {machine['isa']}, {machine['threads']} threads, torch {machine['torch']}"
     lines = [
         f"Measured on: {where}. Ratios are the peer's time over fastdit's, interleaved in one run: above 1 is faster.",
         "",
@@ -34,7 +35,8 @@ def table(document: dict) -> str:
         ratio = {row["peer"]: row["ratio"] for row in rows}
         others = {peer: r for peer, r in ratio.items() if peer not in PEERS + IDEAL}
         best = min(others, key=others.__getitem__, default=None)
-        cells = [f"{ratio[p]:.2f}" if p in ratio else "" for p in PEERS] + [f"{others[best]:.2f} {best}" if best else ""]
+        cells = [f"{ratio[p]:.2f}" if p in ratio else "" for p in PEERS]
+        cells.append(f"{others[best]:.2f} {best}" if best else "")
         ideal = next((p for p in IDEAL if p in ratio), "")
         lines.append(
             f"| `{op}` | {model} ({shape}) | {dtype} | {pass_} | {rows[0]['backend']} | {rows[0]['time_ms']:.3g} | "

@@ -34,7 +34,7 @@ def test_every_call_takes_its_turn():
     order, rounds = [], []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
     found = timing.interleaved(calls, rounds=4, repeats=1, after_round=rounds.append)
-    assert order == list("abc" "bca" "cab" "abc") and rounds == [1, 2, 3, 4]
+    assert order == [*"abc", *"bca", *"cab", *"abc"] and rounds == [1, 2, 3, 4]
     assert all(t.rounds == 4 for t in found.values())
 
 

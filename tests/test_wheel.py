@@ -67,10 +67,12 @@ def test_works_outside_the_tree(wheel, tmp_path):
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
     python = venv / "bin" / "python"
-    site = Path(subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True).strip())
+    where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site = Path(subprocess.check_output(where, text=True).strip())
     # torch and the rest come from the environment that runs the tests; a path in a .pth file runs no .pth of its own,
     # so the editable install of this tree stays invisible
-    (site / "dependencies.pth").write_text("\n".join(dict.fromkeys([sysconfig.get_path("purelib"), *kept_torch()])) + "\n")
+    paths = dict.fromkeys([sysconfig.get_path("purelib"), kept_torch()])
+    (site / "dependencies.pth").write_text("\n".join(paths) + "\n")
     zipfile.ZipFile(wheel).extractall(site)
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FASTDIT_BACKEND")}
     run = dict(cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -80,8 +82,8 @@ def test_works_outside_the_tree(wheel, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def kept_torch() -> list[str]:
+def kept_torch() -> str:
     """Where torch itself lives (`make setup TORCH=keep` takes it from another environment)."""
     import torch
 
-    return [str(Path(torch.__file__).parent.parent)]
+    return str(Path(torch.__file__).parent.parent)

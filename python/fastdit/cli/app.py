@@ -59,18 +59,18 @@ def verify(
 
 @app.command()
 def bench(
-    suite: Annotated[str | None, typer.Option(help="cpu, gpu or smoke. Default: gpu where there is one, else cpu.")] = None,
+    suite: Annotated[str | None, typer.Option(help="cpu, gpu or smoke. Default: gpu where there is one.")] = None,
     op: Annotated[str | None, typer.Option(help="Only this op, e.g. attention.")] = None,
     passes: Annotated[list[str] | None, typer.Option("--pass", help="fwd, bwd or fwd+bwd; may be repeated.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds per row; 7 or more for a figure to keep.")] = None,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Time torch.compile as a peer.")] = True,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here ('auto': the results folder).")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here; auto: results folder.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a table and a plot here.")] = None,
 ) -> None:
     """Measure every op at the models' own shapes against its peers, interleaved in one run.
 
-    Each row first asserts correctness. Read the ratios: `x eager` above 1 is faster than PyTorch as it is, and `% ceiling`
-    compares with a plain copy (or GEMM) of the same size timed in the same run.
+    Each row first asserts correctness. Read the ratios: `x eager` above 1 is faster than PyTorch as it is, and
+    `% ceiling` compares with a plain copy (or GEMM) of the same size timed in the same run.
 
     Examples: `fastdit bench --op norm_modulate`, `fastdit bench --suite cpu --json results.json --html results.html`
     """
@@ -86,7 +86,7 @@ def bench(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for report.html, report.json and clip.mp4.")] = Path("out/demo"),
-    small: Annotated[bool, typer.Option("--small", help="Tiny models, seconds instead of minutes: a smoke test.")] = False,
+    small: Annotated[bool, typer.Option("--small", help="Tiny models, seconds instead of minutes.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
 ) -> None:
     """Run DiT-XL/2 and the Wan video VAE as they are, then accelerated, and show time, errors and what was replaced.
@@ -97,8 +97,7 @@ def demo(
     """
     import torch
 
-    from fastdit.demo import console as view
-    from fastdit.demo import models
+    from fastdit.demo import console as view, models
 
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     raise typer.Exit(0 if view.show(models.plan(small=small, device=chosen), out, console) else 1)

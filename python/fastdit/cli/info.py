@@ -20,7 +20,9 @@ def show(console: Console) -> None:
         machine.add_row(key.replace("_", " "), str(value))
     if not gpu:
         machine.add_row("gpu", _no_gpu())
-    machine.add_row("default backend", registry.requested(None) or "automatic: the first that can run, in measured order")
+    machine.add_row(
+        "default backend", registry.requested(None) or "automatic: the first of a measured list that can run"
+    )
     console.print(machine)
 
     table = Table("backend", "usable", "ops", title="backends", title_justify="left")

@@ -36,8 +36,11 @@ def show(console: Console, *, op: str | None, backend: str | None, backward: boo
     names = list(dict.fromkeys(s.op for s in workloads.samples(op)))
     backends = [backend] if backend else [b for b in registry.BACKENDS if reason(b) is None]
     if not names or (backend and backend not in registry.BACKENDS):
-        console.print(f"verify: nothing to check; got --op {op} --backend {backend}, expected one of "
-                      f"{', '.join(dict.fromkeys(s.op for s in workloads.samples()))} on {', '.join(registry.BACKENDS)}.")  # fmt: skip
+        known = ", ".join(dict.fromkeys(s.op for s in workloads.samples()))
+        console.print(
+            f"verify: nothing to check; got --op {op} --backend {backend}, "
+            f"expected one of {known} on {', '.join(registry.BACKENDS)}."
+        )
         return 2
     todo = [(name, b, dtype) for name in names for b in backends for dtype in contract.DTYPES]
     lines = [verify(*item, backward) for item in track(todo, "verifying", console=console, transient=True)]
@@ -51,7 +54,8 @@ def show(console: Console, *, op: str | None, backend: str | None, backward: boo
         if name not in backends and backend is None:
             console.print(f"not checked: {name} ({reason(name)})", style="dim", highlight=False)
     checked = sum(line.samples for line in lines)
-    console.print(f"{checked} checks, {len(failed)} of {len(lines)} lines failed" if failed else f"{checked} checks, all passed")
+    verdict = f"{len(failed)} of {len(lines)} lines failed" if failed else "all passed"
+    console.print(f"{checked} checks, {verdict}")
     return 1 if failed or not lines else 0
 
 

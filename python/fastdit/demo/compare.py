@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdit.integrations import accelerate, restore
 from fastdit.testing import close, timing
 
 from . import models, opclock
 
-Call = Callable[[nn.Module], Tensor]
+Call = Callable[[Any], Tensor]
 Step = Callable[[str], None]
 
 
@@ -28,7 +28,7 @@ class Subject:
 
     name: str
     detail: str
-    model: nn.Module
+    model: Any
     call: Call
     probe: Call
     truth: Tensor
@@ -102,7 +102,7 @@ def _judge(subject: Subject, eager: Tensor, fast: Tensor) -> dict[str, Any]:
     }
 
 
-def _clock(subject: Subject, model: nn.Module) -> opclock.OpClock:
+def _clock(subject: Subject, model: Any) -> opclock.OpClock:
     with opclock.OpClock(subject.device) as clock:
         subject.call(model)
     return clock

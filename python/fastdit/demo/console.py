@@ -15,8 +15,10 @@ from .models import Plan
 
 def show(plan: Plan, out: Path, console: Console) -> bool:
     """Runs the demo with a progress bar, prints its tables; True when every output agrees."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    text = TextColumn("{task.description}")
+    with Progress(
+        SpinnerColumn(), text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    ) as progress:
         task = progress.add_task("fastdit demo", total=run.steps(plan))
         first = True
 

@@ -1,7 +1,7 @@
 """The two models of the demo: diffusers' own classes at their published sizes, with seeded random weights.
 
-Nothing is downloaded. Every weight is random and none is zero: adaLN-Zero as initialised for training would switch every
-block off, and then no error could show.
+Nothing is downloaded. Every weight is random and none is zero: adaLN-Zero as initialised for training would switch
+every block off, and then no error could show.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Plan:
     """What is run, and how often, on one kind of machine."""
 
     device: str
-    clip: Mapping[str, int]
+    clip: Mapping[str, Any]
     dit: Mapping[str, Any]
     dit_batch: int
     dit_rounds: int
@@ -59,13 +59,13 @@ def plan(*, small: bool, device: str) -> Plan:
     return Plan(device, clip, DIT_XL_2_256, 2, 5, {}, (9, 128, 128), (2, 6, 6), (torch.float32, torch.bfloat16), 3)
 
 
-def dit(config: Mapping[str, Any]) -> nn.Module:
+def dit(config: Mapping[str, Any]) -> Any:
     from diffusers import DiTTransformer2DModel
 
     return _seeded(lambda: DiTTransformer2DModel(**config), seed=1)
 
 
-def vae(config: Mapping[str, Any]) -> nn.Module:
+def vae(config: Mapping[str, Any]) -> Any:
     from diffusers import AutoencoderKLWan
 
     model = _seeded(lambda: AutoencoderKLWan(**config), seed=2)
@@ -74,7 +74,7 @@ def vae(config: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+def _seeded(build: Callable[[], Any], seed: int) -> Any:
     """The module in fp32, its weights uniform with variance 1 / fan_in, gains around 1, biases small."""
     from diffusers.models.modeling_utils import no_init_weights
 
@@ -94,7 +94,7 @@ def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def twin(model: nn.Module) -> nn.Module:
+def twin(model: Any) -> Any:
     """A second module over the same parameters and buffers: one stays as it is, the other is accelerated."""
     shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, shared)

@@ -29,7 +29,8 @@ def write(out: Path, result: dict[str, Any], shown: dict[str, Any]) -> None:
 
 def _body(result: dict[str, Any], shown: dict[str, Any], out: Path) -> list[object]:
     machine, clip = result["machine"], result["clip"]
-    where = f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads, {machine['isa']}, torch {machine['torch']}"
+    device = machine.get("gpu", machine["cpu"])
+    where = f"{device}, {machine['threads']} threads, {machine['isa']}, torch {machine['torch']}"
     verdict = (
         page.tag("span", "the outputs agree", class_="ok")
         if result["agree"]
@@ -39,7 +40,10 @@ def _body(result: dict[str, Any], shown: dict[str, Any], out: Path) -> list[obje
         page.tag("h1", "fastdit.accelerate(model), measured"),
         page.tag("p", where, class_="note"),
         page.tag(
-            "p", "Real architectures with seeded random weights, as they are and after one line; timed in turns: ", verdict, "."
+            "p",
+            "Real architectures with seeded random weights, as they are and after one line, timed in turns: ",
+            verdict,
+            ".",
         ),
         summary(result["models"]),
         page.png(_plot(result["models"]), "time before and after"),
@@ -50,8 +54,8 @@ def _body(result: dict[str, Any], shown: dict[str, Any], out: Path) -> list[obje
         page.tag("h2", "The clip"),
         page.tag(
             "p",
-            f"\u201c{clip['caption']}\u201d: {clip['frames']} frames of {clip['size'][0]}x{clip['size'][1]}, written as MP4 "
-            f"({clip['codec']}, {clip['bytes']:,} bytes) and read back at {clip['psnr_db']:.1f} dB PSNR.",
+            f"\u201c{clip['caption']}\u201d: {clip['frames']} frames of {clip['size'][0]}x{clip['size'][1]}, "
+            f"written as MP4 ({clip['codec']}, {clip['bytes']:,} bytes), read back at {clip['psnr_db']:.1f} dB PSNR.",
         ),
         page.tag("p", page.mp4((out / clip["file"]).read_bytes())),
         _strip(shown["clip"], 6, 150),
@@ -73,7 +77,17 @@ def _body(result: dict[str, Any], shown: dict[str, Any], out: Path) -> list[obje
 
 
 def summary(entries: list[dict[str, Any]]) -> page.Html:
-    header = ("model", "dtype", "as it is, s", "accelerated, s", "speed-up", "max error", "rms error", "as it is: max", "rms")
+    header = (
+        "model",
+        "dtype",
+        "as it is, s",
+        "accelerated, s",
+        "speed-up",
+        "max error",
+        "rms error",
+        "its own max",
+        "rms",
+    )
     return page.table(header, [(f"{e['name']}", e["dtype"], *figures(e)) for e in entries], text=(0, 1))
 
 
@@ -92,8 +106,8 @@ def agreement(entry: dict[str, Any]) -> str:
     """One honest sentence about the errors."""
     errors = entry["errors"]
     return (
-        f"Errors are against the {errors['truth']} (rms of its output {errors['truth_rms']:.2f}); the accelerated model uses "
-        f"{100 * errors['share_of_allowed']:.0f} % of the allowed error (twice the model's own maximum, 1.5 times its rms). "
+        f"Errors are against the {errors['truth']} (rms of its output {errors['truth_rms']:.2f}); "
+        f"the accelerated model uses {100 * errors['share_of_allowed']:.0f} % of the allowed error (2 x its own max, 1.5 x its own rms). "
         f"Accelerated and as it is differ by at most {errors['eager_to_fastdit_max']:.1e}. "
         f"After fastdit.restore the model gives {'bitwise its old' if entry['restored_bitwise'] else 'ANOTHER'} result."
     )
@@ -104,16 +118,24 @@ def _model(entry: dict[str, Any]) -> list[object]:
         (g["group"], f"{g['eager_ms']:.1f}", f"{g['fastdit_ms']:.1f}", f"{g['speedup']:.2f}x" if g["speedup"] else "")
         for g in entry["groups"]
     ]
-    used = [(o["operator"], o["calls"], f"{o['ms']:.1f}") for o in entry["operators"]["fastdit"]]
-    before = [(o["operator"], o["calls"], f"{o['ms']:.1f}") for o in entry["operators"]["eager"]]
+    operators = [
+        page.tag(
+            "details",
+            page.tag("summary", f"operators, {title}"),
+            page.table(
+                ("operator", "calls", "ms"),
+                [(o["operator"], o["calls"], f"{o['ms']:.1f}") for o in entry["operators"][side]],
+            ),
+        )
+        for side, title in (("eager", "as it is"), ("fastdit", "accelerated"))
+    ]
     return [
         page.tag("h2", f"{entry['name']}, {entry['dtype']}"),
-        page.tag("p", f"{entry['detail']}; {entry['parameters'] / 1e6:.0f} M parameters, {entry['rounds']} rounds each."),
+        page.tag("p", f"{entry['detail']}; {entry['parameters'] / 1e6:.0f} M parameters, {entry['rounds']} rounds."),
         page.tag("p", agreement(entry)),
         page.table(("where the time goes, ms", "as it is", "accelerated", "speed-up"), groups),
         page.table(("layer", "count", "what became of it"), layers.rows(entry["layers"]), text=(0, 2)),
-        page.tag("details", page.tag("summary", "operators, as it is"), page.table(("operator", "calls", "ms"), before)),
-        page.tag("details", page.tag("summary", "operators, accelerated"), page.table(("operator", "calls", "ms"), used)),
+        *operators,
     ]
 
 
@@ -141,5 +163,6 @@ def _strip(frames: np.ndarray, count: int, width: int) -> page.Html:
         picture = Image.fromarray(frames[t])
         stream = io.BytesIO()
         picture.resize((width, width * picture.height // picture.width)).save(stream, format="PNG")
-        figures.append(page.tag("figure", page.picture(stream.getvalue(), f"frame {t}"), page.tag("figcaption", f"frame {t}")))
+        name = f"frame {t}"
+        figures.append(page.tag("figure", page.picture(stream.getvalue(), name), page.tag("figcaption", name)))
     return page.tag("div", *figures, class_="frames")

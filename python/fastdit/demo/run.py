@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastdit
 from fastdit.testing.machine import describe
@@ -48,7 +48,7 @@ def run(plan: Plan, out: Path, step: Step = lambda what: None) -> dict[str, Any]
     compared = [_dit(plan, step)]
     compared += _vae(plan, pictures, step, shown)
     step("writing the report")
-    result = {
+    result: dict[str, Any] = {
         "fastdit": fastdit.__version__,
         "machine": describe(plan.device),
         "seconds": 0.0,
@@ -155,7 +155,7 @@ class _Decode:
     def __init__(self, latents: Tensor) -> None:
         self.latents = latents
 
-    def __call__(self, model: nn.Module) -> Tensor:
+    def __call__(self, model: Any) -> Tensor:
         return _decode(model, self.latents)
 
 

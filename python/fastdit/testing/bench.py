@@ -1,8 +1,8 @@
 """The benchmark harness behind `fastdit bench` and `pytest benchmarks/`.
 
-A row first asserts correctness, then times fastdit and its peers interleaved in one run, together with the machine's own
-ceiling at that size: a copy of the same bytes, or torch's GEMM at the same FLOPs. Regressions are judged on `ratio`
-(peer_ms / time_ms of one run), never on absolute time.
+A row first asserts correctness, then times fastdit and its peers interleaved in one run, together with the machine's
+own ceiling at that size: a copy of the same bytes, or torch's GEMM at the same FLOPs. Regressions are judged on
+`ratio` (peer_ms / time_ms of one run), never on absolute time.
 """
 
 from __future__ import annotations
@@ -148,8 +148,7 @@ def measure(workload: Workload, dtype: torch.dtype, settings: Settings, pass_: s
     name, ceiling, share = _ceiling(workload, dtype, pass_, settings.device)
     calls[name] = ceiling
     timings = timing.interleaved(calls, device=settings.device, rounds=settings.rounds)
-    timings[name] = timing.Timing(*(share * t for t in (timings[name].p20, timings[name].p50, timings[name].p80)),
-                                  rounds=settings.rounds)  # fmt: skip
+    timings[name] = timings[name].scaled(share)
     ours = timings.pop("fastdit")
     return Measured(workload, dtype, pass_, backend, ours, timings, err_ratio, skipped)
 
@@ -211,9 +210,7 @@ def _backend(op: Callable, args: tuple, kwargs: dict) -> str:
     return "+".join(dict.fromkeys(seen.backends)) or "reference"
 
 
-def _call(
-    function: Callable, workload: Workload, args: tuple, kwargs: dict, pass_: str, device: str
-) -> timing.Call:
+def _call(function: Callable, workload: Workload, args: tuple, kwargs: dict, pass_: str, device: str) -> timing.Call:
     """A function without arguments that does one pass."""
     if pass_ == "fwd":
 

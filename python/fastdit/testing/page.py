@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: tables, and pictures as inline PNG. Used by `fastdit bench --html` and the demo's report."""
+"""Self-contained HTML pages with tables and inline pictures, for `fastdit bench --html` and the demo's report."""
 
 from __future__ import annotations
 
@@ -37,7 +37,11 @@ def tag(name: str, *content: object, **attributes: str) -> Html:
 def table(header: Sequence[object], rows: Sequence[Sequence[object]], text: Sequence[int] = (0,)) -> Html:
     """`text`: the columns that hold words and stand left."""
     head = tag("tr", *(tag("th", h) for h in header))
-    body = (tag("tr", *(tag("td", v, **({"class": "text"} if i in text else {})) for i, v in enumerate(row))) for row in rows)
+
+    def cell(column: int, value: object) -> Html:
+        return tag("td", value, class_="text") if column in text else tag("td", value)
+
+    body = (tag("tr", *(cell(i, value) for i, value in enumerate(row))) for row in rows)
     return tag("table", tag("thead", head), tag("tbody", *body))
 
 

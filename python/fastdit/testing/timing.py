@@ -39,6 +39,9 @@ class Timing:
 
         return cls(at(0.2), at(0.5), at(0.8), len(ordered))
 
+    def scaled(self, factor: float) -> Timing:
+        return Timing(factor * self.p20, factor * self.p50, factor * self.p80, self.rounds)
+
     @property
     def ms(self) -> float:
         return self.p50 * 1e3
@@ -52,10 +55,10 @@ def synchronize(device: torch.device | str) -> None:
 def keep_freed_memory(reserve: int = 2**30) -> bool:
     """Raise glibc's mmap and trim thresholds, so that large outputs reuse pages that are already mapped.
 
-    Without it a benchmark of a memory-bound op times the kernel's page faults (an fp32 clone of 100 MB on one core: 36 ms
-    against 5 ms). Call it once, before anything is timed: it holds for the whole process, peers included. The thresholds
-    alone are not enough (a freed block that is 80 bytes too small sends malloc to fresh pages), so `reserve` bytes are
-    touched once and given back to the heap. Returns False where the C library has no mallopt.
+    Without it a benchmark of a memory-bound op times the kernel's page faults (an fp32 clone of 100 MB on one core:
+    36 ms against 5 ms). Call it once, before anything is timed: it holds for the whole process, peers included. The
+    thresholds alone are not enough (a freed block that is 80 bytes too small sends malloc to fresh pages), so `reserve`
+    bytes are touched once and given back to the heap. Returns False where the C library has no mallopt.
     """
     if not sys.platform.startswith("linux"):
         return False
