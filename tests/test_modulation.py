@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 
 import fastdit
 from fastdit import ops
 from fastdit.testing import close, contract
-from fastdit.testing.workloads import Maker, samples
+from fastdit.testing.workloads import Maker, Sample, samples
 
 SAMPLES = [s for op in ("norm_modulate", "gate_residual", "gate_residual_norm_modulate") for s in samples(op)]
 each_sample = pytest.mark.parametrize("sample", SAMPLES, ids=str)
@@ -239,3 +240,47 @@ def test_bad_index_is_caught_inside_a_compiled_graph():
     )
     with pytest.raises(ValueError, match="out of range"):
         compiled(X)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_fuzz(data):
+    """Any mix of ranks, sizes, row maps, laws and optional tensors, in poisoned memory."""
+    draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
+    dtype, C, N = draw(*contract.DTYPES), data.draw(st.integers(1, 70)), data.draw(st.integers(0, 12))
+    indexed, packed = draw(True, False), draw(True, False)
+    M = data.draw(st.sampled_from([m for m in range(1, N + 1) if N % m == 0] or [1]))
+
+    def make(m):
+        lead = (N,) if packed else (2, N)
+        rows = (3,) if indexed else (1,) if packed else draw((2,), (1,), (2, M))
+        table = lambda: m.randn(*rows, 2 * C).chunk(2, -1)[1] if draw(True, False) else None  # noqa: E731
+        vector = lambda: m.randn(C) if draw(True, False) else None  # noqa: E731
+        kwargs = dict(shift=table(), scale=table(), weight=vector(), bias=vector(), norm=draw("layer", "rms"))
+        kwargs["precision"] = draw("fp32", "native")
+        if indexed:
+            kwargs["row_index"] = m.randint(0, 3, lead)
+        return (m.randn(*lead, C), m.randn(*lead, C), table()), kwargs
+
+    made = make(Maker(dtype))
+    contract.forward(Sample("gate_residual_norm_modulate", "fuzz", lambda _: made), dtype, "cpu")
+
+
+@pytest.mark.big
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_offsets_beyond_32_bits(dtype):
+    """Rows 2^31 elements apart: reserved memory, of which only the rows themselves are ever touched."""
+    m = Maker(dtype)
+    rows, table = m.randn(1, 3, 72), m.randn(1, 72)
+    far = torch.empty(2**32 + 72, dtype=dtype).as_strided((1, 3, 72), (0, 2**31, 1))
+    far.copy_(rows)
+    expected = ops.gate_residual_norm_modulate(rows, rows, table, shift=table, backend="cpu")
+    for a, b in zip(
+        ops.gate_residual_norm_modulate(far, far, table, shift=table, backend="cpu"), expected, strict=True
+    ):
+        close.assert_bitwise(a, b)
+    tables = torch.empty(2**32 + 72, dtype=dtype).as_strided((3, 72), (2**31, 1))
+    tables.copy_(rows[0])
+    index = torch.tensor([[2, 0, 1]])
+    ours = ops.norm_modulate(rows, scale=tables, row_index=index, backend="cpu")
+    close.assert_bitwise(ours, ops.norm_modulate(rows, scale=rows[0], row_index=index, backend="cpu"))

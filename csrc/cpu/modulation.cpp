@@ -2,9 +2,9 @@
 //   r = residual + act(gate) * [rms](y)
 //   h = n(r) * (1 + scale) + shift
 //
-// A row is widened once into an L1-resident buffer; statistics take two passes over that buffer (mean, then centred
-// squares), so memory sees each tensor exactly once. Table rows are widened when the row map moves to another row:
-// N / M tokens share one, and a per-token table costs one more pass over L1.
+// A row is widened once into an L1-resident buffer, which also sums it; a second pass over the buffer takes the centred
+// squares, a third writes h. So memory sees each tensor exactly once. Table rows are widened when the row map moves to
+// another row: N / M tokens share one, and a per-token table costs one more pass over L1.
 #include "fastdit/modulation.h"
 
 #include "simd.h"
@@ -58,21 +58,26 @@ FASTDIT_INLINE S inverse_root(S x) {
 
 // Padded to whole vectors: rows of the scratch end in zeros, so passes over it need no tail.
 template <class S>
-S sum_squares(const S* row, int64_t padded) {
+S sum_squares(const S* row, S mean, int64_t C) {
   using V = typename simd<S>::V;
   constexpr int w = simd<S>::width;
-  V a{}, b{};
+  V a{}, b{}, d{}, e{};
   int64_t c = 0;
-  for (; c + 2 * w <= padded; c += 2 * w) {
-    const V u = load(row + c), v = load(row + c + w);
+  for (; c + 4 * w <= C; c += 4 * w) {
+    const V u = load(row + c) - mean, v = load(row + c + w) - mean;
+    const V x = load(row + c + 2 * w) - mean, y = load(row + c + 3 * w) - mean;
     a += u * u;
     b += v * v;
+    d += x * x;
+    e += y * y;
   }
-  for (; c < padded; c += w) {
-    const V u = load(row + c);
+  for (; c + w <= C; c += w) {
+    const V u = load(row + c) - mean;
     a += u * u;
   }
-  return sum(a + b);
+  S tail = 0;
+  for (; c < C; ++c) tail += (row[c] - mean) * (row[c] - mean);
+  return sum((a + b) + (d + e)) + tail;
 }
 
 template <class T, class TR, bool native>
@@ -118,11 +123,27 @@ struct Row {
       return v;
   }
 
+  S total = 0;  // sum of value
+
   // value = y, or residual + act(gate) * [rms](y) rounded as stored in r.
   void gate_residual(int64_t b, int64_t n) {
     const T* y = static_cast<const T*>(p.y) + b * p.y_stride_b + n * p.y_stride_n;
+    V sum_a{}, sum_b{};
+    int64_t c = 0;
     if (!p.residual) {
-      widen_as<T>(y, value, C);
+      for (; c + 2 * w <= C; c += 2 * w) {
+        const V a = load(y + c), b2 = load(y + c + w);
+        store_raw(value + c, a);
+        store_raw(value + c + w, b2);
+        sum_a += a;
+        sum_b += b2;
+      }
+      for (; c < C; c += w) {
+        const V a = c + w <= C ? load(y + c) : load_n(y + c, static_cast<int>(C - c));
+        store_raw(value + c, a);
+        sum_a += a;
+      }
+      total = sum(sum_a + sum_b);
       return;
     }
     if (gate.move(p.gate, b, n, p.N, p.gate_row_index, p.index_is_64, C) && p.gate_act == GateAct::tanh)
@@ -133,7 +154,7 @@ struct Row {
     S root = 1;
     if (p.post_norm) {
       widen_as<T>(y, branch, C);
-      root = inverse_root(sum_squares(branch, padded) / static_cast<S>(C) + static_cast<S>(p.post_eps));
+      root = inverse_root(sum_squares(branch, S(0), C) / static_cast<S>(C) + static_cast<S>(p.post_eps));
     }
     const bool post = p.post_norm, weighted = p.post_weight.data;
     auto element = [&](int64_t c, V from, V res) {
@@ -145,17 +166,21 @@ struct Row {
       if (gated) v = rounded(v * load(gate.values + c));
       return res + v;
     };
-    int64_t c = 0;
     for (; c + w <= C; c += w) {
-      V v = element(c, load(y + c), load(residual + c));
+      const V v = element(c, load(y + c), load(residual + c));
       store(out + c, v);
-      store_raw(value + c, round_to<TR>(v));
+      const V stored = round_to<TR>(v);
+      store_raw(value + c, stored);
+      sum_a += stored;
     }
     if (const int tail = static_cast<int>(C - c); tail) {
-      V v = element(c, load_n(y + c, tail), load_n(residual + c, tail));
+      const V v = element(c, load_n(y + c, tail), load_n(residual + c, tail));
       store_n(out + c, v, tail);
-      store_raw(value + c, round_to<TR>(v));
+      const V stored = round_to<TR>(v);  // zero beyond the row: y, residual and gate are
+      store_raw(value + c, stored);
+      sum_a += stored;
     }
+    total = sum(sum_a + sum_b);
   }
 
   // h = n(value) * (1 + scale) + shift
@@ -163,20 +188,8 @@ struct Row {
     if (scale.move(p.scale, b, n, p.N, p.row_index, p.index_is_64, C))
       for (int64_t c = 0; c < padded; c += w) store_raw(scale.values + c, rounded(load(scale.values + c) + S(1)));
     shift.move(p.shift, b, n, p.N, p.row_index, p.index_is_64, C);
-    S mean = 0, root;
-    if (p.norm == Norm::layer) {
-      V a{}, d{};
-      int64_t c = 0;
-      for (; c + 2 * w <= padded; c += 2 * w) {
-        a += load(value + c);
-        d += load(value + c + w);
-      }
-      for (; c < padded; c += w) a += load(value + c);
-      mean = sum(a + d) / static_cast<S>(C);
-      for (c = 0; c + w <= C; c += w) store_raw(value + c, load(value + c) - mean);
-      for (; c < C; ++c) value[c] -= mean;  // the zeros behind the row stay zeros
-    }
-    root = inverse_root(sum_squares(value, padded) / static_cast<S>(C) + static_cast<S>(p.eps));
+    const S mean = p.norm == Norm::layer ? total / static_cast<S>(C) : S(0);
+    const S root = inverse_root(sum_squares(value, mean, C) / static_cast<S>(C) + static_cast<S>(p.eps));
     T* out = static_cast<T*>(p.h) + (b * p.N + n) * C;
     const bool has_weight = p.weight.data || p.weight_offset != 0, has_bias = p.bias.data;
     const bool has_scale = p.scale.data, has_shift = p.shift.data;
@@ -188,13 +201,13 @@ struct Row {
     };
     if (!has_weight && !has_bias && has_scale && has_shift) {  // adaLN-Zero: the hot case, free of branches
       run([&](int64_t c) {
-        const V x = rounded(load(value + c) * root);
+        const V x = rounded((load(value + c) - mean) * root);
         return rounded(x * load(scale.values + c)) + load(shift.values + c);
       });
       return;
     }
     run([&](int64_t c) {
-      V x = load(value + c) * root;
+      V x = (load(value + c) - mean) * root;
       if (rms) x = rounded(x);  // eager RMSNorm rounds before its affine part, F.layer_norm only after it
       if (has_weight) x = x * load(affine + c);
       if (rms && has_weight) x = rounded(x);

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INF = float("inf")
+FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 INDEX = (torch.int32, torch.int64)
 PRECISIONS = ("fp32", "native")
 
@@ -48,7 +49,7 @@ def choice(op: str, what: str, value, allowed: tuple) -> None:
 
 
 def epsilon(op: str, what: str, eps: float) -> None:
-    if not 0.0 <= eps < float("inf"):  # also catches NaN
+    if not 0.0 <= eps < INF:  # also catches NaN
         raise ValueError(f"{op}: {what} must be finite and not negative; got {eps}, expected e.g. 1e-6; set it.")
 
 

@@ -48,9 +48,9 @@ class _Explained(Exception):
     pass
 
 
-def intercept(op: str, device, args: tuple, backend: str | None) -> None:
+def intercept(op: str, args: tuple, backend: str | None) -> None:
     """Called by Op instead of running while `explain` is under way."""
-    rows = registry.decisions(op, device, args, backend)
+    rows = registry.decisions(op, args, backend)
     assert probe.calls is not None
     probe.calls.append("\n".join([op, *(f"  {name:<11} {verdict}" for name, verdict in rows)]))
     raise _Explained

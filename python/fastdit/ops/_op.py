@@ -24,7 +24,7 @@ LIB = torch.library.Library("fastdit", "DEF")
 # Index tensors live on the device; looking at them there would synchronise, so a GPU checks them only when asked.
 CHECK_INDICES = os.environ.get("FASTDIT_CHECK", "") not in ("", "0")
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), str, float, int, bool, list, tuple))
 _C: Any = torch._C
 _forward_ad: Any = torch.autograd.forward_ad
 
@@ -36,7 +36,7 @@ def _contiguous(t: Tensor) -> Tensor:
 def _ordinary(args: Sequence) -> bool:
     """True when nothing but autograd can be watching these arguments."""
     for a in args:
-        if isinstance(a, Tensor) and type(a) not in _PLAIN:
+        if type(a) not in _PLAIN:
             return False
     return not (
         _C._len_torch_dispatch_stack()
@@ -52,7 +52,8 @@ class Op:
     """One differentiable operator of the library.
 
     Args:
-        name: of the op; `schema`: its arguments and returns in torch's schema language, without the backend.
+        name: of the op; schema: its arguments and returns in torch's schema language, without the backend. The first
+            argument is a tensor: its device decides.
         differentiable: names of the tensor arguments that have a gradient.
         fake: (*args) -> empty outputs; must give the strides that every backend gives.
         validate: (*args) -> None, looks into index tensors; run on the CPU, elsewhere only under FASTDIT_CHECK=1.
@@ -103,10 +104,9 @@ class Op:
 
     # -- calls ------------------------------------------------------------------------------------------
     def __call__(self, backend: str | None, *args):
-        device = next(a for a in args if a is not None).device
         if _explain.probe.calls is not None:
-            _explain.intercept(self.name, device, args, backend)
-        impl = registry.select(self.name, device, args, backend)
+            _explain.intercept(self.name, args, backend)
+        impl = registry.select(self.name, args, backend)
         if torch.compiler.is_compiling():
             return impl.forward(*args) if impl.backend == "reference" else self._torch_op(*args, impl.backend)
         if not _ordinary(args):
@@ -115,7 +115,7 @@ class Op:
             if _forward_ad._current_level >= 0:
                 self._refuse_tangents(args)
             return self._torch_op(*args, impl.backend)
-        if self._validate is not None and (device.type == "cpu" or CHECK_INDICES):
+        if self._validate is not None and (args[0].is_cpu or CHECK_INDICES):
             self._validate(*args)
         if impl.backend != "reference" and torch.is_grad_enabled():
             for i in self._wrt:
@@ -134,8 +134,7 @@ class Op:
     # -- the torch op -----------------------------------------------------------------------------------
     def _run(self, *args):
         args, backend = args[:-1], args[-1]
-        device = next(a for a in args if a is not None).device
-        if self._validate is not None and (device.type == "cpu" or CHECK_INDICES):
+        if self._validate is not None and (args[0].is_cpu or CHECK_INDICES):
             self._validate(*args)
         return registry.get(self.name, backend).forward(*args)
 

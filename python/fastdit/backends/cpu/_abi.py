@@ -10,7 +10,7 @@ DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3
 
 def on_cpu(x: torch.Tensor) -> str | None:
     """The refusal that all CPU kernels share: None when x is theirs."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"needs a CPU tensor; got {x.device}"
     if x.dtype not in DTYPE:
         return f"has no kernel for {x.dtype}"

@@ -15,19 +15,29 @@ _NORM = {None: 0, "layer": 1, "rms": 2}
 def _table(t, tokens, indexed):
     if t is None:
         return None
+    strides = t.stride()
     if indexed:
-        return (t.data_ptr(), DTYPE[t.dtype], 0, t.stride(0), 1)
-    if t.dim() == 3:
-        return (t.data_ptr(), DTYPE[t.dtype], t.stride(0), t.stride(1), tokens // t.shape[1] or 1)
-    return (t.data_ptr(), DTYPE[t.dtype], t.stride(0), 0, 1)
+        return (t.data_ptr(), DTYPE[t.dtype], 0, strides[0], 1)
+    if len(strides) == 3:
+        return (t.data_ptr(), DTYPE[t.dtype], strides[0], strides[1], tokens // t.shape[1] or 1)
+    return (t.data_ptr(), DTYPE[t.dtype], strides[0], 0, 1)
 
 
 def _vector(t):
     return None if t is None else (t.data_ptr(), DTYPE[t.dtype], 0, 0, 1)
 
 
-def _strides(t):
-    return (0, t.stride(0)) if t.dim() == 2 else (t.stride(0), t.stride(1))
+def _layout(t):
+    """(sizes, strides) as (B, N, C) and (stride_b, stride_n); one call of each costs half of asking per dim."""
+    if t.dim() == 3:
+        return t.shape, t.stride()[:2]
+    tokens, channels = t.shape
+    return (1, tokens, channels), (0, t.stride(0))
+
+
+def _empty(t):
+    # half the cost of torch.empty(t.shape, dtype=t.dtype)
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def _indices(first, second):
@@ -45,14 +55,14 @@ def _pointer(t):
 
 
 def norm_modulate(x, shift, scale, weight, bias, row_index, norm, eps, weight_offset, precision):
-    h = torch.empty(x.shape, dtype=x.dtype)
-    if h.numel():
-        batch, tokens = (1, x.shape[0]) if x.dim() == 2 else x.shape[:2]
+    h = _empty(x)
+    (batch, tokens, channels), strides = _layout(x)
+    if batch and tokens:
         dtype = DTYPE[x.dtype]
         indexed = row_index is not None
         _, index, wide = _indices(None, row_index) if indexed else (None, None, 0)
         _cpu.modulation_forward(
-            batch, tokens, x.shape[-1], dtype, dtype, x.data_ptr(), *_strides(x), 0, 0, 0, 0, h.data_ptr(),
+            batch, tokens, channels, dtype, dtype, x.data_ptr(), *strides, 0, 0, 0, 0, h.data_ptr(),
             None, _table(shift, tokens, indexed), _table(scale, tokens, indexed), _vector(weight), _vector(bias), None,
             0, _pointer(index), wide, _NORM[norm], 0, 0, eps, 0.0, weight_offset,
             precision == "native", torch.get_num_threads(),
@@ -76,15 +86,15 @@ def _seam(
     residual, y, gate, shift, scale, weight, bias, post_norm_weight, gate_row_index, row_index,
     norm, eps, weight_offset, gate_act, post_norm, post_norm_eps, precision,
 ):  # fmt: skip
-    r = torch.empty(residual.shape, dtype=residual.dtype)
-    h = torch.empty(y.shape, dtype=y.dtype) if norm is not None else None
-    if r.numel():
-        batch, tokens = (1, y.shape[0]) if y.dim() == 2 else y.shape[:2]
+    r = _empty(residual)
+    h = _empty(y) if norm is not None else None
+    (batch, tokens, channels), strides = _layout(y)
+    if batch and tokens:
         gate_index, index, wide = _indices(gate_row_index, row_index)
         indexed = index is not None
         _cpu.modulation_forward(
-            batch, tokens, y.shape[-1], DTYPE[y.dtype], DTYPE[residual.dtype], y.data_ptr(), *_strides(y),
-            residual.data_ptr(), *_strides(residual), r.data_ptr(), _pointer(h),
+            batch, tokens, channels, DTYPE[y.dtype], DTYPE[residual.dtype], y.data_ptr(), *strides,
+            residual.data_ptr(), *_layout(residual)[1], r.data_ptr(), _pointer(h),
             _table(gate, tokens, gate_index is not None), _table(shift, tokens, indexed),
             _table(scale, tokens, indexed), _vector(weight), _vector(bias), _vector(post_norm_weight),
             _pointer(gate_index), _pointer(index), wide, _NORM[norm], gate_act == "tanh", post_norm == "rms",
