@@ -107,7 +107,8 @@ def agreement(entry: dict[str, Any]) -> str:
     errors = entry["errors"]
     return (
         f"Errors are against the {errors['truth']} (rms of its output {errors['truth_rms']:.2f}); "
-        f"the accelerated model uses {100 * errors['share_of_allowed']:.0f} % of the allowed error (2 x its own max, 1.5 x its own rms). "
+        f"the accelerated model uses {100 * errors['share_of_allowed']:.0f} % of what is allowed "
+        f"(twice the maximum, 1.5 times the rms of the model as it is). "
         f"Accelerated and as it is differ by at most {errors['eager_to_fastdit_max']:.1e}. "
         f"After fastdit.restore the model gives {'bitwise its old' if entry['restored_bitwise'] else 'ANOTHER'} result."
     )
