@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,8 @@ app = typer.Typer(
     help="Kernels that make Diffusion Transformers and causal video VAEs fast.\n\n"
     "Start with `fastdit info` (what runs here), then `fastdit demo` (what it buys on real models).",
 )
-console = Console()
+# Piped output has no width of its own, and 80 columns would fold every table.
+console = Console(width=None if sys.stdout.isatty() else 140)
 Backend = Annotated[str | None, typer.Option(help="Only this backend: cpu, cuda, triton, reference, ...")]
 
 

@@ -86,7 +86,9 @@ def _run(line: Line, sample: Sample, check: Callable[..., list[close.Errors]], d
 
 
 def _table(lines: list[Line]) -> Table:
-    table = Table("op", "backend", "dtype", title="share of the allowed error (1 is the limit)", title_justify="left")
+    table = Table(title="share of the allowed error (1 is the limit)", title_justify="left")
+    for name in ("op", "backend", "dtype"):
+        table.add_column(name, no_wrap=True)
     for name in ("samples", "forward", "backward", "refused"):
         table.add_column(name, justify="right")
     table.add_column("")

@@ -50,10 +50,8 @@ def show(plan: Plan, out: Path, console: Console) -> bool:
 
 def _summary(entries: list[dict[str, Any]]) -> Table:
     table = Table(title="the same model, as it is and after fastdit.accelerate(model)")
-    for i, name in enumerate(("model", "dtype", "as it is, s", "accelerated, s", "speed-up")):
+    for i, name in enumerate(report.HEADER):
         table.add_column(name, justify="left" if i < 2 else "right", style="bold green" if name == "speed-up" else None)
-    for name in ("max error", "rms error", "its own max", "its own rms"):
-        table.add_column(name, justify="right")
     for entry in entries:
         table.add_row(entry["name"], entry["dtype"], *report.figures(entry))
     return table

@@ -56,22 +56,31 @@ def plan(*, small: bool, device: str) -> Plan:
     if device == "cuda":
         dit = {**DIT_XL_2_256, "sample_size": 64}
         return Plan(device, clip, dit, 8, 20, {}, (17, 480, 832), (2, 16, 16), (torch.bfloat16, torch.float32), 5)
-    return Plan(device, clip, DIT_XL_2_256, 2, 5, {}, (9, 128, 128), (2, 6, 6), (torch.float32, torch.bfloat16), 3)
+    return Plan(device, clip, DIT_XL_2_256, 2, 7, {}, (9, 128, 128), (2, 6, 6), (torch.float32, torch.bfloat16), 5)
 
 
 def dit(config: Mapping[str, Any]) -> Any:
     from diffusers import DiTTransformer2DModel
 
+    _quiet()
     return _seeded(lambda: DiTTransformer2DModel(**config), seed=1)
 
 
 def vae(config: Mapping[str, Any]) -> Any:
     from diffusers import AutoencoderKLWan
 
+    _quiet()
     model = _seeded(lambda: AutoencoderKLWan(**config), seed=2)
     with torch.no_grad():
         model.decoder.conv_out.weight.mul_(0.4)  # keeps the pictures inside the clamp to [-1, 1]
     return model
+
+
+def _quiet() -> None:
+    """diffusers warns at every `.to(dtype)` of a model, whether or not it has modules to keep in fp32."""
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
 
 
 def _seeded(build: Callable[[], Any], seed: int) -> Any:

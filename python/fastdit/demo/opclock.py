@@ -15,6 +15,7 @@ _VIEWS = {"view", "_unsafe_view", "t", "transpose", "permute", "unsqueeze", "squ
 _VIEWS |= {"expand", "as_strided", "unbind", "chunk", "detach", "alias", "split_with_sizes", "reshape", "empty"}
 _LINEAR = {"addmm", "mm", "bmm", "baddbmm", "linear", "matmul"}
 _COPIES = {"cat", "constant_pad_nd", "pad", "clone", "copy_", "_to_copy", "contiguous", "stack", "repeat"}
+_KINDS = {"linear": _LINEAR, "activation": {"gelu", "silu"}, "copies": _COPIES, "views": _VIEWS}
 
 
 class OpClock(TorchDispatchMode):
@@ -41,7 +42,7 @@ class OpClock(TorchDispatchMode):
 
 
 def kind(name: str) -> str:
-    """One of linear, attention, conv, patch, modulation, rotary, copies, views, elementwise."""
+    """One of linear, attention, conv, patch, modulation, rotary, activation, copies, views, elementwise."""
     library, _, op = name.partition("::")
     if "attention" in op:
         return "attention"
@@ -49,7 +50,7 @@ def kind(name: str) -> str:
         return "conv"
     if library == "fastdit":
         return "patch" if "patch" in op else "rotary" if "rope" in op else "modulation"
-    for group, members in (("linear", _LINEAR), ("copies", _COPIES), ("views", _VIEWS)):
+    for group, members in _KINDS.items():
         if op in members:
             return group
     return "elementwise"

@@ -22,13 +22,21 @@ Step = Callable[[str], None]
 
 _DIT_GROUPS = {
     "linear layers (torch's GEMM)": ("linear",),
+    "GELU, SiLU (torch's)": ("activation",),
     "attention": ("attention",),
     "patch embedding": ("patch", "conv"),
-    "norm, modulate, gate, residual, activation": ("modulation", "rotary", "elementwise", "copies", "views"),
+    "norm, modulate, gate, residual": ("modulation", "rotary", "elementwise", "copies", "views"),
 }
 _VAE_GROUPS = {
     "attention, linear": ("linear", "attention"),
-    "conv chain: cat, pad, norm, SiLU, conv, residual": ("conv", "elementwise", "copies", "views", "modulation"),
+    "conv chain: cat, pad, norm, SiLU, conv, residual": (
+        "conv",
+        "activation",
+        "elementwise",
+        "copies",
+        "views",
+        "modulation",
+    ),
 }
 
 
