@@ -27,16 +27,9 @@ _DIT_GROUPS = {
     "patch embedding": ("patch", "conv"),
     "norm, modulate, gate, residual": ("modulation", "rotary", "elementwise", "copies", "views"),
 }
-_VAE_GROUPS = {
+_VAE_GROUPS: dict[str, tuple[str, ...]] = {
     "attention, linear": ("linear", "attention"),
-    "conv chain: cat, pad, norm, SiLU, conv, residual": (
-        "conv",
-        "activation",
-        "elementwise",
-        "copies",
-        "views",
-        "modulation",
-    ),
+    "conv chain: cat, pad, norm, SiLU, conv, residual": ("conv",),  # and everything else
 }
 
 
