@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+import fastdit
 from fastdit.testing import bench, machine, page, timing
 
-HEADER = (
-    "op", "model", "dtype", "pass", "backend", "ms p50 (p20-p80)", "rate", "% ceiling", "x eager", "x compile",
-    "x best peer", "error share",
-)  # fmt: skip
+HEADER = ("op", "workload", "backend", "ms p50 (p20-p80)", "rate", "% ceiling", "x eager", "x compile", "x best peer",
+          "error share")  # fmt: skip
+WORDS = 3  # the first columns hold words
 
 
 def show(
@@ -77,18 +77,25 @@ def cells(m: bench.Measured) -> tuple[str, ...]:
     def times(peer: str | None) -> str:
         return f"{m.ratio(peer):.2f}" if peer in m.peers else ""
 
+    p20, p50, p80 = (f"{1e3 * seconds:.3g}" for seconds in (m.ours.p20, m.ours.p50, m.ours.p80))
     return (
-        m.workload.op, m.workload.model, str(m.dtype).removeprefix("torch."), m.pass_, m.backend,
-        f"{m.ours.ms:.3f} ({1e3 * m.ours.p20:.3f}-{1e3 * m.ours.p80:.3f})", f"{rate:.1f} {unit}",
-        f"{m.pct_ceiling:.0f}", times("eager"), times("compile"), f"{times(best)} {best}" if best else "",
+        m.workload.op,
+        f"{m.workload.model} {str(m.dtype).removeprefix('torch.')} {m.pass_}",
+        m.backend,
+        f"{p50} ({p20}-{p80})",
+        f"{rate:.0f} {unit}",
+        f"{m.pct_ceiling:.0f} {m.ceiling}",
+        times("eager"),
+        times("compile"),
+        f"{times(best)} {best}" if best else "",
         f"{m.err_ratio:.2f}",
-    )  # fmt: skip
+    )
 
 
 def table(measured: list[bench.Measured]) -> Table:
     result = Table(title="above 1 is faster than the peer; ceiling: copy of the same bytes, or torch's GEMM")
     for i, name in enumerate(HEADER):
-        result.add_column(name, justify="left" if i < 5 else "right", overflow="fold")
+        result.add_column(name, justify="left" if i < WORDS else "right", overflow="fold", no_wrap=i == 0)
     for m in measured:
         result.add_row(*cells(m))
     return result
@@ -112,17 +119,17 @@ def _write(
         page.write(
             html_file, "fastdit bench", page.tag("h1", "fastdit bench"), page.tag("p", facts, class_="note"),
             page.png(_plot(measured), "times faster than each peer"),
-            page.table(HEADER, [cells(m) for m in measured], text=range(5)),
+            page.table(HEADER, [cells(m) for m in measured], text=range(WORDS)),
         )  # fmt: skip
         console.print(f"wrote {html_file}", highlight=False)
 
 
 def _results(device: str) -> Path:
-    """benchmarks/results/<machine>/<date>.json, or below FASTDIT_RESULTS."""
+    """benchmarks/results/<machine>/<date>-<version>.json, or below FASTDIT_RESULTS."""
     facts = machine.describe(device)
     name = re.sub(r"[^a-z0-9]+", "-", str(facts.get("gpu", facts["cpu"])).lower()).strip("-")
     root = Path(os.environ.get("FASTDIT_RESULTS", "benchmarks/results"))
-    return root / name / f"{time.strftime('%Y-%m-%d')}.json"
+    return root / name / f"{time.strftime('%Y-%m-%d')}-{fastdit.__version__}.json"
 
 
 def _plot(measured: list[bench.Measured]):
