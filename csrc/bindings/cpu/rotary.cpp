@@ -1,3 +1,125 @@
+#include "fastdit/rotary.h"
+
 #include "../bind.h"
 
-void bind_rotary(py::module_&) {}
+using fastdit::QkNormRopeParams;
+using fastdit::RotaryAxes;
+using fastdit::RotaryOperand;
+using fastdit::RotaryTable;
+
+namespace {
+
+int64_t integer(PyObject* o) {
+  const int64_t v = PyLong_AsLongLong(o);
+  if (v == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return v;
+}
+// Item i of a tuple (a torch.Size and Tensor.stride() are tuples), read without pybind11's casters: a call has forty.
+int64_t item(const py::handle& t, py::ssize_t i) { return integer(PyTuple_GET_ITEM(t.ptr(), i)); }
+py::handle part(const py::handle& t, py::ssize_t i) { return PyTuple_GET_ITEM(t.ptr(), i); }
+py::ssize_t size(const py::handle& t) { return PyTuple_GET_SIZE(t.ptr()); }
+template <class T = void>
+T* pointer(const py::handle& t, py::ssize_t i) {
+  return ptr<T>(item(t, i));
+}
+
+// (address, shape, strides, address of the output); a shape (N, H, D) is a batch of one. The output is contiguous,
+// or x itself.
+RotaryOperand operand(const py::tuple& t) {
+  RotaryOperand o{};
+  o.x = pointer(t, 0);
+  o.out = pointer(t, 3);
+  const py::handle shape = part(t, 1), strides = part(t, 2);
+  const py::ssize_t rank = size(shape);
+  o.tokens = item(shape, rank - 3);
+  o.heads = item(shape, rank - 2);
+  for (int i = 0; i < 3; ++i) o.x_stride[i] = rank == 3 && i == 0 ? 0 : item(strides, rank - 4 + i);
+  const int64_t D = item(shape, rank - 1);
+  const int64_t contiguous[3] = {o.tokens * o.heads * D, o.heads * D, D};
+  for (int i = 0; i < 3; ++i) o.out_stride[i] = o.x == o.out ? o.x_stride[i] : contiguous[i];
+  return o;
+}
+
+// None, or (address, dtype)
+void vector(const py::handle& t, const void*& data, int& dtype) {
+  if (t.is_none()) return;
+  data = pointer<const void>(t, 0);
+  dtype = static_cast<int>(item(t, 1));
+}
+
+// None, or (address of cos, of sin, shape, strides of cos, of sin, dtype) of a table (N, R/2), (N, H, R/2) or
+// (B, N, H, R/2): strides over (B, N, H, R/2), 0 where it broadcasts.
+RotaryTable table(const py::handle& t) {
+  RotaryTable out{};
+  if (t.is_none()) return out;
+  out.cos = pointer(t, 0);
+  out.sin = pointer(t, 1);
+  out.dtype = static_cast<int>(item(t, 5));
+  const py::handle shape = part(t, 2), cos = part(t, 3), sin = part(t, 4);
+  const int rank = static_cast<int>(size(shape));
+  for (int i = 0; i < rank; ++i) {
+    const int at = i == rank - 1 ? 3 : rank == 2 ? 1 : 4 - rank + i;
+    const bool broadcast = at != 3 && item(shape, i) == 1;
+    out.cos_stride[at] = broadcast ? 0 : item(cos, i);
+    out.sin_stride[at] = broadcast ? 0 : item(sin, i);
+  }
+  return out;
+}
+
+// None, or (dtype, address of grids, segments, packed, (address of cos, of sin, width) for each axis)
+RotaryAxes axes(const py::handle& t) {
+  RotaryAxes a{};
+  if (t.is_none()) return a;
+  a.dtype = static_cast<int>(item(t, 0));
+  a.grids = pointer<const int32_t>(t, 1);
+  a.segments = item(t, 2);
+  a.packed = item(t, 3) != 0;
+  a.count = static_cast<int>(size(t) - 4);
+  if (a.count > 3) throw py::value_error("qk_norm_rope_forward: at most three axes");
+  for (int i = 0; i < a.count; ++i) {
+    const py::handle axis = part(t, 4 + i);
+    a.cos[i] = pointer(axis, 0);
+    a.sin[i] = pointer(axis, 1);
+    a.width[i] = item(axis, 2);
+  }
+  return a;
+}
+
+}  // namespace
+
+void bind_rotary(py::module_& m) {
+  m.def(
+      "qk_norm_rope_forward",
+      [](int dtype, const py::tuple& q, const py::tuple& k, py::handle q_weight, py::handle k_weight, py::handle q_bias,
+         py::handle k_bias, py::handle q_table, py::handle k_table, py::handle compact, int norm, bool all_heads,
+         double eps, int layout, int64_t pairs, int64_t rope_start, int64_t rope_len, bool native, int threads) {
+        QkNormRopeParams p{};
+        p.dtype = dtype;
+        p.q = operand(q);
+        p.k = operand(k);
+        const py::handle shape = part(q, 1);
+        p.batch = size(shape) == 4 ? item(shape, 0) : 1;
+        p.head_dim = item(shape, size(shape) - 1);
+        vector(q_weight, p.q.weight, p.q.weight_dtype);
+        vector(k_weight, p.k.weight, p.k.weight_dtype);
+        vector(q_bias, p.q.bias, p.q.bias_dtype);
+        vector(k_bias, p.k.bias, p.k.bias_dtype);
+        p.q.table = table(q_table);
+        p.k.table = k_table.is_none() ? p.q.table : table(k_table);
+        p.axes = axes(compact);
+        p.q.use_axes = p.axes.count > 0;
+        p.k.use_axes = p.axes.count > 0 && k_table.is_none();
+        p.norm = static_cast<fastdit::RotaryNorm>(norm);
+        p.all_heads = all_heads;
+        p.eps = eps;
+        p.layout = static_cast<fastdit::RotaryLayout>(layout);
+        p.rotated = 2 * pairs;
+        p.rope_start = rope_start;
+        p.rope_len = rope_len;
+        p.native = native;
+        p.threads = threads;
+        py::gil_scoped_release release;
+        fastdit::cpu::qk_norm_rope_forward(p);
+      },
+      "rope(n(q)), rope(n(k)); without a table of its own k takes q's. See fastdit/rotary.h.");
+}

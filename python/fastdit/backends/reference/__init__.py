@@ -2,7 +2,7 @@
 
 import importlib
 
-FAMILIES = ("modulation", "conv")
+FAMILIES = ("modulation", "rotary", "attention", "patch", "conv")
 
 
 def register_all() -> None:
