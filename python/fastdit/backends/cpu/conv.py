@@ -23,7 +23,7 @@ class PackedWeights:
     """Weights in the kernels' layout, kept while the memory they were packed from lives and holds the same bytes.
 
     Neither a version counter nor an address shows every edit (`p.data.mul_()`, LoRA merges, optimizers outside torch),
-    so each use compares a 128-bit digest of the bytes: about 0.1 ms per MiB and thread, against 1-3 to pack them.
+    so each use compares a 128-bit digest of the bytes (16 MiB: 0.3 ms on 2 cores, against 3-4 ms to pack them).
     An entry goes when its weight's storage is freed, or when it is the least recently used beyond `limit` bytes.
     """
 
