@@ -7,12 +7,21 @@ fastdit.explain("attention", q, k, v)   which backend a call takes, and why not 
 
 __version__ = "0.1.0"
 
-from .backends import NoBackend, cpu as _cpu_backend, reference as _reference_backend, set_backend, use_backend
+from .backends import (
+    NoBackend,
+    cpu as _cpu_backend,
+    reference as _reference_backend,
+    sdpa as _sdpa_backend,
+    set_backend,
+    use_backend,
+)
 
 _reference_backend.register_all()
 _cpu_backend.register_all()
+_sdpa_backend.register_all()
 
 from . import ops  # noqa: E402
+from .integrations import accelerate, restore  # noqa: E402
 from .ops import explain  # noqa: E402
 
-__all__ = ["NoBackend", "explain", "ops", "set_backend", "use_backend"]
+__all__ = ["NoBackend", "accelerate", "explain", "ops", "restore", "set_backend", "use_backend"]

@@ -1,0 +1,164 @@
+// Packing: q, k, v rows of any stride -> the word order that the tile kernels stream through.
+//
+//   Q  [channel word][lane]                            lane = query of the tile
+//   K  [key / 8][channel word][8 keys]
+//   V  [key block][channel / 8][key / 8 in block][key word in 8][8 channels]
+//
+// Channels are padded with zeros to a multiple of 8 here, never in memory the caller sees.
+#pragma once
+
+#include "attention_math.h"
+
+namespace fastdit::cpu::FASTDIT_ISA {
+
+constexpr int kKeyBlock = 256;               // keys between two softmax rescalings
+constexpr int kBlockGroups = kKeyBlock / 8;  // keys travel in groups of 8
+
+// Element (or pair of elements) number `step` of a row of `dim` as a word; zero beyond it.
+template <class M, class T>
+FASTDIT_INLINE typename M::Word word_at(const T* row, int64_t step, int64_t dim) {
+  if constexpr (M::pair == 2) {
+    const int64_t c = 2 * step;
+    const uint32_t lo = c < dim ? row[c].bits : 0, hi = c + 1 < dim ? row[c + 1].bits : 0;
+    return lo | hi << 16;
+  } else {
+    return step < dim ? to_scalar(row[step]) : 0;
+  }
+}
+
+#if defined(__AVX512F__)
+// 16 words from `step` on, as vector lanes; masked loads touch nothing beyond the row.
+FASTDIT_INLINE __m512 load_words(const float* row, int64_t step, int64_t dim) {
+  const int64_t left = dim - step;
+  return _mm512_maskz_loadu_ps(left >= 16 ? 0xffff : (1u << left) - 1, row + step);
+}
+FASTDIT_INLINE __m256i load_half_words(const void* row, int64_t step, int64_t dim) {
+  const int64_t left = dim - step;
+  return _mm256_maskz_loadu_epi16(left >= 16 ? 0xffff : (1u << left) - 1, static_cast<const uint16_t*>(row) + step);
+}
+FASTDIT_INLINE __m512 load_words(const f16* row, int64_t step, int64_t dim) {
+  return _mm512_cvtph_ps(load_half_words(row, step, dim));
+}
+#if defined(__AVX512BF16__)
+FASTDIT_INLINE __m512 load_words(const bf16* row, int64_t step, int64_t dim) {
+  const int64_t left = dim - 2 * step;
+  const __mmask32 mask = left >= 32 ? 0xffffffffu : (1u << left) - 1;
+  return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, row + 2 * step));
+}
+#else
+FASTDIT_INLINE __m512 load_words(const bf16* row, int64_t step, int64_t dim) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_half_words(row, step, dim)), 16));
+}
+#endif
+
+// 16 words of 16 rows from row `first` on, transposed; rows from `count` on are zeros.
+template <class T, class RowOf>
+FASTDIT_INLINE void load_transposed(__m512 (&r)[16], RowOf&& row_of, int64_t first, int64_t count, int64_t step,
+                                    int64_t dim) {
+  if (count - first >= 16) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = load_words(row_of(first + i), step, dim);
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i)
+      r[i] = first + i < count ? load_words(row_of(first + i), step, dim) : _mm512_setzero_ps();
+  }
+  transpose16(r);
+}
+#endif
+
+// Row i of `count` (row_of(i)) becomes lane i of out [steps][pitch]; lanes from count to pitch are zeros.
+template <class M, class T, class RowOf>
+inline void pack_queries(typename M::Word* out, int pitch, int count, int64_t dim, int64_t steps, RowOf&& row_of) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(typename M::Word) == 4) {
+    for (int lane = 0; lane < pitch; lane += 16) {
+      for (int64_t step = 0; step < steps; step += 16) {
+        __m512 r[16];
+        load_transposed<T>(r, row_of, lane, count, step, dim);
+        typename M::Word* to = out + step * pitch + lane;
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i)
+          if (step + i < steps) _mm512_storeu_ps(to + i * pitch, r[i]);
+      }
+    }
+    return;
+  }
+#endif
+  for (int lane = 0; lane < pitch; ++lane) {
+    const T* row = lane < count ? row_of(lane) : nullptr;
+    for (int64_t step = 0; step < steps; ++step)
+      out[step * pitch + lane] = row ? word_at<M>(row, step, dim) : typename M::Word{};
+  }
+}
+
+// Keys 0 .. count -> out [group][steps][8]; the last group is filled up with zeros. out holds an even number of groups.
+template <class M, class T>
+inline void pack_keys(typename M::Word* out, const T* k, int64_t stride, int64_t count, int64_t dim, int64_t steps) {
+  const auto row_of = [&](int64_t i) { return k + i * stride; };
+#if defined(__AVX512F__)
+  if constexpr (sizeof(typename M::Word) == 4) {
+    for (int64_t key = 0; key < count; key += 16) {
+      typename M::Word *lo = out + key * steps, *hi = lo + 8 * steps;
+      for (int64_t step = 0; step < steps; step += 16) {
+        __m512 r[16];
+        load_transposed<T>(r, row_of, key, count, step, dim);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+          if (step + i >= steps) break;
+          _mm256_storeu_ps(reinterpret_cast<float*>(lo + (step + i) * 8), _mm512_castps512_ps256(r[i]));
+          _mm256_storeu_ps(reinterpret_cast<float*>(hi + (step + i) * 8), _mm512_extractf32x8_ps(r[i], 1));
+        }
+      }
+    }
+    return;
+  }
+#endif
+  for (int64_t key = 0; key < (count + 7) / 8 * 8; ++key) {
+    typename M::Word* to = out + key / 8 * 8 * steps + key % 8;
+    for (int64_t step = 0; step < steps; ++step)
+      to[step * 8] = key < count ? word_at<M>(row_of(key), step, dim) : typename M::Word{};
+  }
+}
+
+// Words of one group for one channel tile of V.
+template <class M>
+constexpr int64_t kValueWords = 8 / M::pair * 8;
+
+// Offset of group g inside packed V, for channel tile 0; the next tile is kBlockGroups * kValueWords further.
+template <class M>
+FASTDIT_INLINE int64_t value_offset(int64_t group, int64_t channel_tiles) {
+  return (group / kBlockGroups * channel_tiles * kBlockGroups + group % kBlockGroups) * kValueWords<M>;
+}
+
+template <class M, class T>
+inline void pack_values(typename M::Word* out, const T* v, int64_t stride, int64_t count, int64_t dim) {
+  const int64_t tiles = (dim + 7) / 8;
+  for (int64_t key = 0; key < (count + 7) / 8 * 8; key += M::pair) {
+    typename M::Word* to = out + value_offset<M>(key / 8, tiles) + key % 8 / M::pair * 8;
+    const T* row = v + key * stride;
+    for (int64_t t = 0; t < tiles; ++t, to += kBlockGroups * kValueWords<M>) {
+      const int64_t c = t * 8;
+#if defined(__AVX512BF16__)
+      if constexpr (M::pair == 2) {
+        const __mmask8 mask = dim - c >= 8 ? 0xff : (1u << (dim - c)) - 1;
+        const __m128i zero = _mm_setzero_si128();
+        const __m128i a = key < count ? _mm_maskz_loadu_epi16(mask, row + c) : zero;
+        const __m128i b = key + 1 < count ? _mm_maskz_loadu_epi16(mask, row + stride + c) : zero;
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi16(a, b));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 4), _mm_unpackhi_epi16(a, b));
+        continue;
+      }
+#endif
+      if constexpr (M::pair == 1) {
+        if (key < count && c + 8 <= dim) {
+          for (int e = 0; e < 8; ++e) to[e] = to_scalar(row[c + e]);
+        } else {
+          for (int e = 0; e < 8; ++e) to[e] = key < count && c + e < dim ? to_scalar(row[c + e]) : 0;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace fastdit::cpu::FASTDIT_ISA

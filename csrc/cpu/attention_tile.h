@@ -1,0 +1,239 @@
+// One tile of queries against a list of key groups, everything transposed: lanes are queries.
+//
+//   S^T = K Q^T   [8 keys][lanes]       per group; maxima, sums and rescaling are vertical
+//   P^T = power(S^T c - m)               over the block, written over S^T
+//   O^T += V^T P^T   [8 channels][lanes] per channel tile; rescaled once per block
+//
+// A lane never meets another, so a query's result does not depend on the tile it sits in.
+#pragma once
+
+#include "attention_pack.h"
+
+namespace fastdit::cpu::FASTDIT_ISA {
+
+// What the queries of a tile see. Keys lie on a grid (t, h, w) with w fastest; a plain sequence is the grid (1, 1, M).
+template <class M>
+struct TileView {
+  static constexpr int lanes = kTileVectors * M::lanes;
+  alignas(64) typename M::Index end[lanes];       // plain sequence: first key not seen
+  alignas(64) typename M::Index start[3][lanes];  // window: first visible index of each axis
+  int64_t size[3];                                // of the window, the same for all lanes
+  int64_t height, width;                          // of the key grid
+  bool windowed;
+};
+
+template <class M>
+struct TileBuffers {
+  typename M::Word *q, *k, *v;  // packed operands
+  typename M::S *s, *o;         // [kKeyBlock][pitch] scores, then weights; [channels][pitch]
+  int64_t* groups;              // key groups to visit: 2 * group + (1 if partly masked)
+};
+
+// acc[r][n] += sum_t a[t][r] * b[t][n]: the kernel of both products.
+template <class M, int NV>
+FASTDIT_INLINE void multiply(typename M::V (&acc)[8][NV], const typename M::Word* a, const typename M::Word* b,
+                             int64_t steps) {
+  for (int64_t t = 0; t < steps; ++t, a += 8, b += NV * M::lanes) {
+    typename M::V bv[NV];
+#pragma GCC unroll 3
+    for (int n = 0; n < NV; ++n) bv[n] = load_raw<typename M::V>(b + n * M::lanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; ++r) {
+#pragma GCC unroll 3
+      for (int n = 0; n < NV; ++n) acc[r][n] = M::multiply_add(acc[r][n], a[r], bv[n]);
+    }
+  }
+}
+
+// Sets invisible scores of one group to -inf.
+template <class M, int NV>
+FASTDIT_INLINE void mask_group(typename M::S* s, int64_t group, const TileView<M>& view) {
+  using V = typename M::V;
+  using I = typename M::I;
+  const V hidden = V{} - static_cast<typename M::S>(__builtin_inff());
+  for (int r = 0; r < 8; ++r) {
+    const int64_t key = group * 8 + r;
+    const int64_t index[3] = {key / (view.height * view.width), key / view.width % view.height, key % view.width};
+#pragma GCC unroll 3
+    for (int n = 0; n < NV; ++n) {
+      I seen = load_raw<I>(view.end + n * M::lanes) > (I{} + static_cast<typename M::Index>(key));
+      if (view.windowed) {
+#pragma GCC unroll 3
+        for (int axis = 0; axis < 3; ++axis) {
+          const I offset =
+              I{} + static_cast<typename M::Index>(index[axis]) - load_raw<I>(view.start[axis] + n * M::lanes);
+          seen &= (offset >= 0) & (offset < static_cast<typename M::Index>(view.size[axis]));
+        }
+      }
+      typename M::S* p = s + (r * NV + n) * M::lanes;
+      store_raw(p, seen ? load_raw<V>(p) : hidden);
+    }
+  }
+}
+
+// Scores of `count` groups into s, their maximum over the keys into max.
+template <class M, int NV>
+inline void score_block(const TileBuffers<M>& buf, const TileView<M>& view, const int64_t* groups, int64_t count,
+                        int64_t steps, typename M::V (&max)[NV]) {
+  using V = typename M::V;
+  typename M::S* s = buf.s;
+  for (int64_t i = 0; i < count; ++i, s += 8 * NV * M::lanes) {
+    V acc[8][NV] = {};
+    multiply<M, NV>(acc, buf.k + (groups[i] >> 1) * 8 * steps, buf.q, steps);
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; ++r) {
+#pragma GCC unroll 3
+      for (int n = 0; n < NV; ++n) store_raw(s + (r * NV + n) * M::lanes, acc[r][n]);
+    }
+    if (groups[i] & 1) {
+      mask_group<M, NV>(s, groups[i] >> 1, view);
+      for (int r = 0; r < 8; ++r) {
+#pragma GCC unroll 3
+        for (int n = 0; n < NV; ++n) max[n] = higher(max[n], load_raw<V>(s + (r * NV + n) * M::lanes));
+      }
+    } else {
+#pragma GCC unroll 8
+      for (int r = 0; r < 8; ++r) {
+#pragma GCC unroll 3
+        for (int n = 0; n < NV; ++n) max[n] = higher(max[n], acc[r][n]);
+      }
+    }
+  }
+}
+
+// Scores -> weights power(s * c - shift), in place as words; sum[n] = their sum over the block, 32 rows at a time:
+// short chains keep the rounding of long sums small.
+template <class M, int NV>
+inline void weigh_block(typename M::S* s, int64_t rows, typename M::S c, const typename M::V (&shift)[NV],
+                        typename M::V (&sum)[NV]) {
+  using V = typename M::V;
+  constexpr int64_t pitch = NV * M::lanes;
+  typename M::Word* out = reinterpret_cast<typename M::Word*>(s);
+  for (int64_t chunk = 0; chunk < rows; chunk += 32) {
+    V part[NV] = {};
+    const int64_t end = rows < chunk + 32 ? rows : chunk + 32;
+    for (int64_t r = chunk; r < end; r += M::pair, s += M::pair * pitch, out += pitch) {
+#pragma GCC unroll 3
+      for (int n = 0; n < NV; ++n) {
+        const V p = M::power(load_raw<V>(s + n * M::lanes) * c - shift[n]);
+        part[n] += p;
+        if constexpr (M::pair == 2) {
+          const V next = M::power(load_raw<V>(s + pitch + n * M::lanes) * c - shift[n]);
+          part[n] += next;
+          store_raw(out + n * M::lanes, M::join(p, next));
+        } else {
+          store_raw(out + n * M::lanes, p);
+        }
+      }
+    }
+#pragma GCC unroll 3
+    for (int n = 0; n < NV; ++n) sum[n] += part[n];
+  }
+}
+
+// O^T = O^T * keep + V^T P^T; the block is summed apart first, which keeps the rounding of long sums small.
+template <class M, int NV>
+inline void value_block(const TileBuffers<M>& buf, const int64_t* groups, int64_t count, int64_t channel_tiles,
+                        bool first, const typename M::V (&keep)[NV]) {
+  using V = typename M::V;
+  constexpr int64_t pitch = NV * M::lanes, steps = 8 / M::pair;
+  const auto* p = reinterpret_cast<const typename M::Word*>(buf.s);
+  for (int64_t tile = 0; tile < channel_tiles; ++tile) {
+    V acc[8][NV] = {};
+    const typename M::Word* v = buf.v + tile * kBlockGroups * kValueWords<M>;
+    for (int64_t i = 0; i < count; ++i)
+      multiply<M, NV>(acc, v + value_offset<M>(groups[i] >> 1, channel_tiles), p + i * steps * pitch, steps);
+    typename M::S* o = buf.o + tile * 8 * pitch;
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; ++r) {
+#pragma GCC unroll 3
+      for (int n = 0; n < NV; ++n) {
+        typename M::S* to = o + r * pitch + n * M::lanes;
+        store_raw(to, first ? acc[r][n] : load_raw<V>(to) * keep[n] + acc[r][n]);
+      }
+    }
+  }
+}
+
+// Visits the groups; leaves O^T unscaled in buf.o, and per lane the sum and the shift it is relative to.
+template <class M, int NV>
+inline void attend_tile(const TileBuffers<M>& buf, const TileView<M>& view, int64_t count, int64_t steps,
+                        int64_t channel_tiles, typename M::S c, typename M::S* sums, typename M::S* shifts) {
+  using V = typename M::V;
+  using S = typename M::S;
+  const V lowest = V{} - static_cast<S>(__builtin_inff());
+  V top[NV], total[NV], shift[NV];
+  for (int n = 0; n < NV; ++n) {
+    top[n] = lowest;
+    total[n] = shift[n] = V{};
+  }
+  for (int64_t at = 0; at < count; at += kBlockGroups) {
+    const int64_t groups = count - at < kBlockGroups ? count - at : kBlockGroups;
+    V max[NV], keep[NV], sum[NV];
+    for (int n = 0; n < NV; ++n) max[n] = top[n];
+    score_block<M, NV>(buf, view, buf.groups + at, groups, steps, max);
+    for (int n = 0; n < NV; ++n) {
+      const V next = max[n] == lowest ? V{} : max[n] * c;  // no key so far: power(-inf - 0) = 0
+      keep[n] = top[n] == lowest ? V{} : M::power(shift[n] - next);
+      top[n] = max[n];
+      shift[n] = next;
+      sum[n] = V{};
+    }
+    weigh_block<M, NV>(buf.s, groups * 8, c, shift, sum);
+    for (int n = 0; n < NV; ++n) total[n] = total[n] * keep[n] + sum[n];
+    value_block<M, NV>(buf, buf.groups + at, groups, channel_tiles, at == 0, keep);
+  }
+  if (count == 0) __builtin_memset(buf.o, 0, channel_tiles * 8 * NV * M::lanes * sizeof(S));
+  for (int n = 0; n < NV; ++n) {
+    store_raw(sums + n * M::lanes, total[n]);
+    store_raw(shifts + n * M::lanes, shift[n]);
+  }
+}
+
+// O^T / sum -> rows of o; lse = shift / unit + log(sum).
+template <class M, class T, class RowOf, class LseOf>
+inline void store_tile(const typename M::S* o, int pitch, int count, int64_t dim, const typename M::S* sums,
+                       const typename M::S* shifts, RowOf&& row_of, LseOf&& lse_of, bool want_lse) {
+  using V = typename M::V;
+  using S = typename M::S;
+  S inverse[kTileVectors * M::lanes];
+  for (int n = 0; n < pitch; n += M::lanes) {
+    const V sum = load_raw<V>(sums + n);
+    store_raw(inverse + n, sum == S{0} ? V{} : S{1} / sum);
+  }
+  if (want_lse) {
+    for (int lane = 0; lane < count; ++lane)
+      *lse_of(lane) = static_cast<S>(1 / M::unit) * shifts[lane] + M::log(sums[lane]);
+  }
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) {
+    for (int first = 0; first < count; first += 16) {
+      const __m512 scale = _mm512_loadu_ps(inverse + first);
+      for (int64_t c = 0; c < dim; c += 16) {
+        __m512 r[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i)
+          r[i] = c + i < dim ? _mm512_mul_ps(_mm512_loadu_ps(o + (c + i) * pitch + first), scale) : _mm512_setzero_ps();
+        transpose16(r);
+        const int64_t left = dim - c;
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+          if (first + i >= count) break;
+          T* to = row_of(first + i) + c;
+          if (left >= 16)
+            store(to, (vf)r[i]);
+          else
+            store_n(to, (vf)r[i], static_cast<int>(left));
+        }
+      }
+    }
+    return;
+  }
+#endif
+  for (int lane = 0; lane < count; ++lane) {
+    T* row = row_of(lane);
+    for (int64_t c = 0; c < dim; ++c) row[c] = from_scalar<T>(o[c * pitch + lane] * inverse[lane]);
+  }
+}
+
+}  // namespace fastdit::cpu::FASTDIT_ISA
