@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ledger import pytest_runtest_logreport, pytest_terminal_summary  # noqa: F401  hooks
 
 from fastdit import _cpu
 

@@ -24,7 +24,7 @@ def test_forward(sample, dtype, isa):
 
 @each_dtype
 @each_sample
-def test_backward(sample, dtype):
+def test_backward(sample, dtype, isa):
     contract.backward(sample, dtype, "cpu")
 
 
@@ -133,7 +133,7 @@ def test_forward_mode_is_not_silently_dropped():
 def test_backends_and_explain(capsys):
     x = torch.randn(2, 4, 8)
     text = fastdit.explain("norm_modulate", x)
-    assert "cpu         chosen" in text and "backward: reference" in text and text in capsys.readouterr().out
+    assert "cpu         chosen" in text and text in capsys.readouterr().out
     with fastdit.use_backend("reference"):
         assert "reference   chosen" in fastdit.explain("norm_modulate", x)
         with pytest.raises(fastdit.NoBackend, match="triton"):

@@ -5,191 +5,24 @@
 // A row is widened once into an L1-resident buffer, which also sums it; a second pass over the buffer takes the centred
 // squares, a third writes h. So memory sees each tensor exactly once. Table rows are widened when the row map moves to
 // another row: N / M tokens share one, and a per-token table costs one more pass over L1.
-#include "fastdit/modulation.h"
-
-#include "simd.h"
+#include "modulation_row.h"
 
 namespace fastdit::cpu::FASTDIT_ISA {
 namespace {
 
-template <class T, class S>
-void widen_as(const void* from, S* to, int64_t C) {
-  using V = typename simd<S>::V;
-  constexpr int w = simd<S>::width;
-  const T* p = static_cast<const T*>(from);
-  int64_t c = 0;
-  if constexpr (sizeof(typename simd<T>::S) == sizeof(S)) {
-    for (; c + w <= C; c += w) store_raw(to + c, static_cast<V>(load(p + c)));
-  }
-  for (; c < C; ++c) to[c] = static_cast<S>(to_scalar(p[c]));
-}
-
-template <class S>
-void widen(const void* from, int64_t offset, int dtype, S* to, int64_t C) {
-  FASTDIT_DTYPE_SWITCH(dtype, T, widen_as<T>(static_cast<const T*>(from) + offset, to, C));
-}
-
-// One table's current row, widened; `row` reports whether it moved.
-template <class S>
-struct Cursor {
-  S* values;
-  int64_t offset = -1;
-
-  bool move(const Table& t, int64_t b, int64_t n, int64_t N, const void* index, int is64, int64_t C) {
-    if (!t.data) return false;
-    int64_t at;
-    if (index) {
-      const int64_t i = b * N + n;
-      at = (is64 ? static_cast<const int64_t*>(index)[i] : static_cast<const int32_t*>(index)[i]) * t.stride_m;
-    } else {
-      at = b * t.stride_b + (n / t.tokens_per_row) * t.stride_m;
-    }
-    if (at == offset) return false;
-    offset = at;
-    widen(t.data, at, t.dtype, values, C);
-    return true;
-  }
-};
-
-template <class S>
-FASTDIT_INLINE S inverse_root(S x) {
-  return S(1) / (sizeof(S) == 8 ? static_cast<S>(__builtin_sqrt(x)) : static_cast<S>(__builtin_sqrtf(x)));
-}
-
-// Padded to whole vectors: rows of the scratch end in zeros, so passes over it need no tail.
-template <class S>
-S sum_squares(const S* row, S mean, int64_t C) {
-  using V = typename simd<S>::V;
-  constexpr int w = simd<S>::width;
-  V a{}, b{}, d{}, e{};
-  int64_t c = 0;
-  for (; c + 4 * w <= C; c += 4 * w) {
-    const V u = load(row + c) - mean, v = load(row + c + w) - mean;
-    const V x = load(row + c + 2 * w) - mean, y = load(row + c + 3 * w) - mean;
-    a += u * u;
-    b += v * v;
-    d += x * x;
-    e += y * y;
-  }
-  for (; c + w <= C; c += w) {
-    const V u = load(row + c) - mean;
-    a += u * u;
-  }
-  S tail = 0;
-  for (; c < C; ++c) tail += (row[c] - mean) * (row[c] - mean);
-  return sum((a + b) + (d + e)) + tail;
-}
-
 template <class T, class TR, bool native>
-struct Row {
-  using S = typename simd<T>::S;
-  using V = typename simd<T>::V;
-  static constexpr int w = simd<T>::width;
-
-  const ModulationParams& p;
-  int64_t C, padded;
-  Scratch<S> memory;
-  S *value, *branch, *post, *affine, *offset;  // affine = weight_offset + weight, offset = bias
-  Cursor<S> gate, scale, shift;
-
-  explicit Row(const ModulationParams& params) : p(params), C(p.C), padded((p.C + w - 1) / w * w), memory(8 * padded) {
-    S* m = memory.get();
-    for (int64_t i = 0; i < 8 * padded; ++i) m[i] = 0;
-    value = m;
-    branch = m + padded;
-    post = m + 2 * padded;
-    affine = m + 3 * padded;
-    offset = m + 4 * padded;
-    gate.values = m + 5 * padded;
-    scale.values = m + 6 * padded;
-    shift.values = m + 7 * padded;
-    if (p.post_weight.data) widen(p.post_weight.data, 0, p.post_weight.dtype, post, C);
-    if (p.weight.data) widen(p.weight.data, 0, p.weight.dtype, affine, C);
-    if (p.weight_offset != 0)
-      for (int64_t c = 0; c < C; ++c) affine[c] = to_scalar(round_scalar(affine[c] + static_cast<S>(p.weight_offset)));
-    if (p.bias.data) widen(p.bias.data, 0, p.bias.dtype, offset, C);
-  }
-
-  static auto round_scalar(S x) {
-    if constexpr (native)
-      return from_scalar<T>(x);
-    else
-      return x;
-  }
-  static FASTDIT_INLINE V rounded(V v) {
-    if constexpr (native)
-      return round_to<T>(v);
-    else
-      return v;
-  }
-
-  S total = 0;  // sum of value
-
-  // value = y, or residual + act(gate) * [rms](y) rounded as stored in r.
-  void gate_residual(int64_t b, int64_t n) {
-    const T* y = static_cast<const T*>(p.y) + b * p.y_stride_b + n * p.y_stride_n;
-    V sum_a{}, sum_b{};
-    int64_t c = 0;
-    if (!p.residual) {
-      for (; c + 2 * w <= C; c += 2 * w) {
-        const V a = load(y + c), b2 = load(y + c + w);
-        store_raw(value + c, a);
-        store_raw(value + c + w, b2);
-        sum_a += a;
-        sum_b += b2;
-      }
-      for (; c < C; c += w) {
-        const V a = c + w <= C ? load(y + c) : load_n(y + c, static_cast<int>(C - c));
-        store_raw(value + c, a);
-        sum_a += a;
-      }
-      total = sum(sum_a + sum_b);
-      return;
-    }
-    if (gate.move(p.gate, b, n, p.N, p.gate_row_index, p.index_is_64, C) && p.gate_act == GateAct::tanh)
-      for (int64_t c = 0; c < padded; c += w) store_raw(gate.values + c, rounded(tanh(load(gate.values + c))));
-    const bool gated = p.gate.data;
-    const TR* residual = static_cast<const TR*>(p.residual) + b * p.residual_stride_b + n * p.residual_stride_n;
-    TR* out = static_cast<TR*>(p.r) + (b * p.N + n) * C;
-    S root = 1;
-    if (p.post_norm) {
-      widen_as<T>(y, branch, C);
-      root = inverse_root(sum_squares(branch, S(0), C) / static_cast<S>(C) + static_cast<S>(p.post_eps));
-    }
-    const bool post = p.post_norm, weighted = p.post_weight.data;
-    auto element = [&](int64_t c, V from, V res) {
-      V v = from;
-      if (post) {
-        v = rounded(v * root);
-        if (weighted) v = rounded(v * load(this->post + c));
-      }
-      if (gated) v = rounded(v * load(gate.values + c));
-      return res + v;
-    };
-    for (; c + w <= C; c += w) {
-      const V v = element(c, load(y + c), load(residual + c));
-      store(out + c, v);
-      const V stored = round_to<TR>(v);
-      store_raw(value + c, stored);
-      sum_a += stored;
-    }
-    if (const int tail = static_cast<int>(C - c); tail) {
-      const V v = element(c, load_n(y + c, tail), load_n(residual + c, tail));
-      store_n(out + c, v, tail);
-      const V stored = round_to<TR>(v);  // zero beyond the row: y, residual and gate are
-      store_raw(value + c, stored);
-      sum_a += stored;
-    }
-    total = sum(sum_a + sum_b);
-  }
+struct Forward : Row<T, TR, native> {
+  using Base = Row<T, TR, native>;
+  using S = typename Base::S;
+  using V = typename Base::V;
+  static constexpr int w = Base::w;
+  using Base::Base, Base::p, Base::C, Base::value, Base::affine, Base::offset, Base::scale, Base::shift, Base::rounded;
 
   // h = n(value) * (1 + scale) + shift
   void norm_modulate(int64_t b, int64_t n) {
-    if (scale.move(p.scale, b, n, p.N, p.row_index, p.index_is_64, C))
-      for (int64_t c = 0; c < padded; c += w) store_raw(scale.values + c, rounded(load(scale.values + c) + S(1)));
-    shift.move(p.shift, b, n, p.N, p.row_index, p.index_is_64, C);
-    const S mean = p.norm == Norm::layer ? total / static_cast<S>(C) : S(0);
-    const S root = inverse_root(sum_squares(value, mean, C) / static_cast<S>(C) + static_cast<S>(p.eps));
+    this->move_norm_tables(b, n);
+    S mean, root;
+    this->statistics(mean, root);
     T* out = static_cast<T*>(p.h) + (b * p.N + n) * C;
     const bool has_weight = p.weight.data || p.weight_offset != 0, has_bias = p.bias.data;
     const bool has_scale = p.scale.data, has_shift = p.shift.data;
@@ -226,7 +59,7 @@ void run(const ModulationParams& p) {
   // below about 64 KB a second thread costs more than it saves
   const int threads = rows * p.C < 16384 ? 1 : p.threads;
   parallel_ranges(rows, threads, [&](int64_t begin, int64_t end, int) {
-    Row<T, TR, native> row(p);
+    Forward<T, TR, native> row(p);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / p.N, n = i % p.N;
       row.gate_residual(b, n);

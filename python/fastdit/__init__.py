@@ -21,6 +21,7 @@ _cpu_backend.register_all()
 _sdpa_backend.register_all()
 
 from . import ops  # noqa: E402
+from .integrations import accelerate, restore  # noqa: E402
 from .ops import explain  # noqa: E402
 
-__all__ = ["NoBackend", "explain", "ops", "set_backend", "use_backend"]
+__all__ = ["NoBackend", "accelerate", "explain", "ops", "restore", "set_backend", "use_backend"]

@@ -15,31 +15,58 @@ Table table(const py::handle& h) {
                t[4].cast<int64_t>()};
 }
 
+// (address, dtype, rows, rows_b), or None
+fastdit::TableGrad table_grad(const py::handle& h) {
+  if (h.is_none()) return fastdit::TableGrad{nullptr, 0, 0, 0};
+  const auto t = py::reinterpret_borrow<py::tuple>(h);
+  return {ptr<void>(t[0].cast<int64_t>()), t[1].cast<int>(), t[2].cast<int64_t>(), t[3].cast<int64_t>()};
+}
+
+// The arguments that forward and backward share, in the order of ModulationParams without r and h.
+ModulationParams parameters(const py::tuple& a) {
+  const auto integer = [&](int i) { return a[i].cast<int64_t>(); };
+  ModulationParams p{};
+  p.B = integer(0), p.N = integer(1), p.C = integer(2);
+  p.dtype = a[3].cast<int>(), p.residual_dtype = a[4].cast<int>();
+  p.y = ptr<const void>(integer(5)), p.y_stride_b = integer(6), p.y_stride_n = integer(7);
+  p.residual = ptr<const void>(integer(8)), p.residual_stride_b = integer(9), p.residual_stride_n = integer(10);
+  p.gate = table(a[11]), p.shift = table(a[12]), p.scale = table(a[13]);
+  p.weight = table(a[14]), p.bias = table(a[15]), p.post_weight = table(a[16]);
+  p.gate_row_index = ptr<const void>(integer(17)), p.row_index = ptr<const void>(integer(18));
+  p.index_is_64 = a[19].cast<int>();
+  p.norm = static_cast<fastdit::Norm>(a[20].cast<int>()), p.gate_act = static_cast<fastdit::GateAct>(a[21].cast<int>());
+  p.post_norm = a[22].cast<int>();
+  p.eps = a[23].cast<double>(), p.post_eps = a[24].cast<double>(), p.weight_offset = a[25].cast<double>();
+  p.native = a[26].cast<int>(), p.threads = a[27].cast<int>();
+  return p;
+}
+
 }  // namespace
 
 void bind_modulation(py::module_& m) {
   m.def(
       "modulation_forward",
-      [](int64_t B, int64_t N, int64_t C, int dtype, int residual_dtype, int64_t y, int64_t y_stride_b,
-         int64_t y_stride_n, int64_t residual, int64_t residual_stride_b, int64_t residual_stride_n, int64_t r,
-         int64_t h, py::handle gate, py::handle shift, py::handle scale, py::handle weight, py::handle bias,
-         py::handle post_weight, int64_t gate_row_index, int64_t row_index, int index_is_64, int norm, int gate_act,
-         int post_norm, double eps, double post_eps, double weight_offset, int native, int threads) {
-        ModulationParams p{};
-        p.B = B, p.N = N, p.C = C, p.dtype = dtype, p.residual_dtype = residual_dtype;
-        p.y = ptr<const void>(y), p.y_stride_b = y_stride_b, p.y_stride_n = y_stride_n;
-        p.residual = ptr<const void>(residual);
-        p.residual_stride_b = residual_stride_b, p.residual_stride_n = residual_stride_n;
+      [](const py::tuple& shared, int64_t r, int64_t h) {
+        ModulationParams p = parameters(shared);
         p.r = ptr<void>(r), p.h = ptr<void>(h);
-        p.gate = table(gate), p.shift = table(shift), p.scale = table(scale);
-        p.weight = table(weight), p.bias = table(bias), p.post_weight = table(post_weight);
-        p.gate_row_index = ptr<const void>(gate_row_index), p.row_index = ptr<const void>(row_index);
-        p.index_is_64 = index_is_64;
-        p.norm = static_cast<fastdit::Norm>(norm), p.gate_act = static_cast<fastdit::GateAct>(gate_act);
-        p.post_norm = post_norm, p.eps = eps, p.post_eps = post_eps, p.weight_offset = weight_offset;
-        p.native = native, p.threads = threads;
         py::gil_scoped_release release;
         fastdit::cpu::modulation_forward(p);
       },
       "r = residual + act(gate) * [rms](y); h = n(r) * (1 + scale) + shift; see fastdit/modulation.h.");
+  m.def(
+      "modulation_backward",
+      [](const py::tuple& shared, int64_t grad_r, int64_t grad_r_stride_b, int64_t grad_r_stride_n, int64_t grad_h,
+         int64_t grad_h_stride_b, int64_t grad_h_stride_n, int64_t d_residual, int64_t d_y, py::handle gate,
+         py::handle shift, py::handle scale, py::handle weight, py::handle bias, py::handle post_weight) {
+        fastdit::ModulationGradParams q{};
+        q.forward = parameters(shared);
+        q.grad_r = ptr<const void>(grad_r), q.grad_r_stride_b = grad_r_stride_b, q.grad_r_stride_n = grad_r_stride_n;
+        q.grad_h = ptr<const void>(grad_h), q.grad_h_stride_b = grad_h_stride_b, q.grad_h_stride_n = grad_h_stride_n;
+        q.d_residual = ptr<void>(d_residual), q.d_y = ptr<void>(d_y);
+        q.gate = table_grad(gate), q.shift = table_grad(shift), q.scale = table_grad(scale);
+        q.weight = table_grad(weight), q.bias = table_grad(bias), q.post_weight = table_grad(post_weight);
+        py::gil_scoped_release release;
+        fastdit::cpu::modulation_backward(q);
+      },
+      "Every gradient of modulation_forward; see fastdit/modulation.h.");
 }

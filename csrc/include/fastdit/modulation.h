@@ -43,7 +43,27 @@ struct ModulationParams {
   int threads;
 };
 
+// A gradient of a table: `rows` contiguous rows of C in the table's dtype; null: nobody wants it.
+struct TableGrad {
+  void* data;
+  int dtype;
+  int64_t rows;    // in all
+  int64_t rows_b;  // of one batch entry (M); unused with a row_index
+};
+
+// Gradients of modulation_forward; forward.r and forward.h are not read. All gradients are contiguous.
+struct ModulationGradParams {
+  ModulationParams forward;
+  const void* grad_r;  // residual's dtype; null: zero
+  int64_t grad_r_stride_b, grad_r_stride_n;
+  const void* grad_h;  // dtype of h; null: zero, then grad_r is given
+  int64_t grad_h_stride_b, grad_h_stride_n;
+  void *d_residual, *d_y;
+  TableGrad gate, shift, scale, weight, bias, post_weight;
+};
+
 namespace cpu {
 FASTDIT_ENTRY(modulation_forward, ModulationParams)
-}
+FASTDIT_ENTRY(modulation_backward, ModulationGradParams)
+}  // namespace cpu
 }  // namespace fastdit

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..packing import Packed
+
 MAX_FACTOR = 2.0
 RMS_FACTOR = 1.5
 
@@ -104,8 +106,10 @@ def assert_bitwise(actual: Tensor, expected: Tensor, what: str = "result") -> No
         )
 
 
-def flat(output: Tensor | Sequence) -> list[Tensor]:
-    """An op's outputs as a list of tensors."""
+def flat(output: Tensor | Packed | Sequence) -> list[Tensor]:
+    """An op's outputs as a list of tensors; a Packed stands for its tokens."""
     if isinstance(output, Tensor):
         return [output]
+    if isinstance(output, Packed):
+        return [output.tokens]
     return [t for item in output for t in flat(item)]

@@ -2,7 +2,7 @@
 
 import importlib
 
-FAMILIES = ("modulation", "rotary", "attention")
+FAMILIES = ("modulation", "rotary", "attention", "patch", "conv")
 
 
 def register_all() -> None:

@@ -1,0 +1,89 @@
+# `make help` says what each target does. Everything is installed in $(VENV); stamps make a second run install nothing.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?=
+ARGS ?=
+BIN := $(abspath $(VENV))/bin
+SITE = $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-full lint bench gpu wheel sanitize clean
+
+# The choice of torch outlives the call that made it: it changes only when TORCH is given and differs.
+ifneq ($(strip $(TORCH)),)
+$(shell mkdir -p $(VENV); echo '$(TORCH)' | cmp -s - $(VENV)/torch-choice || echo '$(TORCH)' > $(VENV)/torch-choice)
+endif
+TORCH_CHOICE := $(wildcard $(VENV)/torch-choice)
+
+help:  ## show this list
+	@echo "fastdit: make <target>"
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
+	@echo 'options: TORCH="torch==2.12.0" (another torch), TORCH=keep (the one that $$(PYTHON) imports), PYTHON=, VENV=, ARGS='
+
+setup: $(VENV)/installed  ## make .venv: pinned dependencies, then the package built from source
+
+demo: setup  ## accelerate a real DiT and a real video VAE, write out/demo/report.html (under 4 minutes)
+	$(BIN)/fastdit demo $(ARGS)
+
+test: setup  ## the tests that CI runs (under 20 minutes), with a ledger of where the time went
+	$(BIN)/python -m pytest -m "not full and not gpu" $(ARGS)
+
+test-full: setup  ## every test that needs no GPU, slow rows too
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+lint: setup  ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+bench: setup  ## throughput against the peers on this machine, into build/bench/
+	mkdir -p build/bench
+	$(BIN)/fastdit bench --json build/bench/results.json --html build/bench/results.html $(ARGS)
+
+gpu: setup  ## on a machine with an NVIDIA GPU: pytest -m gpu, then the benchmarks
+	@$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || { \
+	  echo "make gpu: torch sees no NVIDIA GPU on this machine; nothing was run."; exit 2; }
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/fastdit bench --suite gpu --json auto
+
+wheel: setup  ## build dist/*.whl and test it in a new environment outside the tree
+	rm -rf dist
+	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
+	FASTDIT_WHEEL=$$(ls dist/*.whl) $(BIN)/python -m pytest tests/test_wheel.py
+	@ls -l dist
+
+KERNEL_TESTS = $(filter-out %_originals.py,$(foreach f,modulation rotary attention patch conv,$(wildcard tests/test_$(f)*.py)))
+sanitize: setup  ## ASan and UBSan build of the module, then the kernel tests on it
+	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w build/sanitize/wheel -Cbuild-dir=build/sanitize/cmake \
+	  -Ccmake.define.FASTDIT_SANITIZE=ON -Cinstall.strip=false .
+	$(PYTHON) -m venv --clear --without-pip build/sanitize/venv
+	cat $(VENV)/lib/python*/site-packages/kept-torch.pth 2>/dev/null > build/sanitize/dependencies.pth || true
+	echo "$(SITE)" >> build/sanitize/dependencies.pth
+	mv build/sanitize/dependencies.pth build/sanitize/venv/lib/python*/site-packages/
+	$(BIN)/pip --python build/sanitize/venv/bin/python install -q --no-deps --ignore-installed build/sanitize/wheel/*.whl
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  build/sanitize/venv/bin/python -m pytest -m "not full and not gpu and not big" $(KERNEL_TESTS) $(ARGS)
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist out
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/dependencies: requirements-dev.txt $(TORCH_CHOICE) | $(VENV)/bin/python
+	@case "$$(cat $(VENV)/torch-choice 2>/dev/null)" in \
+	  "") $(BIN)/pip install -r requirements-dev.txt ;; \
+	  keep) $(PYTHON) -c "import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))" > "$(SITE)/kept-torch.pth" ; \
+	    grep -vE '^(torch|triton|numpy)==' requirements-dev.txt | $(BIN)/pip install -r /dev/stdin ;; \
+	  *) grep -vE '^(torch|triton)==' requirements-dev.txt | $(BIN)/pip install -r /dev/stdin $$(cat $(VENV)/torch-choice) ;; \
+	esac
+	@touch $@
+
+$(VENV)/installed: $(VENV)/dependencies $(SOURCES)
+	$(BIN)/pip install --no-build-isolation --no-deps -e .
+	@touch $@

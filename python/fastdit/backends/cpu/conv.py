@@ -1,0 +1,164 @@
+"""conv on the CPU kernels (csrc/cpu/conv.cpp), with a cache of packed weights."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+
+import torch
+
+from ... import _cpu
+from ...reference.conv import NORM_EPS, memory_format, output_shape
+from ..reference import conv as reference
+from ..registry import Impl, register as _register
+from ._abi import DTYPE, on_cpu
+
+_PAD = {"zeros": 0, "first": 1, "replicate": 1, "reflect": 2}
+_NORM = {None: 0, "channel_l2": 1, "channel_rms": 2, "group": 3}
+_NO_STRIDE = (0, 0, 0, 0, 0)
+
+
+class PackedWeights:
+    """Weights in the kernels' layout, kept while the memory they were packed from lives and holds the same bytes.
+
+    Neither a version counter nor an address shows every edit (`p.data.mul_()`, LoRA merges, optimizers outside torch),
+    so each use compares a 128-bit digest of the bytes: about 0.1 ms per MiB and thread, against 1-3 to pack them.
+    An entry goes when its weight's storage is freed, or when it is the least recently used beyond `limit` bytes.
+    """
+
+    def __init__(self, limit: int = 1 << 30) -> None:
+        self.limit = limit
+        self.bytes = 0
+        self._entries: OrderedDict[tuple, tuple] = OrderedDict()
+        self._lock = threading.RLock()  # a storage may die, and call _drop, while this thread holds it
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+            self.bytes = 0
+
+    def get(self, weight: torch.Tensor, dtype: torch.dtype, winograd: bool) -> torch.Tensor:
+        if weight.numel() != 1 + sum((n - 1) * s for n, s in zip(weight.shape, weight.stride(), strict=True)):
+            return pack(weight, dtype, winograd)  # a view with holes: its bytes are not one run
+        key = (weight.data_ptr(), *weight.shape, *weight.stride(), weight.dtype, dtype, winograd, _cpu.isa())
+        digest = _cpu.conv_hash(weight.data_ptr(), weight.numel() * weight.element_size(), torch.get_num_threads())
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is not None and entry[0] == digest:
+                self._entries.move_to_end(key)
+                return entry[1]
+        packed = pack(weight, dtype, winograd)
+        reference = weakref.ref(weight.untyped_storage(), lambda dead: self._drop(key, dead))
+        with self._lock:
+            self._remove(key)
+            if packed.numel() <= self.limit:
+                self._entries[key] = (digest, packed, reference)
+                self.bytes += packed.numel()
+            while self.bytes > self.limit:
+                self._remove(next(iter(self._entries)))
+        return packed
+
+    def _remove(self, key: tuple) -> None:
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self.bytes -= entry[1].numel()
+
+    def _drop(self, key: tuple, dead: weakref.ref) -> None:
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is not None and entry[2] is dead:
+                self._remove(key)
+
+
+packed_weights = PackedWeights()
+
+
+def pack(weight: torch.Tensor, dtype: torch.dtype, winograd: bool) -> torch.Tensor:
+    kernel = tuple(weight.shape[2:])
+    size = _cpu.conv_pack_bytes(weight.shape[0], weight.shape[1], kernel, winograd, DTYPE[dtype])
+    packed = torch.empty(size, dtype=torch.uint8)
+    _cpu.conv_pack(
+        weight.data_ptr(), packed.data_ptr(), weight.shape[0], weight.shape[1], kernel, weight.stride(),
+        winograd, DTYPE[weight.dtype], DTYPE[dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return packed
+
+
+def _pointer(t):
+    return 0 if t is None else t.data_ptr()
+
+
+def _stride(t):
+    return _NO_STRIDE if t is None else t.stride()
+
+
+def _code(t):
+    return 0 if t is None else DTYPE[t.dtype]
+
+
+def use_winograd(algo: str, dtype: torch.dtype, kernel: tuple, stride: tuple, dilation: tuple) -> bool:
+    """Auto: where products are formed in fp32 and there is enough work to pay for the transforms."""
+    if algo == "auto":
+        fits = kernel[1] == 3 and stride[1] == 1 and dilation[1] == 1
+        return fits and dtype in (torch.float32, torch.float16)
+    return algo == "winograd"
+
+
+def causal_conv3d(
+    x, weight, bias, cache, norm_weight, residual,
+    stride, dilation, padding, time_pad, space_pad, norm, norm_eps, act, algo,
+):  # fmt: skip
+    kernel = tuple(weight.shape[2:])
+    shape = output_shape(x.shape, weight.shape, stride, dilation, padding)
+    y = torch.empty(shape, dtype=x.dtype, memory_format=memory_format(x))
+    if y.numel():
+        winograd = use_winograd(algo, x.dtype, kernel, stride, dilation)
+        packed = packed_weights.get(weight, x.dtype, winograd)
+        _cpu.conv_forward(
+            x.data_ptr(), _pointer(cache), packed.data_ptr(), _pointer(bias), _pointer(norm_weight), _pointer(residual),
+            y.data_ptr(), x.shape, shape, 0 if cache is None else cache.shape[2],
+            x.stride(), _stride(cache), y.stride(), _stride(residual), kernel, stride, dilation, padding[::2],
+            _PAD[time_pad], _PAD[space_pad], _NORM[norm], norm_eps, act == "silu", winograd,
+            DTYPE[x.dtype], _code(bias), _code(norm_weight), torch.get_num_threads(),
+        )  # fmt: skip
+    return y
+
+
+def next_cache(x, cache, k_t):
+    new = min(k_t - 1, x.shape[2])
+    old = 0 if cache is None else min(k_t - 1 - new, cache.shape[2])
+    shape = (*x.shape[:2], old + new, *x.shape[3:])
+    out = torch.empty(shape, dtype=x.dtype, memory_format=memory_format(x))
+    if old:
+        out[:, :, :old].copy_(cache[:, :, cache.shape[2] - old :])
+    if new:
+        out[:, :, old:].copy_(x[:, :, x.shape[2] - new :])
+    return out
+
+
+def norm_silu(x, weight, bias, norm, groups, eps):
+    y = torch.empty(x.shape, dtype=x.dtype, memory_format=memory_format(x))
+    if y.numel():
+        # (B, C), (B, C, L) and (B, C, H, W) as (B, C, 1, ..., W)
+        shape = (*x.shape[:2], *[1] * (5 - x.dim()), *x.shape[2:])
+        _cpu.norm_silu_forward(
+            x.data_ptr(), _pointer(weight), _pointer(bias), y.data_ptr(), shape, _five(x), _five(y),
+            groups, _NORM[norm], NORM_EPS[norm] if eps is None else eps,
+            DTYPE[x.dtype], _code(weight), _code(bias), torch.get_num_threads(),
+        )  # fmt: skip
+    return y
+
+
+def _five(t):
+    stride = t.stride()
+    return (*stride[:2], *[0] * (5 - len(stride)), *stride[2:])
+
+
+def register() -> None:
+    for name in ("causal_conv3d", "next_cache", "norm_silu"):
+        backward = getattr(reference, f"{name}_backward")
+        _register(Impl(name, "cpu", lambda x, *_: on_cpu(x), globals()[name], backward, backward_backend="reference"))

@@ -1,0 +1,109 @@
+"""`fastdit info | verify | bench | demo`, also as `python -m fastdit`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import fastdit
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Kernels that make Diffusion Transformers and causal video VAEs fast.\n\n"
+    "Start with `fastdit info` (what runs here), then `fastdit demo` (what it buys on real models).",
+)
+# Piped output has no width of its own, and 80 columns would fold every table.
+console = Console(width=None if sys.stdout.isatty() else 140)
+Backend = Annotated[str | None, typer.Option(help="Only this backend: cpu, cuda, triton, reference, ...")]
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        console.print(fastdit.__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.command()
+def info() -> None:
+    """Show this machine, its instruction sets and GPU, and every backend: usable, or the reason why not.
+
+    Example: `fastdit info`. Which backend a single call takes is told by `fastdit.explain("attention", q, k, v)`.
+    """
+    from . import info as command
+
+    command.show(console)
+
+
+@app.command()
+def verify(
+    op: Annotated[str | None, typer.Option(help="Only this op, e.g. norm_modulate.")] = None,
+    backend: Backend = None,
+    backward: Annotated[bool, typer.Option(help="Check gradients too.")] = True,
+) -> None:
+    """Hold every op on every backend and dtype against the fp64 reference, on small shapes.
+
+    Prints one line per op, backend and dtype with the largest share of the allowed error (1 is the limit).
+    Exit status 1 when anything fails.
+
+    Examples: `fastdit verify`, `fastdit verify --op attention --backend cpu`
+    """
+    from . import verify as command
+
+    raise typer.Exit(command.show(console, op=op, backend=backend, backward=backward))
+
+
+@app.command()
+def bench(
+    suite: Annotated[str | None, typer.Option(help="cpu, gpu or smoke. Default: gpu where there is one.")] = None,
+    op: Annotated[str | None, typer.Option(help="Only this op, e.g. attention.")] = None,
+    passes: Annotated[list[str] | None, typer.Option("--pass", help="fwd, bwd or fwd+bwd; may be repeated.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds per row; 7 or more for a figure to keep.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Time torch.compile as a peer.")] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here; auto: results folder.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write a table and a plot here.")] = None,
+) -> None:
+    """Measure every op at the models' own shapes against its peers, interleaved in one run.
+
+    Each row first asserts correctness. Read the ratios: `x eager` above 1 is faster than PyTorch as it is, and
+    `% ceiling` compares with a plain copy (or GEMM) of the same size timed in the same run.
+
+    Examples: `fastdit bench --op norm_modulate`, `fastdit bench --suite cpu --json results.json --html results.html`
+    """
+    from . import bench as command
+
+    status = command.show(
+        console, suite=suite, op=op, passes=tuple(passes or ("fwd",)), rounds=rounds, compiled=compiled,
+        json_file=json_file, html_file=html_file,
+    )  # fmt: skip
+    raise typer.Exit(status)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for report.html, report.json and clip.mp4.")] = Path("out/demo"),
+    small: Annotated[bool, typer.Option("--small", help="Tiny models, seconds instead of minutes.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+) -> None:
+    """Run DiT-XL/2 and the Wan video VAE as they are, then accelerated, and show time, errors and what was replaced.
+
+    Weights are seeded random numbers: nothing is downloaded. About three minutes on two CPU cores.
+
+    Examples: `fastdit demo`, `fastdit demo --small --out build/demo`
+    """
+    import torch
+
+    from fastdit.demo import console as view, models
+
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    raise typer.Exit(0 if view.show(models.plan(small=small, device=chosen), out, console) else 1)
+
+
+def main() -> None:
+    app()

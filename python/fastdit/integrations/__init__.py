@@ -1,0 +1,8 @@
+"""`accelerate(model)`: the layers of an existing DiT or VAE through fastdit's ops; `restore(model)` undoes it."""
+
+from fastdit.integrations import diffusers_dit, diffusers_wan_vae, diffusers_wan_vae_loop  # noqa: F401  they register their kinds
+from fastdit.integrations._accelerate import accelerate, restore
+from fastdit.integrations.registry import KINDS, Kind, register
+from fastdit.integrations.report import Report, Row, Verification
+
+__all__ = ["KINDS", "Kind", "Report", "Row", "Verification", "accelerate", "register", "restore"]

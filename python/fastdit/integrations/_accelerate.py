@@ -1,0 +1,141 @@
+"""`accelerate`: find the blocks that a model shares with `KINDS`, patch them, and say what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from fastdit import ops as fastdit_ops
+from fastdit.integrations import registry
+from fastdit.integrations.registry import KINDS, Kind
+from fastdit.integrations.report import Report, Row, left_rows
+
+
+def accelerate(
+    model: object,
+    *,
+    ops: Iterable[str] | None = None,
+    precision: str | None = None,
+    exclude: Iterable[str] | None = None,
+) -> Report:
+    """Run the known layers of a model through fastdit's ops, in place; `restore` undoes it.
+
+    Replaces methods of instances: classes, parameters, state-dict keys and processors' names stay. Linear layers are
+    called, never read, so LoRA and quantised weights keep working. A block that is known only in part is left whole.
+
+    Args:
+        model (nn.Module, diffusers pipeline, or a list of them): a pipeline's transformers and VAEs are taken.
+        ops (iterable of op names, optional): use only these, e.g. {"attention"}. Default: all.
+        precision ("native" | "fp32", optional): rounding of modulation. Default: that of the original model.
+        exclude (iterable of glob patterns, optional): names of submodules to leave as they are, with all below
+            them, e.g. ["transformer_blocks.0", "decoder.*"]. A pattern that matches nothing is an error.
+    Returns:
+        Report: `print` it for what was replaced, what was left and why; `report.verify(*inputs)` compares.
+    Raises:
+        TypeError: there is no torch module in `model`.   ValueError: unknown op, precision or pattern.
+
+    Call it before hooks that wrap `forward` (offload, caching, casting); it is idempotent.
+    """
+    roots = torch_roots(model, "accelerate")
+    patterns = [exclude] if isinstance(exclude, str) else list(exclude or ())
+    allowed = None if ops is None else {ops} if isinstance(ops, str) else set(ops)
+    check_options(roots, allowed, precision, patterns)
+    restore(roots)  # so that a second call means what it says, whatever the first one did
+
+    rows: dict[tuple, Row] = {}
+    covered: set[nn.Module] = set()  # replaced, driven or absorbed by a known block: not listed again
+    for root in roots:
+        for name, module in root.named_modules():
+            for kind in KINDS:
+                if not kind.match(module):
+                    continue
+                patches = list(kind.patches(module))
+                why = refusal(kind, module, name, patches, allowed, patterns)
+                if why is None:
+                    for owner, attribute, replacement in patches:
+                        registry.patch(owner, attribute, replacement, kind, precision or kind.precision)
+                covered.update(owner for owner, _, _ in patches)
+                covered.update(kind.absorbs(module))
+                row = rows.setdefault((kind.name, why), Row(kind.name, why is None, why or ", ".join(kind.ops)))
+                row.count += 1
+                row.saving += 0 if why else kind.saving(module)
+                row.unit = kind.unit
+    left = left_rows(roots, covered)
+    return Report(roots, [*rows.values(), *left], {"ops": allowed, "precision": precision, "exclude": patterns})
+
+
+def restore(model: object) -> None:
+    """Undo `accelerate`: every module gets back the very methods and attributes it had.
+
+    Raises:
+        TypeError: there is no torch module in `model`.
+        RuntimeError: a method was wrapped by somebody else since (a hook); nothing is undone.
+    """
+    patched = [module for root in torch_roots(model, "restore") for module in registry.patched_modules(root)]
+    for module in patched:
+        if not registry.is_intact(module):
+            raise RuntimeError(
+                f"restore: a method of {type(module).__name__} was replaced after accelerate; got a foreign method, "
+                "expected fastdit's own; remove the hooks that were added since, then call restore again."
+            )
+    for module in dict.fromkeys(patched):
+        registry.unpatch(module)
+
+
+def torch_roots(model: object, caller: str) -> list[nn.Module]:
+    """The modules to work on: the model itself, a pipeline's transformers and VAEs, or those of each list item."""
+    if isinstance(model, nn.Module):
+        return [model]
+    found: list[nn.Module] = []
+    if isinstance(model, (list, tuple)):
+        found = [root for item in model for root in torch_roots(item, caller)]
+    elif isinstance(components := getattr(model, "components", None), dict):
+        wanted = [c for name, c in components.items() if name.startswith(("transformer", "vae"))]
+        found = [c for c in wanted if isinstance(c, nn.Module)]
+    if not found:
+        raise TypeError(
+            f"{caller}: nothing of torch to work on; got {type(model).__name__}, "
+            "expected an nn.Module, a diffusers pipeline or a list of them; pass the transformer or the VAE itself."
+        )
+    return list(dict.fromkeys(found))
+
+
+def check_options(roots: list[nn.Module], allowed: set[str] | None, precision: str | None, patterns: list[str]) -> None:
+    unknown = sorted(name for name in allowed or () if not hasattr(fastdit_ops, name))
+    if unknown:
+        known = sorted({op for kind in KINDS for op in kind.ops})
+        raise ValueError(f"accelerate: unknown op; got {', '.join(unknown)}, expected some of {', '.join(known)}.")
+    if precision not in (None, "native", "fp32"):
+        raise ValueError(f'accelerate: unknown precision; got {precision!r}, expected None, "native" or "fp32".')
+    names = [name for root in roots for name, _ in root.named_modules()]
+    for pattern in patterns:
+        if not any(is_excluded(name, [pattern]) for name in names):
+            raise ValueError(
+                f"accelerate: exclude matches no submodule; got {pattern!r}, expected a name from named_modules() "
+                "or a glob pattern; check the spelling."
+            )
+
+
+def is_excluded(name: str, patterns: list[str]) -> bool:
+    """Does a pattern match this module's name or the name of a module above it?"""
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:n]), p) for p in patterns for n in range(1, len(parts) + 1))
+
+
+def refusal(
+    kind: Kind, module: nn.Module, name: str, patches: list, allowed: set[str] | None, patterns: list[str]
+) -> str | None:
+    """Why this block stays as it is, or None."""
+    if is_excluded(name, patterns):
+        return "excluded"
+    if allowed is not None and not allowed.issuperset(kind.ops):
+        return f"needs {', '.join(op for op in kind.ops if op not in allowed)}, which ops= leaves out"
+    for owner, attribute, _ in patches:
+        if registry.foreign_forward(owner, attribute):
+            return f"{type(owner).__name__}.{attribute} is wrapped already (a hook?): accelerate first, add hooks later"
+    hooked = registry.has_hooks(kind.absorbs(module))
+    if hooked is not None:
+        return f"{hooked} carries a hook, which would no longer run"
+    return kind.refuse(module)

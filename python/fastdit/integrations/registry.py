@@ -1,0 +1,112 @@
+"""Which kinds of blocks `accelerate` knows, and how one instance is patched and unpatched.
+
+A kind is recognised by structure (submodules and attributes), never by a list of model classes, so a model that
+reuses a known block is served without being named. Patching sets instance attributes only: classes, parameters and
+state-dict keys stay as they are.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+RECORD = "_fastdit"  # the one attribute a patched module carries besides what replaces its methods
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of block: how to recognise it, when to leave it alone, what to put in its place.
+
+    Args:
+        name: shown in the report.
+        ops: the fastdit ops that the replacement calls.
+        match: is this module of this kind? By structure.
+        refuse: why this instance has to stay as it is, or None.
+        patches: (module, attribute, replacement) for the block and the submodules that it drives; functions are
+            bound to their module. A function has the name of the attribute it replaces: pickle looks it up by name.
+        absorbs: submodules whose work the replacement does itself; they are no longer called.
+        saving: bytes of memory traffic spared per `unit` of one call, from the block's sizes.
+        unit: what `saving` counts, e.g. "token".
+        precision: the rounding law of the original: "native" or "fp32" (DESIGN 3).
+    """
+
+    name: str
+    ops: tuple[str, ...]
+    match: Callable[[Any], bool]
+    refuse: Callable[[Any], str | None]
+    patches: Callable[[Any], Iterable[tuple[nn.Module, str, Any]]]
+    absorbs: Callable[[Any], Iterable[nn.Module]] = lambda block: ()
+    saving: Callable[[Any], int] = lambda block: 0
+    unit: str = "token"
+    precision: str = "native"
+
+
+KINDS: list[Kind] = []
+
+
+def register(kind: Kind) -> Kind:
+    KINDS.append(kind)
+    return kind
+
+
+@dataclass
+class Record:
+    """What was done to one module: enough to undo it, also on a deep copy."""
+
+    kind: str
+    precision: str
+    placed: dict[str, Any] = field(default_factory=dict)
+    saved: dict[str, Any] = field(default_factory=dict)  # instance attributes that were there before
+
+
+def record_of(module: nn.Module) -> Record | None:
+    return module.__dict__.get(RECORD)
+
+
+def is_intact(module: nn.Module) -> bool:
+    """Nobody (a hook, another patch) has replaced what we placed."""
+    record = record_of(module)
+    return record is None or all(module.__dict__.get(name) is value for name, value in record.placed.items())
+
+
+def foreign_forward(module: nn.Module, attribute: str) -> bool:
+    """Does the instance carry its own method, set by somebody else (accelerate's and diffusers' hooks do so)?"""
+    original = getattr(type(module), attribute, None)
+    if original is None or attribute not in module.__dict__:  # a plain attribute, such as a processor
+        return False
+    return getattr(module.__dict__[attribute], "__func__", None) is not original
+
+
+def has_hooks(modules: Iterable[nn.Module]) -> str | None:
+    """The class of the first module with forward hooks: a module that is no longer called would not run them."""
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks or foreign_forward(module, "forward"):
+            return type(module).__name__
+    return None
+
+
+def patch(module: nn.Module, attribute: str, replacement: Any, kind: Kind, precision: str) -> None:
+    record = record_of(module)
+    if record is None:
+        record = Record(kind.name, precision)
+        module.__dict__[RECORD] = record
+    if attribute in module.__dict__:
+        record.saved[attribute] = module.__dict__[attribute]
+    placed = types.MethodType(replacement, module) if isinstance(replacement, types.FunctionType) else replacement
+    record.placed[attribute] = placed
+    module.__dict__[attribute] = placed
+
+
+def unpatch(module: nn.Module) -> None:
+    record = module.__dict__.pop(RECORD)
+    for attribute in record.placed:
+        del module.__dict__[attribute]
+    module.__dict__.update(record.saved)
+
+
+def patched_modules(root: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in root.modules() if record_of(module) is not None)

@@ -1,0 +1,161 @@
+"""What `accelerate` did to a model, and the proof on the user's own inputs."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Layers that no op of fastdit replaces, and why they stay; what is below a named one is not listed again.
+LEFT = {
+    "AvgDown3D": "one copy per chunk",
+    "CombinedTimestepLabelEmbeddings": "one row per sample",
+    "DupUp3D": "one copy per chunk",
+    "Embedding": "a table look-up",
+    "FeedForward": "linears are called, never read (LoRA, quantised weights); the activation runs between them",
+    "Linear": "called, never read (LoRA, quantised weights): the vendor's GEMM",
+    "SiLU": "one row per sample, or between layers that no known block holds",
+}
+UNKNOWN = "no known block holds it"
+IDLE = (nn.Identity, nn.Dropout, nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+@dataclass
+class Row:
+    """One kind of layer: replaced (`why` names the ops) or left (`why` is the reason)."""
+
+    layer: str
+    replaced: bool
+    why: str
+    count: int = 0
+    saving: int = 0  # bytes of memory traffic spared per `unit`, all layers of the row together
+    unit: str = ""
+
+
+def left_rows(roots: list[nn.Module], covered: set[nn.Module]) -> list[Row]:
+    """The layers that nothing covers, by class: leaves that compute, and the containers that `LEFT` names."""
+    counts: Counter[str] = Counter()
+    done = set(covered)
+    for module in (module for root in roots for module in root.modules()):
+        name = type(module).__name__
+        leaf = not any(True for _ in module.children()) and not isinstance(module, IDLE)
+        if module not in done and (leaf or name in LEFT):
+            counts[name] += 1
+            done.update(module.modules())
+    return [Row(name, False, LEFT.get(name, UNKNOWN), count) for name, count in sorted(counts.items())]
+
+
+@dataclass
+class Verification:
+    """Outputs before and after `accelerate` on the same inputs."""
+
+    max_error: float
+    rms_error: float
+    rms_before: float
+    before_ms: float
+    after_ms: float
+
+    @property
+    def speedup(self) -> float:
+        return self.before_ms / self.after_ms
+
+    def __str__(self) -> str:
+        return (
+            f"against eager: max error {self.max_error:.3g}, rms {self.rms_error:.3g} of {self.rms_before:.3g}; "
+            f"time {self.before_ms:.1f} -> {self.after_ms:.1f} ms, {self.speedup:.2f}x"
+        )
+
+
+@dataclass
+class Report:
+    """`print` it; `rows` for programs."""
+
+    models: list[nn.Module] = field(repr=False)
+    rows: list[Row]
+    options: dict[str, Any]
+
+    @property
+    def replaced(self) -> int:
+        """Number of blocks that now run on fastdit's ops."""
+        return sum(row.count for row in self.rows if row.replaced)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        title = "fastdit.accelerate: " + ", ".join(type(model).__name__ for model in self.models)
+        table = Table("layer", "count", "", "ops, or why not", "traffic spared", title=title)
+        for row in self.rows:
+            spared = f"{row.saving / 1000:.1f} kB per {row.unit}" if row.saving else ""
+            table.add_row(row.layer, str(row.count), "replaced" if row.replaced else "left", row.why, spared)
+        out = io.StringIO()
+        Console(file=out, width=140).print(table)
+        if not self.replaced:
+            from fastdit.integrations.registry import KINDS
+
+            out.write("Nothing was replaced. Looked for: " + "; ".join(kind.name for kind in KINDS) + ".\n")
+        return out.getvalue()
+
+    def verify(self, *inputs: Any, call: str | None = None, rounds: int = 3, **kwargs: Any) -> Verification:
+        """Run the model as it was and as it is, interleaved, without grad; print and return errors and speed.
+
+        `call` names another method than the model's own call, e.g. "decode". Times are medians of `rounds`.
+        """
+        from fastdit.integrations._accelerate import accelerate, restore
+
+        if len(self.models) != 1:
+            raise ValueError(
+                f"verify: one model at a time; got a report on {len(self.models)}; accelerate them one by one."
+            )
+        model = self.models[0]
+        times: dict[str, list[float]] = {"before": [], "after": []}
+        outputs: dict[str, Tensor] = {}
+        try:
+            for _ in range(rounds):
+                restore(model)
+                outputs["before"] = timed(getattr(model, call or "__call__"), inputs, kwargs, times["before"])
+                accelerate(model, **self.options)
+                outputs["after"] = timed(getattr(model, call or "__call__"), inputs, kwargs, times["after"])
+        finally:
+            accelerate(model, **self.options)
+        before, after = outputs["before"].double(), outputs["after"].double()
+        error = after - before
+        result = Verification(
+            max_error=error.abs().max().item(),
+            rms_error=error.square().mean().sqrt().item(),
+            rms_before=before.square().mean().sqrt().item(),
+            before_ms=median(times["before"]),
+            after_ms=median(times["after"]),
+        )
+        print(result)
+        return result
+
+
+def timed(function: Callable, inputs: tuple, kwargs: dict, times: list[float]) -> Tensor:
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    with torch.no_grad():
+        synchronize()
+        start = time.perf_counter()
+        output = function(*inputs, **kwargs)
+        synchronize()
+    times.append((time.perf_counter() - start) * 1e3)
+    return first_tensor(output)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The tensor in a model's output: itself, the first of a tuple, or diffusers' `.sample` / latent distribution."""
+    if isinstance(output, Tensor):
+        return output
+    if hasattr(output, "latent_dist"):
+        return output.latent_dist.mode()
+    return first_tensor(output[0])
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]

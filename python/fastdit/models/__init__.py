@@ -1,0 +1,6 @@
+"""Reference models over `fastdit.ops`: small enough to read, key-compatible with the originals."""
+
+from fastdit.models.dit import DIT_CONFIGS, DiT
+from fastdit.models.vae import CausalVAE
+
+__all__ = ["DIT_CONFIGS", "CausalVAE", "DiT"]

@@ -1,0 +1,70 @@
+"""Layers of causal video VAEs. Inside, videos are (B, C, T, H, W) in channels_last_3d memory."""
+
+import torch
+from torch import Tensor, nn
+
+from fastdit import ops
+
+
+class CausalConv3d(nn.Conv3d):
+    """nn.Conv3d that sees no later frame: conv(act(norm([cache, x]))) + residual, one op without padded copies.
+
+    `cache` are the input frames before x, as passed (`ops.next_cache`); frames still missing are zeros.
+    `padding` are six ints (t0, t1, h0, h1, w0, w1); None is causal "same" padding.
+    """
+
+    def forward(self, x: Tensor, cache=None, *, padding=None, norm_weight=None, act=None, residual=None) -> Tensor:
+        return ops.causal_conv3d(
+            x,
+            self.weight,
+            self.bias,
+            stride=self.stride,
+            padding=padding,
+            cache=cache,
+            norm=None if norm_weight is None else "channel_l2",
+            norm_weight=norm_weight,
+            act=act,
+            residual=residual,
+        )
+
+
+class FrameConv2d(nn.Conv2d):
+    """nn.Conv2d over each frame of a video; `padding` are six ints with zeros for time, None is "same"."""
+
+    def forward(self, x: Tensor, *, padding=None, norm_weight=None, residual=None) -> Tensor:
+        return ops.causal_conv3d(
+            x,
+            self.weight.unsqueeze(2),
+            self.bias,
+            stride=(1, *self.stride),
+            padding=padding,
+            norm=None if norm_weight is None else "channel_l2",
+            norm_weight=norm_weight,
+            residual=residual,
+        )
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def frame_attention(qkv: Tensor) -> Tensor:
+    """Single-head self-attention inside each frame: (B, 3C, T, H, W) -> (B, C, T, H, W).
+
+    In channels_last_3d memory the queries, keys and values are strided views and the result needs no copy.
+    """
+    b, c3, t, h, w = qkv.shape
+    q, k, v = channels_last(qkv).permute(0, 2, 3, 4, 1).reshape(b * t, h * w, 3, 1, c3 // 3).unbind(2)
+    return ops.attention(q, k, v).reshape(b, t, h, w, c3 // 3).permute(0, 4, 1, 2, 3)
+
+
+def upsample2x(x: Tensor, frames: int = 1) -> Tensor:
+    """Nearest-neighbour 2x in H and W; with frames = 2 the two channel halves become alternate frames.
+
+    (B, frames*C, T, H, W) -> (B, C, T*frames, 2H, 2W) in channels_last_3d memory: one copy.
+    """
+    b, c, t, h, w = x.shape
+    c //= frames
+    y = x.unflatten(1, (frames, c)).permute(0, 3, 1, 4, 5, 2)  # (B, T, frames, H, W, C)
+    y = y[:, :, :, :, None, :, None].expand(b, t, frames, h, 2, w, 2, c)
+    return y.reshape(b, t * frames, 2 * h, 2 * w, c).permute(0, 4, 1, 2, 3)

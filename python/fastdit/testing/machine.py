@@ -1,0 +1,66 @@
+"""What a figure was measured on: stands in every JSON file that fastdit writes."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+
+def describe(device: torch.device | str = "cpu") -> dict[str, str | int | float]:
+    """Processor, instruction sets, threads, versions and, for a CUDA device, the GPU."""
+    facts: dict[str, str | int | float] = {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(_memory() / 2**30, 1),
+        "isa": native_isa() or "fastdit._cpu is not built",
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+    }
+    if torch.device(device).type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "gpu": properties.name,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda or "",
+        }
+    return facts
+
+
+def native_isa() -> str | None:
+    """The instruction set that the compiled CPU kernels use; None where the module is missing."""
+    try:
+        from fastdit import _cpu
+    except ImportError:
+        return None
+    return str(_cpu.isa())
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def _version(module: str) -> str:
+    try:
+        return str(__import__(module).__version__)
+    except ImportError:
+        return "not installed"

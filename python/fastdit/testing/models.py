@@ -1,0 +1,55 @@
+"""Small and full-size models of the codebases that `accelerate` knows, with weights that make every layer matter.
+
+diffusers is imported on use: it is an extra.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+WAN21 = dict(
+    base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+)
+WAN22 = dict(
+    base_dim=8, decoder_base_dim=12, z_dim=4, dim_mult=[1, 2, 4, 4], num_res_blocks=1, is_residual=True, patch_size=2,
+    in_channels=12, out_channels=12, scale_factor_spatial=16, latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+)  # fmt: skip
+
+
+def randomize(model: Any, seed: int = 0) -> Any:
+    """Weights of scale 1/sqrt(fan-in), norms around one, biases and tables small: no gate is zero, nothing explodes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue  # fixed positions
+            noise = torch.randn(parameter.shape, generator=generator)
+            fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
+            if fan_in == 1:  # a norm's weight, or a bias
+                noise = 0.1 * noise + (1.0 if name.endswith("gamma") else 0.0)
+            else:
+                noise = noise / math.sqrt(fan_in)
+            parameter.copy_(noise)
+    return model.eval()
+
+
+def diffusers_dit(*, layers: int = 2, heads: int = 2, head_dim: int = 32, size: int = 16, seed: int = 0) -> Any:
+    """DiTTransformer2DModel; layers=28, heads=16, head_dim=72, size=32 is DiT-XL/2 at 256 x 256."""
+    from diffusers import DiTTransformer2DModel
+
+    return randomize(
+        DiTTransformer2DModel(
+            num_attention_heads=heads, attention_head_dim=head_dim, num_layers=layers, sample_size=size, out_channels=8
+        ),
+        seed,
+    )
+
+
+def diffusers_wan_vae(seed: int = 0, **config) -> Any:
+    """AutoencoderKLWan; without config the full-size Wan 2.1 VAE."""
+    from diffusers import AutoencoderKLWan
+
+    return randomize(AutoencoderKLWan(**config), seed)

@@ -1,0 +1,355 @@
+"""conv: the contract on every sample, the laws that are its own, and every check of its input."""
+
+import gc
+
+import pytest
+import torch
+
+from fastdit import ops
+from fastdit.backends.cpu import conv as adapter
+from fastdit.testing import close, contract
+from fastdit.testing.workloads import Maker, samples
+
+LAST = torch.channels_last_3d
+SAMPLES = [s for op in ("causal_conv3d", "next_cache", "norm_silu") for s in samples(op)]
+each_sample = pytest.mark.parametrize("sample", SAMPLES, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", contract.DTYPES, ids=lambda d: str(d)[6:])
+HOT = ("wan", "wan-ncdhw", "down-space", "ltx2", "cogvideox", "roll", "l2", "group")
+each_hot = pytest.mark.parametrize("sample", [s for s in SAMPLES if s.id in HOT], ids=str)
+each_format = pytest.mark.parametrize("last", [True, False], ids=["ndhwc", "ncdhw"])
+each_algo = pytest.mark.parametrize("algo", ["direct", "winograd"])
+
+
+@each_dtype
+@each_sample
+def test_forward(sample, dtype, isa):
+    contract.forward(sample, dtype, "cpu")
+
+
+@each_dtype
+@each_sample
+def test_backward(sample, dtype):
+    contract.backward(sample, dtype, "cpu")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@each_sample
+def test_gradcheck(sample, backend):
+    contract.gradcheck(sample, backend)
+
+
+@each_hot
+def test_opcheck(sample):
+    assert contract.opcheck(sample, "cpu") == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@each_sample
+def test_fast_path_equals_torch_ops(sample, dtype):
+    contract.paths_equal(sample, dtype, "cpu")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@each_hot
+def test_compile(sample, backend):
+    contract.compile_dynamic(sample, backend)
+
+
+@each_sample
+def test_threads(sample):
+    contract.threads_equal(sample, torch.float32, "cpu")
+
+
+def _wan(dtype, T, last, C=40, seed=0):
+    m = Maker(dtype, seed=seed)
+    x = m.randn(1, C, T, 9, 11).to(memory_format=LAST if last else torch.contiguous_format)
+    return x, m.randn(48, C, 3, 3, 3) * 0.05, dict(norm="channel_l2", norm_weight=m.randn(C), act="silu")
+
+
+@each_dtype
+@each_format
+@each_algo
+@pytest.mark.parametrize("chunks", [(1, 1, 1, 4), (3, 4), (1, 2, 4), (5, 0, 2)], ids=str)
+def test_chunked_equals_whole(dtype, last, algo, chunks, isa):
+    x, weight, kwargs = _wan(dtype, sum(chunks), last)
+    whole = ops.causal_conv3d(x, weight, algo=algo, **kwargs, backend="cpu")
+    cache, parts = None, []
+    for chunk in x.split(chunks, dim=2):
+        parts.append(ops.causal_conv3d(chunk, weight, cache=cache, algo=algo, **kwargs, backend="cpu"))
+        cache = ops.next_cache(chunk, cache, 3, backend="cpu")
+    close.assert_bitwise(torch.cat(parts, 2), whole)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("geometry", ["stride", "first", "dilation"])
+def test_chunked_equals_whole_geometries(geometry, backend):
+    m = Maker(torch.float32)
+    x, weight = m.randn(2, 6, 8, 4, 5), m.randn(7, 6, 3, 3, 3)
+    kwargs, k_t = {
+        "stride": (dict(stride=(2, 1, 1)), 3),
+        "first": (dict(time_pad="first", space_pad="reflect"), 3),
+        "dilation": (dict(dilation=(2, 1, 1), padding=(4, 0, 1, 1, 1, 1)), 5),
+    }[geometry]
+    whole = ops.causal_conv3d(x, weight, **kwargs, backend=backend)
+    cache, parts = None, []
+    for chunk in x.split((2, 4, 2), dim=2):
+        parts.append(ops.causal_conv3d(chunk, weight, cache=cache, **kwargs, backend=backend))
+        cache = ops.next_cache(chunk, cache, k_t, backend=backend)
+    if backend == "cpu":
+        close.assert_bitwise(torch.cat(parts, 2), whole)
+    else:  # torch picks its kernel by shape
+        torch.testing.assert_close(torch.cat(parts, 2), whole)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@each_format
+def test_output_has_the_inputs_memory_format(last, backend):
+    x, weight, kwargs = _wan(torch.float32, 3, last)
+    for view in (x, x[:, :, 1:]):
+        y = ops.causal_conv3d(view, weight, **kwargs, backend=backend)
+        c = ops.next_cache(view, None, 3, backend=backend)
+        n = ops.norm_silu(view, weight=None, backend=backend)
+        for out in (y, c, n):
+            assert out.is_contiguous(memory_format=LAST if last else torch.contiguous_format)
+            assert last == (not out.is_contiguous())
+
+
+def test_layouts_agree():
+    """The rows that enter the products are the same bits from either layout, and so is the result."""
+    for algo in ("direct", "winograd"):
+        x, weight, kwargs = _wan(torch.float32, 3, last=False)
+        kwargs = dict(act="silu", algo=algo, backend="cpu")
+        close.assert_bitwise(
+            ops.causal_conv3d(x, weight, **kwargs), ops.causal_conv3d(x.to(memory_format=LAST), weight, **kwargs)
+        )
+
+
+def test_next_cache_owns_its_memory():
+    x = torch.randn(1, 4, 3, 2, 2)
+    for backend in ("cpu", "reference"):
+        c = ops.next_cache(x, None, 3, backend=backend)
+        assert c.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+        assert c.untyped_storage().nbytes() == c.numel() * 4
+        assert ops.next_cache(x, None, 1, backend=backend).shape[2] == 0
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("shape", [(0, 8, 3, 4, 4), (1, 8, 0, 4, 4), (0, 8, 0, 4, 4)])
+def test_zero_size(shape, backend):
+    x = torch.randn(shape, requires_grad=True)
+    weight = torch.randn(16, 8, 3, 3, 3, requires_grad=True)
+    y = ops.causal_conv3d(x, weight, torch.randn(16), norm="channel_l2", backend=backend)
+    c = ops.next_cache(x, torch.randn(shape[0], 8, 2, 4, 4), 3, backend=backend)
+    n = ops.norm_silu(x, norm="group", weight=None, groups=4, backend=backend)
+    assert y.shape == (shape[0], 16, *shape[2:]) and c.shape[2] == 2 and n.shape == shape
+    (y.sum() + c.sum() + n.sum()).backward()
+    assert x.grad.shape == shape and weight.grad.shape == weight.shape and not weight.grad.any()
+
+
+@each_format
+@each_algo
+def test_zero_padding_is_not_convolved(last, algo, isa):
+    """Infinite weights at taps that only ever see missing frames change nothing: they are skipped."""
+    x, weight, kwargs = _wan(torch.float32, 1, last)
+    expected = ops.causal_conv3d(x, weight, algo=algo, **kwargs, backend="cpu")
+    weight[:, :, :2] = float("inf")
+    close.assert_bitwise(ops.causal_conv3d(x, weight, algo=algo, **kwargs, backend="cpu"), expected)
+
+
+def test_nan_stays_in_its_window(isa):
+    x, weight, _ = _wan(torch.float32, 4, last=True)
+    x[0, 3, 1, 4, 5] = float("nan")
+    for algo in ("direct", "winograd"):
+        bad = torch.isnan(ops.causal_conv3d(x, weight, algo=algo, backend="cpu")).any(1)[0]
+        assert bad[1:4, 3:6, 4:7].all() and int(bad.sum()) == 27
+
+
+def test_after_fork_runs_on_one_thread():
+    x, weight, kwargs = _wan(torch.float32, 2, last=True)
+    expected = ops.causal_conv3d(x, weight, **kwargs, backend="cpu")
+    context = torch.multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+
+    def child():
+        y = ops.causal_conv3d(x, weight, **kwargs, backend="cpu")
+        queue.put(bool((y.numpy() == expected.numpy()).all()))
+
+    process = context.Process(target=child)
+    process.start()
+    process.join(20)
+    alive = process.is_alive()
+    process.kill()
+    assert not alive, "the kernel hung in a forked child"
+    assert queue.get()
+
+
+# ---- packed weights -----------------------------------------------------------------------------------
+def _edits():
+    def swap(p):
+        p.data = p.data * 2
+
+    def data_inplace(p):
+        p.data.mul_(2)
+
+    def no_grad(p):
+        with torch.no_grad():
+            p.mul_(2)
+
+    def numpy(p):
+        p.detach().numpy()[...] *= 2
+
+    def optimizer(p):
+        p.grad = -p.detach().clone()
+        torch.optim.SGD([p], lr=1.0).step()
+
+    def one_element(p):
+        p.data[-1, -1, -1, -1, -1] += 1e-6
+
+    return [swap, data_inplace, no_grad, numpy, optimizer, one_element]
+
+
+@pytest.mark.parametrize("edit", _edits(), ids=lambda f: f.__name__)
+def test_packed_weights_see_every_edit(edit):
+    x, weight, _ = _wan(torch.float32, 2, last=True)
+    p = torch.nn.Parameter(weight)
+    with torch.no_grad():
+        before = ops.causal_conv3d(x, p, backend="cpu")
+        close.assert_bitwise(ops.causal_conv3d(x, p, backend="cpu"), before)
+    edit(p)
+    with torch.no_grad():
+        after = ops.causal_conv3d(x, p, backend="cpu")
+        close.assert_bitwise(after, ops.causal_conv3d(x, p.detach().clone(), backend="cpu"))
+    assert not torch.equal(after, before)
+
+
+def test_packed_weights_are_kept_and_freed():
+    cache = adapter.PackedWeights(limit=1 << 20)
+    weight = torch.randn(32, 32, 3, 3, 3)
+    first = cache.get(weight, torch.float32, True)
+    assert cache.get(weight, torch.float32, True) is first
+    assert cache.get(weight.view(32, 32, 3, 3, 3), torch.float32, True) is first  # by memory, not by object
+    assert cache.get(weight, torch.float32, False) is not first and len(cache) == 2
+    assert cache.bytes == sum(entry[1].numel() for entry in cache._entries.values())
+    del weight
+    gc.collect()
+    assert len(cache) == 0 and cache.bytes == 0
+
+
+def test_packed_weights_are_bounded():
+    cache = adapter.PackedWeights(limit=300_000)  # two of 110,592 bytes
+    weights = [torch.randn(32, 32, 3, 3, 3) for _ in range(4)]
+    for w in weights:
+        cache.get(w, torch.float32, False)
+        assert cache.bytes <= cache.limit
+    assert len(cache) == 2
+    kept = cache.get(weights[-1], torch.float32, False)
+    assert cache.get(weights[-1], torch.float32, False) is kept
+    huge = adapter.PackedWeights(limit=10)
+    assert huge.get(weights[0], torch.float32, False).numel() > 10 and len(huge) == 0
+
+
+def test_hash_sees_order_and_length():
+    data = torch.arange(300_000, dtype=torch.int32)
+    hashed = lambda t: adapter._cpu.conv_hash(t.data_ptr(), t.numel() * 4, torch.get_num_threads())  # noqa: E731
+    seen = {hashed(data), hashed(data[:-1]), hashed(data.flip(0)), hashed(data.roll(64)), hashed(data.roll(65536))}
+    for i in (0, 63, 65535, 65536, 299_999):
+        other = data.clone()
+        other[i] ^= 1
+        seen.add(hashed(other))
+    assert len(seen) == 10
+
+
+# ---- bad input ----------------------------------------------------------------------------------------
+X, WEIGHT = torch.randn(1, 8, 4, 5, 6), torch.randn(16, 8, 3, 3, 3)
+BAD = {
+    "rank": (dict(x=X[0]), ValueError, "wrong rank"),
+    "integer": (dict(x=X.int()), TypeError, "int32"),
+    "not-a-tensor": (dict(weight=[1.0]), TypeError, "must be a tensor"),
+    "weight-rank": (dict(weight=WEIGHT[0]), ValueError, "wrong rank"),
+    "weight-C": (dict(weight=WEIGHT[:, :4]), ValueError, "grouped"),
+    "weight-empty": (dict(weight=WEIGHT[:0]), ValueError, "empty"),
+    "weight-dtype": (dict(weight=WEIGHT.int()), TypeError, "int32"),
+    "weight-device": (dict(weight=WEIGHT.to("meta")), ValueError, "another device"),
+    "bias": (dict(bias=torch.randn(8)), ValueError, r"bias must be one value per channel; got \[8\], expected \[16\]"),
+    "bias-strided": (dict(bias=torch.randn(32)[::2]), ValueError, "contiguous"),
+    "stride": (dict(stride=0), ValueError, "stride is malformed"),
+    "stride-pair": (dict(stride=(1, 2)), ValueError, "stride is malformed"),
+    "dilation": (dict(dilation=(1, 0, 1)), ValueError, "dilation is malformed"),
+    "padding-three": (dict(padding=(2, 1, 1)), ValueError, "padding is malformed"),
+    "padding-negative": (dict(padding=(2, 0, -1, 1, 1, 1)), ValueError, "padding is malformed"),
+    "padding-int": (dict(padding=1), ValueError, "padding is malformed"),
+    "time-pad": (dict(time_pad="reflect"), ValueError, "time_pad"),
+    "space-pad": (dict(space_pad="same"), ValueError, "space_pad"),
+    "norm": (dict(norm="group"), ValueError, "norm is unknown"),
+    "act": (dict(act="relu"), ValueError, "act"),
+    "algo": (dict(algo="fft"), ValueError, "algo"),
+    "weight-without-norm": (dict(norm_weight=torch.randn(8)), ValueError, "without norm"),
+    "eps-without-norm": (dict(norm_eps=1e-6), ValueError, "without norm"),
+    "norm-weight": (dict(norm="channel_l2", norm_weight=torch.randn(16)), ValueError, "one value per channel"),
+    "eps": (dict(norm="channel_rms", norm_eps=float("nan")), ValueError, "norm_eps"),
+    "winograd-taps": (dict(weight=WEIGHT[:, :, :, :1], algo="winograd"), ValueError, "3 taps along H"),
+    "winograd-stride": (dict(stride=(1, 2, 1), algo="winograd"), ValueError, "3 taps along H"),
+    "winograd-dilation": (dict(dilation=(1, 2, 1), algo="winograd"), ValueError, "3 taps along H"),
+    "cache-rank": (dict(cache=X[0]), ValueError, "wrong rank"),
+    "cache-dtype": (dict(cache=X[:, :, :2].bfloat16()), TypeError, "cache must have x's dtype"),
+    "cache-device": (dict(cache=X[:, :, :2].to("meta")), ValueError, "another device"),
+    "cache-space": (dict(cache=X[:, :, :2, 1:]), ValueError, "more than T"),
+    "cache-batch": (dict(cache=X[:, :, :2].expand(2, -1, -1, -1, -1)), ValueError, "more than T"),
+    "cache-long": (dict(cache=X[:, :, :3]), ValueError, "at most t0 = 2"),
+    "chunk-stride": (dict(x=X[:, :, :3], cache=X[:, :, :2], stride=(2, 1, 1)), ValueError, "whole number of strides"),
+    "first-chunk-stride": (dict(x=X[:, :, :3], cache=X[:, :, :0], stride=(2, 1, 1)), ValueError, "whole number"),
+    "kernel-T": (dict(x=X[:, :, :2], padding=(0, 0, 1, 1, 1, 1)), ValueError, "does not fit into T"),
+    "kernel-H": (dict(x=X[:, :, :, :2], padding=(2, 0, 0, 0, 1, 1)), ValueError, "does not fit into H"),
+    "kernel-W": (dict(x=X[..., :1], dilation=(1, 1, 2)), ValueError, "does not fit into W"),
+    "empty-H": (dict(x=X[:, :, :, :0], padding=(2, 0, 2, 2, 1, 1)), ValueError, "empty along H"),
+    "empty-T": (dict(x=X[:, :, :0], padding=(2, 1, 1, 1, 1, 1)), ValueError, "empty along T"),
+    "reflect": (dict(x=X[..., :1], space_pad="reflect"), ValueError, "reflect padding"),
+    "residual-shape": (dict(residual=X), ValueError, "output's shape"),
+    "residual-dtype": (dict(residual=torch.randn(1, 16, 4, 5, 6).half()), TypeError, "residual must have x's dtype"),
+    "residual-device": (dict(residual=torch.randn(1, 16, 4, 5, 6, device="meta")), ValueError, "another device"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("case", BAD, ids=str)
+def test_bad_input_causal_conv3d(case, backend):
+    kwargs, error, match = BAD[case]
+    with pytest.raises(error, match=match) as caught:
+        ops.causal_conv3d(**{"x": X, "weight": WEIGHT, **kwargs}, backend=backend)
+    assert str(caught.value).startswith("causal_conv3d: ") and "got" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "kwargs, error, match",
+    [
+        (dict(x=X[0]), ValueError, "wrong rank"),
+        (dict(k_t=0), ValueError, "k_t"),
+        (dict(k_t=2.0), ValueError, "k_t"),
+        (dict(cache=X[:, :, :3]), ValueError, "at most t0 = 2"),
+        (dict(cache=X[:, :4]), ValueError, "more than T"),
+        (dict(cache=X[:, :, :2].half()), TypeError, "x's dtype"),
+    ],
+)
+def test_bad_input_next_cache(kwargs, error, match):
+    with pytest.raises(error, match=match):
+        ops.next_cache(**{"x": X, "cache": None, "k_t": 3, **kwargs})
+
+
+@pytest.mark.parametrize(
+    "kwargs, error, match",
+    [
+        (dict(x=X[0, :, 0, 0, 0]), ValueError, "wrong rank"),
+        (dict(x=X.int()), TypeError, "int32"),
+        (dict(x=X[:, :0]), ValueError, "no channels"),
+        (dict(norm="layer"), ValueError, "norm"),
+        (dict(norm=None), ValueError, "norm"),
+        (dict(weight=torch.randn(4)), ValueError, "weight must be one value"),
+        (dict(bias=torch.randn(8, 1)), ValueError, "bias must be one value"),
+        (dict(norm="group"), ValueError, "groups must divide"),
+        (dict(norm="group", groups=0), ValueError, "groups must divide"),
+        (dict(eps=float("inf")), ValueError, "eps"),
+    ],
+)
+def test_bad_input_norm_silu(kwargs, error, match):
+    with pytest.raises(error, match=match):
+        ops.norm_silu(**{"x": X, "weight": None, **kwargs})
