@@ -204,11 +204,11 @@ class DiT(nn.Module):
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """(B, N, prod(patch) * out_channels) -> (B, out_channels, [T,] H, W)"""
-        grid, patch = (*self.grid,), (*self.patch_size,)
-        if len(grid) == 2:
-            grid, patch = (1, *grid), (1, *patch)
-        x = ops.unpatchify3d(tokens, grid=grid, patch=patch, channels=self.out_channels, order="thwc")
-        return x if len(self.grid) == 3 else x.squeeze(2)
+        image = len(self.grid) == 2
+        t, h, w = (1, *self.grid) if image else self.grid
+        patch = (1, *self.patch_size) if image else self.patch_size
+        x = ops.unpatchify3d(tokens, grid=(t, h, w), patch=patch, channels=self.out_channels, order="thwc")
+        return x.squeeze(2) if image else x
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != (self.in_channels, *self.input_size):

@@ -148,8 +148,8 @@ def causal_conv3d(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    stride: int | tuple[int, int, int] = 1,
-    dilation: int | tuple[int, int, int] = 1,
+    stride: int | tuple[int, ...] = 1,
+    dilation: int | tuple[int, ...] = 1,
     padding: tuple[int, int, int, int, int, int] | None = None,
     time_pad: str = "zeros",
     space_pad: str = "zeros",
@@ -212,9 +212,9 @@ def causal_conv3d(
         )
     if bias is not None:
         _vector(op, "bias", bias, weight.shape[0], x)
-    stride = _integers(op, "stride", stride, 3, 1)
-    dilation = _integers(op, "dilation", dilation, 3, 1)
-    padding = causal_padding(weight.shape[2:]) if padding is None else _integers(op, "padding", padding, 6, 0)
+    strides = _integers(op, "stride", stride, 3, 1)
+    dilations = _integers(op, "dilation", dilation, 3, 1)
+    pads = causal_padding(weight.shape[2:]) if padding is None else _integers(op, "padding", padding, 6, 0)
     _check.choice(op, "time_pad", time_pad, _TIME_PADS)
     _check.choice(op, "space_pad", space_pad, _SPACE_PADS)
     _check.choice(op, "norm", norm, _NORMS)
@@ -229,19 +229,19 @@ def causal_conv3d(
         _vector(op, "norm_weight", norm_weight, x.shape[1], x)
     norm_eps = NORM_EPS[norm] if norm_eps is None else norm_eps
     _check.epsilon(op, "norm_eps", norm_eps)
-    if algo == "winograd" and (weight.shape[3], stride[1], dilation[1]) != (3, 1, 1):
+    if algo == "winograd" and (weight.shape[3], strides[1], dilations[1]) != (3, 1, 1):
         raise ValueError(
-            f"{op}: algo='winograd' works on 3 taps along H; got k_h = {weight.shape[3]}, stride {stride[1]}, "
-            f"dilation {dilation[1]} there, expected 3, 1, 1; use algo='auto'."
+            f"{op}: algo='winograd' works on 3 taps along H; got k_h = {weight.shape[3]}, stride {strides[1]}, "
+            f"dilation {dilations[1]} there, expected 3, 1, 1; use algo='auto'."
         )
     if cache is not None:
-        _check_cache(op, cache, x, padding[0])
-        if x.shape[2] % stride[0] != 0:
+        _check_cache(op, cache, x, pads[0])
+        if x.shape[2] % strides[0] != 0:
             raise ValueError(
-                f"{op}: a chunk must be a whole number of strides; got T = {x.shape[2]} with stride_t = {stride[0]}, "
+                f"{op}: a chunk must be a whole number of strides; got T = {x.shape[2]} with stride_t = {strides[0]}, "
                 "expected a multiple of it; cut the clip elsewhere."
             )
-    shape = _check_geometry(op, x, weight, stride, dilation, padding, space_pad)
+    shape = _check_geometry(op, x, weight, strides, dilations, pads, space_pad)
     if residual is not None:
         _like_x(op, "residual", residual, x)
         if tuple(residual.shape) != shape:
@@ -251,7 +251,7 @@ def causal_conv3d(
             )
     return _causal_conv3d(
         backend, x, weight, bias, cache, norm_weight, residual,
-        stride, dilation, padding, time_pad, space_pad, norm, norm_eps, act, algo,
+        strides, dilations, pads, time_pad, space_pad, norm, norm_eps, act, algo,
     )  # fmt: skip
 
 

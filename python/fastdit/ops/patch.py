@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -103,6 +103,26 @@ def _check_pos(op: str, pos: Any, x: Tensor, expected: tuple[Sequence[int], ...]
     return pos
 
 
+@overload
+def patch_embed3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pos: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def patch_embed3d(
+    x: list[Tensor] | tuple[Tensor, ...],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pos: Tensor | list[Tensor] | tuple[Tensor, ...] | None = None,
+    backend: str | None = None,
+) -> Packed: ...
+
+
 def patch_embed3d(
     x: Tensor | list[Tensor] | tuple[Tensor, ...],
     weight: Tensor,
@@ -182,6 +202,28 @@ def _embed_list(x, weight, bias, pos, backend) -> Packed:
         _check_pos(op, pos, x[0], ((sum(lengths), D),), "packed (sum N, D)")
     flat = torch.cat([v.reshape(-1) for v in x])
     return packed(_patch_embed3d(backend, flat, weight, bias, pos, [n for grid in grids for n in grid]), grids)
+
+
+@overload
+def unpatchify3d(
+    tokens: Tensor,
+    *,
+    grid: tuple[int, int, int],
+    patch: Sequence[int],
+    channels: int,
+    order: str = "thwc",
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def unpatchify3d(
+    tokens: Tensor,
+    *,
+    grid: Sequence[Sequence[int]],
+    patch: Sequence[int],
+    channels: int,
+    order: str = "thwc",
+    backend: str | None = None,
+) -> list[Tensor]: ...
 
 
 def unpatchify3d(

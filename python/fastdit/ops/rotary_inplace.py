@@ -21,13 +21,13 @@ def overlap(a: Tensor, b: Tensor) -> bool:
     """
     if a.numel() == 0 or b.numel() == 0 or a.device.type == "meta":
         return False
-    first, second = (a, b) if a.data_ptr() <= b.data_ptr() else (b, a)
-    last = sum((size - 1) * stride for size, stride in zip(first.shape, first.stride(), strict=True))
-    if second.data_ptr() > first.data_ptr() + last * first.element_size():
+    lower, upper = (a, b) if a.data_ptr() <= b.data_ptr() else (b, a)
+    last = sum((size - 1) * stride for size, stride in zip(lower.shape, lower.stride(), strict=True))
+    if upper.data_ptr() > lower.data_ptr() + last * lower.element_size():
         return False
     reach: dict[int, list[int]] = {}  # stride -> least and greatest i - j
-    for t, end, sign in ((a, 1, 1), (b, 0, -1)):
-        for size, stride in zip(t.shape, t.stride(), strict=True):
+    for tensor, end, sign in ((a, 1, 1), (b, 0, -1)):
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
             if size > 1 and stride > 0:
                 reach.setdefault(stride, [0, 0])[end] += sign * (size - 1)
     dims = sorted(reach.items(), reverse=True)

@@ -187,8 +187,9 @@ def visible_varlen(
             frame_tokens = frame_tokens[:, None, None]
         position = query + (len_k - len_q)[:, None, None]
         visible = visible & (key < frame_end(position, frame_tokens))
-    if window is not None:
-        sizes = grids[:, :, None, None].unbind(1)  # 3 times (S, 1, 1)
+    if window is not None and grids is not None:
+        T, H, W = grids[:, :, None, None].unbind(1)  # (S, 1, 1) each
+        sizes = (T, H, W)
         for i, j, size, w, stride in zip(
             grid_index(query, sizes), grid_index(key, sizes), sizes, window, window_stride, strict=True
         ):

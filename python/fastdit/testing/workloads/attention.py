@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,11 +32,11 @@ def sdpa(q, k, v, *, scale=None, kv_len=None, frame_tokens=None, return_lse=Fals
 def sdpa_varlen(q, k, v, *, cu_seqlens_q, max_seqlen_q, cu_seqlens_k=None, scale=None, return_lse=False, **masks):
     cu_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     bounds_q, bounds_k, parts = cu_seqlens_q.tolist(), cu_k.tolist(), []
-    shown = dict(frame_tokens=None, window=None, window_stride=(1, 1, 1), grids=None) | masks
+    shown: dict[str, Any] = dict(frame_tokens=None, window=None, window_stride=(1, 1, 1), grids=None) | masks
     shown.pop("max_seqlen_k", None)
     for s in range(len(bounds_q) - 1):
         iq, ik = slice(*bounds_q[s : s + 2]), slice(*bounds_k[s : s + 2])
-        one = {key: t[s : s + 1] if isinstance(t, Tensor) else t for key, t in shown.items()}
+        one: dict[str, Any] = {key: t[s : s + 1] if isinstance(t, Tensor) else t for key, t in shown.items()}
         lengths = (cu_seqlens_q[s : s + 2].diff(), cu_k[s : s + 2].diff())
         visible = reference.visible_varlen(*lengths, iq.stop - iq.start, ik.stop - ik.start, **one)
         parts.append(_sdpa(q[None, iq], k[None, ik], v[None, ik], visible[:, None], scale)[0])
