@@ -20,7 +20,7 @@ namespace fastdit::cpu::FASTDIT_ISA {
 namespace {
 
 constexpr int64_t kStripBytes = int64_t{3} << 19;  // activated rows in flight per thread: about its share of the caches
-constexpr int64_t kMaxChain = 320;                 // products summed in one register: short chains, small error
+constexpr int64_t kMaxChain = 160;                 // products summed in one register: short chains, small error
 constexpr int64_t kKeepBytes = int64_t{64} << 20;  // scratch kept between calls
 constexpr int64_t kRegionPixels = 128;
 constexpr int64_t kMinTasks = 32;
