@@ -82,7 +82,7 @@ class Measured:
         return self.workload.bytes(self.dtype) * _work(self.pass_) / self.ours.p50 / 1e9, "GB/s"
 
     def rows(self) -> list[Row]:
-        """One per peer, in the schema of DESIGN section 6."""
+        """One per peer: the schema of `fastdit bench --json`; ratio = peer_ms / time_ms, above 1 is faster than the peer."""
         return [
             {
                 "op": self.workload.op,
