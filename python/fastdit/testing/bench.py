@@ -82,7 +82,7 @@ class Measured:
         return self.workload.bytes(self.dtype) * _work(self.pass_) / self.ours.p50 / 1e9, "GB/s"
 
     def rows(self) -> list[Row]:
-        """One per peer: the schema of `fastdit bench --json`; ratio = peer_ms / time_ms, above 1 is faster than the peer."""
+        """One per peer, as `fastdit bench --json` writes them; ratio = peer_ms / time_ms, above 1 is faster."""
         return [
             {
                 "op": self.workload.op,
