@@ -31,6 +31,7 @@ GROWING = {
 }
 # Files of these places that belong to no family.
 SHARED = {
+    "ops": {"adaln"},  # compositions of the families
     "parameters": {"dtype", "isa"},
     "cpu kernel": {"isa"},
     "benchmark": {"models"},
