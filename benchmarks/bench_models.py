@@ -1,4 +1,4 @@
-"""Whole models, as they are and accelerated, in turns: the rows of DESIGN section 7 that a user feels.
+"""Whole models, as they are and accelerated, in turns: what a user feels.
 
     pytest benchmarks/bench_models.py
 

@@ -17,11 +17,13 @@ IDEAL = ("copy", "gemm")
 
 
 def table(document: dict) -> str:
-    """One line per op, model and dtype: time, share of the machine's ceiling, and the ratio to each peer."""
+    """One line per op, dtype and pass, at the first model that was measured: the file has them all."""
     groups: dict[tuple, list[dict]] = {}
+    first: dict[str, str] = {}
     for row in document["rows"]:
-        key = (row["op"], row["model"], row["shape"], row["dtype"], row["pass"])
-        groups.setdefault(key, []).append(row)
+        if first.setdefault(row["op"], row["model"]) == row["model"]:
+            key = (row["op"], row["model"], row["shape"], row["dtype"], row["pass"])
+            groups.setdefault(key, []).append(row)
     machine = document["machine"]
     device = machine.get("gpu", machine["cpu"])
     where = f"{device}, {machine['isa']}, {machine['threads']} threads, torch {machine['torch']}"
@@ -34,7 +36,7 @@ def table(document: dict) -> str:
     for (op, model, shape, dtype, pass_), rows in groups.items():
         ratio = {row["peer"]: row["ratio"] for row in rows}
         others = {peer: r for peer, r in ratio.items() if peer not in PEERS + IDEAL}
-        best = min(others, key=others.__getitem__, default=None)
+        best = min(others, key=lambda peer: others[peer], default=None)
         cells = [f"{ratio[p]:.2f}" if p in ratio else "" for p in PEERS]
         cells.append(f"{others[best]:.2f} {best}" if best else "")
         ideal = next((p for p in IDEAL if p in ratio), "")

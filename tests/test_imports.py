@@ -58,7 +58,7 @@ def package_of(path: Path) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("path, room", source_files())
 def test_imports_go_down(path, room):
-    assert room in RANK, f"{path.name} stands in no row of the house: add it to ROWS and to DESIGN"
+    assert room in RANK, f"{path.name} stands in no row of the house: add it to ROWS and to CONTRIBUTING"
     for name in imported(path, package_of(path)):
         target = layer(name)
         if target is None:

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 
 import fastdit
 from fastdit import ops
 from fastdit.ops import rotary_inplace
 from fastdit.testing import close, contract
-from fastdit.testing.workloads import Maker, samples
+from fastdit.testing.workloads import Maker, Sample, samples
 
 SAMPLES = samples("qk_norm_rope")
 each_sample = pytest.mark.parametrize("sample", SAMPLES, ids=str)
@@ -131,6 +132,70 @@ def test_rotation_is_undone_by_the_opposite_angle():
         back = ops.qk_norm_rope(*there, cos=angle.cos(), sin=-angle.sin(), layout=layout)
         for a, b in zip(back, (q, k), strict=True):
             torch.testing.assert_close(a, b)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_fuzz(data):
+    """Any mix of ranks, sizes, norms, tables, slices and laws, in poisoned memory."""
+    draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
+    count = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    dtype, layout = draw(*contract.DTYPES), draw("interleaved", "half", "axis_half")
+    norm, scope = draw(None, "rms", "layer"), draw("head", "hidden")
+    B, H, Hk, D = count(1, 2), count(1, 3), count(1, 3), count(6, 140)
+    # a handful of fp32 roundings is no baseline for a maximum: its lucky draws are what the search would find
+    N = draw(0, 64) if dtype == torch.float32 else count(0, 9)
+    start = count(0, N)
+    length = count(0, N - start)
+    pairs = count(1, D // 6) * 3 if layout == "axis_half" else count(1, D // 2)
+
+    def make(m):
+        lead = draw((N,), (B, N))
+        q, k = (m.randn(*lead, h, D + 3)[..., :D] for h in (H, Hk))
+        heads = draw(1, H) if H == Hk else 1
+        shape = draw((length, pairs), (1, pairs), (length, heads, pairs), (1, heads, pairs))
+        angle = m.randn(*shape, dtype=torch.float64)
+        kwargs = dict(norm=norm, scope=scope, layout=layout, precision=draw("fp32", "native"))
+        kwargs |= dict(rope_start=start, rope_len=length, cos=angle.cos().float(), sin=angle.sin().float())
+        if norm is not None:
+            for what, h in (("q_weight", H), ("k_weight", Hk), ("q_bias", H), ("k_bias", Hk)):
+                if draw(True, False):
+                    kwargs[what] = m.randn(h * D if scope == "hidden" else D)
+        return (q, k), kwargs
+
+    made = make(Maker(dtype))
+    contract.forward(Sample("qk_norm_rope", "fuzz", lambda _: made), dtype, "cpu")
+
+
+@pytest.mark.big
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_offsets_beyond_32_bits(dtype):
+    """Tokens 2^31 elements apart: reserved memory, of which only the rows themselves are ever touched."""
+    m = Maker(dtype)
+    rows, angle = m.randn(1, 3, 2, 32), m.randn(3, 16, dtype=torch.float32)
+    far = torch.empty(2**32 + 64, dtype=dtype).as_strided((1, 3, 2, 32), (0, 2**31, 32, 1))
+    far.copy_(rows)
+    kwargs = dict(norm="rms", cos=angle.cos(), sin=angle.sin(), backend="cpu")
+    expected = ops.qk_norm_rope(rows, rows, **kwargs)
+    for a, b in zip(ops.qk_norm_rope(far, far, **kwargs), expected, strict=True):
+        close.assert_bitwise(a, b)
+    ops.qk_norm_rope(far, rows, **kwargs, inplace=True)
+    close.assert_bitwise(far, expected[0])
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "half"])
+@each_dtype
+def test_streamed_outputs(layout, dtype, isa):
+    """Outputs larger than the caches take stores of their own; the same bits as token by token."""
+    m, N, H, D = Maker(dtype), 6, 4, 128
+    tokens = 2**26 // (4 * H * D * dtype.itemsize) + N  # in and out: 64 MiB and more
+    few, angle = m.randn(1, N, H, D), m.randn(N, D // 2, dtype=torch.float32)
+    repeats = -(-tokens // N)
+    q, table = few.repeat(1, repeats, 1, 1), angle.repeat(repeats, 1)
+    options = dict(norm="rms", layout=layout, backend="cpu")
+    small = ops.qk_norm_rope(few, few, cos=angle.cos(), sin=angle.sin(), **options)[0]
+    for large in ops.qk_norm_rope(q, q, cos=table.cos(), sin=table.sin(), **options):
+        assert torch.equal(large.view(repeats, N, H, D), small.expand(repeats, N, H, D))
 
 
 # ---- in place --------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def equal(ours, theirs):
 
 
 def as_close(ours, theirs, truth):
-    """No further from the fp64 truth than the original is, in the DESIGN's sense (2 max, 1.5 rms, half an ulp)."""
+    """No further from the fp64 truth than the original is, in the sense of testing/close.py."""
     for a, b, t in zip(ours, theirs, truth, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape == t.shape
         mine, base = (a.double() - t.double()).abs(), (b.double() - t.double()).abs()

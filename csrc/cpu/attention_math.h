@@ -28,6 +28,25 @@ FASTDIT_INLINE V higher(V a, V b) {
 #endif
 }
 
+// log(x) of a sum of weights, 0 or normal: exponent, and Cephes' polynomial on [sqrt(1/2), sqrt(2)). 1 ulp; log(0) =
+// -inf.
+FASTDIT_INLINE vf natural_log(vf x) {
+  const vi e = ((vi)x - 0x3f3504f3) >> 23;
+  const vf f = (vf)((vi)x - (e << 23)) - 1.0f, n = __builtin_convertvector(e, vf), z = f * f;
+  vf p = splat(7.0376836292e-2f);
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const vf y = p * f * z - n * 2.12194440e-4f - z * 0.5f + f + n * 0.693359375f;
+  const vf finite = x == 0.0f ? splat(-__builtin_inff()) : y;
+  return x != x ? x : finite;
+}
+
 struct Fp32Math {
   using S = float;
   using V = vf;
@@ -56,7 +75,7 @@ struct Fp32Math {
     return exp(t);
 #endif
   }
-  static FASTDIT_INLINE S log(S x) { return __builtin_logf(x); }
+  static FASTDIT_INLINE V log(V x) { return natural_log(x); }
   static FASTDIT_INLINE Word negate(Word x) { return -x; }
 };
 
@@ -71,7 +90,10 @@ struct Fp64Math {
   static FASTDIT_INLINE V multiply_add(V acc, Word a, V b) { return acc + splat(a) * b; }
   static constexpr double unit = 1.0;
   static FASTDIT_INLINE V power(V t) { return exp(t); }
-  static FASTDIT_INLINE S log(S x) { return __builtin_log(x); }
+  static FASTDIT_INLINE V log(V x) {
+    for (int i = 0; i < WD; ++i) x[i] = __builtin_log(x[i]);
+    return x;
+  }
   static FASTDIT_INLINE Word negate(Word x) { return -x; }
 };
 
@@ -107,7 +129,7 @@ struct Bf16Math {
     p = p * f + 9.999999251e-1f;
     return (vf)_mm512_scalef_ps((__m512)p, (__m512)t);
   }
-  static FASTDIT_INLINE S log(S x) { return __builtin_logf(x); }
+  static FASTDIT_INLINE V log(V x) { return natural_log(x); }
   static FASTDIT_INLINE Word negate(Word x) { return x ^ 0x80008000u; }
 };
 #endif

@@ -71,32 +71,43 @@ FASTDIT_INLINE void mask_group(typename M::S* s, int64_t group, const TileView<M
   }
 }
 
-// Scores of `count` groups into s, their maximum over the keys into max.
+// Scores of one group of 8 keys, and the running maximum of each lane. Not inlined: its 24 accumulators, operands and
+// broadcast need all registers for themselves.
 template <class M, int NV>
-inline void score_block(const TileBuffers<M>& buf, const TileView<M>& view, const int64_t* groups, int64_t count,
-                        int64_t steps, typename M::V (&max)[NV]) {
+__attribute__((noinline)) void score_group(const typename M::Word* k, const typename M::Word* q, int64_t steps,
+                                           typename M::S* s, typename M::S* max) {
   using V = typename M::V;
-  typename M::S* s = buf.s;
-  for (int64_t i = 0; i < count; ++i, s += 8 * NV * M::lanes) {
-    V acc[8][NV] = {};
-    multiply<M, NV>(acc, buf.k + (groups[i] >> 1) * 8 * steps, buf.q, steps);
+  V acc[8][NV] = {};
+  multiply<M, NV>(acc, k, q, steps);
+#pragma GCC unroll 3
+  for (int n = 0; n < NV; ++n) {
+    V top = load_raw<V>(max + n * M::lanes);
 #pragma GCC unroll 8
     for (int r = 0; r < 8; ++r) {
-#pragma GCC unroll 3
-      for (int n = 0; n < NV; ++n) store_raw(s + (r * NV + n) * M::lanes, acc[r][n]);
+      store_raw(s + (r * NV + n) * M::lanes, acc[r][n]);
+      top = higher(top, acc[r][n]);
     }
-    if (groups[i] & 1) {
-      mask_group<M, NV>(s, groups[i] >> 1, view);
-      for (int r = 0; r < 8; ++r) {
-#pragma GCC unroll 3
-        for (int n = 0; n < NV; ++n) max[n] = higher(max[n], load_raw<V>(s + (r * NV + n) * M::lanes));
-      }
-    } else {
-#pragma GCC unroll 8
-      for (int r = 0; r < 8; ++r) {
-#pragma GCC unroll 3
-        for (int n = 0; n < NV; ++n) max[n] = higher(max[n], acc[r][n]);
-      }
+    store_raw(max + n * M::lanes, top);
+  }
+}
+
+template <class M, int NV>
+inline void score_block(const TileBuffers<M>& buf, const TileView<M>& view, const int64_t* groups, int64_t count,
+                        int64_t steps, typename M::S* max) {
+  using V = typename M::V;
+  alignas(64) typename M::S unused[NV * M::lanes];
+  typename M::S* s = buf.s;
+  for (int64_t i = 0; i < count; ++i, s += 8 * NV * M::lanes) {
+    const int64_t group = groups[i] >> 1;
+    const bool masked = groups[i] & 1;
+    if (masked) __builtin_memcpy(unused, max, sizeof(unused));
+    score_group<M, NV>(buf.k + group * 8 * steps, buf.q, steps, s, masked ? unused : max);
+    if (!masked) continue;
+    mask_group<M, NV>(s, group, view);
+    for (int n = 0; n < NV; ++n) {
+      V top = load_raw<V>(max + n * M::lanes);
+      for (int r = 0; r < 8; ++r) top = higher(top, load_raw<V>(s + (r * NV + n) * M::lanes));
+      store_raw(max + n * M::lanes, top);
     }
   }
 }
@@ -131,27 +142,22 @@ inline void weigh_block(typename M::S* s, int64_t rows, typename M::S c, const t
   }
 }
 
-// O^T = O^T * keep + V^T P^T; the block is summed apart first, which keeps the rounding of long sums small.
+// 8 channels of O^T = O^T * keep + V^T P^T; the block is summed apart first, which keeps the rounding of long sums
+// small.
 template <class M, int NV>
-inline void value_block(const TileBuffers<M>& buf, const int64_t* groups, int64_t count, int64_t channel_tiles,
-                        bool first, const typename M::V (&keep)[NV]) {
+__attribute__((noinline)) void value_tile(const typename M::Word* v, const typename M::Word* p, const int64_t* groups,
+                                          int64_t count, int64_t channel_tiles, typename M::S* o,
+                                          const typename M::S* keep) {
   using V = typename M::V;
-  constexpr int64_t pitch = NV * M::lanes, steps = 8 / M::pair;
-  const auto* p = reinterpret_cast<const typename M::Word*>(buf.s);
-  for (int64_t tile = 0; tile < channel_tiles; ++tile) {
-    V acc[8][NV] = {};
-    const typename M::Word* v = buf.v + tile * kBlockGroups * kValueWords<M>;
-    for (int64_t i = 0; i < count; ++i)
-      multiply<M, NV>(acc, v + value_offset<M>(groups[i] >> 1, channel_tiles), p + i * steps * pitch, steps);
-    typename M::S* o = buf.o + tile * 8 * pitch;
+  constexpr int64_t steps = 8 / M::pair;
+  V acc[8][NV] = {};
+  for (int64_t i = 0; i < count; ++i, p += steps * NV * M::lanes)
+    multiply<M, NV>(acc, v + value_offset<M>(groups[i] >> 1, channel_tiles), p, steps);
 #pragma GCC unroll 8
-    for (int r = 0; r < 8; ++r) {
+  for (int r = 0; r < 8; ++r) {
 #pragma GCC unroll 3
-      for (int n = 0; n < NV; ++n) {
-        typename M::S* to = o + r * pitch + n * M::lanes;
-        store_raw(to, first ? acc[r][n] : load_raw<V>(to) * keep[n] + acc[r][n]);
-      }
-    }
+    for (int n = 0; n < NV; ++n, o += M::lanes)
+      store_raw(o, keep ? load_raw<V>(o) * load_raw<V>(keep + n * M::lanes) + acc[r][n] : acc[r][n]);
   }
 }
 
@@ -161,29 +167,36 @@ inline void attend_tile(const TileBuffers<M>& buf, const TileView<M>& view, int6
                         int64_t channel_tiles, typename M::S c, typename M::S* sums, typename M::S* shifts) {
   using V = typename M::V;
   using S = typename M::S;
+  constexpr int64_t pitch = NV * M::lanes;
   const V lowest = V{} - static_cast<S>(__builtin_inff());
+  alignas(64) S max[pitch], keep[pitch];
   V top[NV], total[NV], shift[NV];
   for (int n = 0; n < NV; ++n) {
     top[n] = lowest;
     total[n] = shift[n] = V{};
+    store_raw(max + n * M::lanes, lowest);
   }
   for (int64_t at = 0; at < count; at += kBlockGroups) {
-    const int64_t groups = count - at < kBlockGroups ? count - at : kBlockGroups;
-    V max[NV], keep[NV], sum[NV];
-    for (int n = 0; n < NV; ++n) max[n] = top[n];
-    score_block<M, NV>(buf, view, buf.groups + at, groups, steps, max);
+    const int64_t block = count - at < kBlockGroups ? count - at : kBlockGroups, *groups = buf.groups + at;
+    score_block<M, NV>(buf, view, groups, block, steps, max);
+    V sum[NV];
     for (int n = 0; n < NV; ++n) {
-      const V next = max[n] == lowest ? V{} : max[n] * c;  // no key so far: power(-inf - 0) = 0
-      keep[n] = top[n] == lowest ? V{} : M::power(shift[n] - next);
-      top[n] = max[n];
+      const V highest = load_raw<V>(max + n * M::lanes);
+      const V next = highest == lowest ? V{} : highest * c;  // no key so far: power(-inf - 0) = 0
+      const V factor = top[n] == lowest ? V{} : M::power(shift[n] - next);
+      store_raw(keep + n * M::lanes, factor);
+      total[n] *= factor;
+      top[n] = highest;
       shift[n] = next;
       sum[n] = V{};
     }
-    weigh_block<M, NV>(buf.s, groups * 8, c, shift, sum);
-    for (int n = 0; n < NV; ++n) total[n] = total[n] * keep[n] + sum[n];
-    value_block<M, NV>(buf, buf.groups + at, groups, channel_tiles, at == 0, keep);
+    weigh_block<M, NV>(buf.s, block * 8, c, shift, sum);
+    for (int n = 0; n < NV; ++n) total[n] += sum[n];
+    for (int64_t tile = 0; tile < channel_tiles; ++tile)
+      value_tile<M, NV>(buf.v + tile * kBlockGroups * kValueWords<M>, reinterpret_cast<typename M::Word*>(buf.s),
+                        groups, block, channel_tiles, buf.o + tile * 8 * pitch, at ? keep : nullptr);
   }
-  if (count == 0) __builtin_memset(buf.o, 0, channel_tiles * 8 * NV * M::lanes * sizeof(S));
+  if (count == 0) __builtin_memset(buf.o, 0, channel_tiles * 8 * pitch * sizeof(S));
   for (int n = 0; n < NV; ++n) {
     store_raw(sums + n * M::lanes, total[n]);
     store_raw(shifts + n * M::lanes, shift[n]);
@@ -202,8 +215,10 @@ inline void store_tile(const typename M::S* o, int pitch, int count, int64_t dim
     store_raw(inverse + n, sum == S{0} ? V{} : S{1} / sum);
   }
   if (want_lse) {
-    for (int lane = 0; lane < count; ++lane)
-      *lse_of(lane) = static_cast<S>(1 / M::unit) * shifts[lane] + M::log(sums[lane]);
+    S lse[kTileVectors * M::lanes];
+    for (int n = 0; n < pitch; n += M::lanes)
+      store_raw(lse + n, load_raw<V>(shifts + n) * static_cast<S>(1 / M::unit) + M::log(load_raw<V>(sums + n)));
+    for (int lane = 0; lane < count; ++lane) *lse_of(lane) = lse[lane];
   }
 #if defined(__AVX512F__)
   if constexpr (sizeof(S) == 4) {
@@ -223,7 +238,7 @@ inline void store_tile(const typename M::S* o, int pitch, int count, int64_t dim
           if (left >= 16)
             store(to, (vf)r[i]);
           else
-            store_n(to, (vf)r[i], static_cast<int>(left));
+            store_left(to, (vf)r[i], left);
         }
       }
     }

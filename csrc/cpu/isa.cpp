@@ -1,6 +1,7 @@
 #include "fastdit/isa.h"
 
 #include <pthread.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -58,5 +59,12 @@ Isa current_isa() { return slot(); }
 void set_isa(const char* name) { slot() = parse(name); }
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 bool in_forked_child() { return forked; }
+int64_t last_level_cache() {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  static const int64_t size = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  if (size > 0) return size;
+#endif
+  return int64_t{32} << 20;
+}
 
 }  // namespace fastdit

@@ -1,210 +1,70 @@
 // out = rotate(n(x)) for q and k: one read and one write of each.
 //
-// A task is a run of tokens. Of each token the table row is staged once in L1 (for interleaved pairs as two rows of R
-// values, cos twice and -sin, +sin), then every head of q and k takes it: statistics of the head (or of all heads), and
-// a second pass over the same, still cached, channels that normalises, rotates and stores. Where q and k have as many
-// tokens they share the staged row.
+// A task is a run of tokens. A token first gives the statistics of all its heads, then a second pass over the same,
+// still cached, channels normalises, rotates and stores. q and k take the token one after the other, so that a table
+// row is fetched once.
 #include "fastdit/rotary.h"
 
+#include "rotary_head.h"
 #include "simd.h"
 
 namespace fastdit::cpu::FASTDIT_ISA {
 namespace {
 
-// Lanes (1, 0, 3, 2, ...): the other channel of each interleaved pair.
-FASTDIT_INLINE vf swap_pairs(vf v) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_permute_ps((__m512)v, 0xB1);
-#elif defined(__AVX2__)
-  return (vf)_mm256_permute_ps((__m256)v, 0xB1);
-#else
-  return __builtin_shufflevector(v, v, 1, 0, 3, 2);
-#endif
-}
-FASTDIT_INLINE vd swap_pairs(vd v) {
-#if defined(__AVX512F__)
-  return (vd)_mm512_permute_pd((__m512d)v, 0x55);
-#elif defined(__AVX2__)
-  return (vd)_mm256_permute_pd((__m256d)v, 0x5);
-#else
-  return __builtin_shufflevector(v, v, 1, 0);
-#endif
-}
-
-// ---- one head -----------------------------------------------------------------------------------------
-
-// What rotates the heads of a token. interleaved: c, s hold R values (c0 c0 c1 c1 .., -s0 s0 -s1 s1 ..), zero padded to
-// a vector. half: R/2 values, for `sections` runs of `pairs` pairs.
-template <class S>
-struct Rotation {
-  int64_t rotated = 0;  // R, 0 for a token outside the slice
-  bool interleaved = false;
-  bool round_products = false;  // tables of x's dtype under the native law
-  int sections = 1;
-  int64_t pairs[3] = {0, 0, 0};
-  const S* c = nullptr;
-  const S* s = nullptr;
-};
-
-// Channel vectors of one head after its norm.
-template <class T, RotaryNorm kNorm, int kAffine, bool kNative>
-struct Normed {
-  using S = typename simd<T>::S;
-  using V = typename simd<T>::V;
-  const T* x;
-  const S* weight;
-  const S* bias;
-  V mean, rstd;
-
-  FASTDIT_INLINE V finish(V v, V w, V b) const {
-    if constexpr (kNorm == RotaryNorm::none) return v;
-    v = kNorm == RotaryNorm::layer ? (v - mean) * rstd : v * rstd;
-    // F.layer_norm rounds once, after its affine part; RMSNorm before it and after each of its steps
-    if constexpr (kNative && kNorm == RotaryNorm::rms) v = round_to<T>(v);
-    if constexpr (kAffine >= 1) v = v * w;
-    if constexpr (kNative && kNorm == RotaryNorm::rms && kAffine >= 1) v = round_to<T>(v);
-    if constexpr (kAffine == 2) v = v + b;
-    if constexpr (kNative && (kNorm == RotaryNorm::layer || kAffine == 2)) v = round_to<T>(v);
-    return v;
-  }
-  FASTDIT_INLINE V at(int64_t i) const {
-    return finish(load(x + i), kAffine >= 1 ? load(weight + i) : V{}, kAffine == 2 ? load(bias + i) : V{});
-  }
-  FASTDIT_INLINE V at(int64_t i, int n) const {
-    return finish(load_n(x + i, n), kAffine >= 1 ? load_n(weight + i, n) : V{},
-                  kAffine == 2 ? load_n(bias + i, n) : V{});
-  }
-};
-
-// a * c + b * s, each product rounded to T when asked for.
-template <class T, bool kRound, class V>
-FASTDIT_INLINE V combine(V a, V c, V b, V s) {
-  if constexpr (kRound) return round_to<T>(a * c) + round_to<T>(b * s);
-  return a * c + b * s;
-}
-
-template <class T, bool kRound, class Head, class S = typename simd<T>::S>
-FASTDIT_INLINE void rotate_interleaved(const Head& x, T* y, const Rotation<S>& r) {
-  constexpr int width = simd<T>::width;
-  int64_t i = 0;
-  for (; i + width <= r.rotated; i += width) {
-    const auto v = x.at(i);
-    store(y + i, combine<T, kRound>(v, load(r.c + i), swap_pairs(v), load(r.s + i)));
-  }
-  if (i < r.rotated) {
-    const int n = static_cast<int>(r.rotated - i);
-    const auto v = x.at(i, n);
-    store_n(y + i, combine<T, kRound>(v, load(r.c + i), swap_pairs(v), load(r.s + i)), n);
-  }
-}
-
-template <class T, bool kRound, class Head, class S = typename simd<T>::S>
-FASTDIT_INLINE void rotate_half(const Head& x, T* y, const Rotation<S>& r) {
-  constexpr int width = simd<T>::width;
-  const S* c = r.c;
-  const S* s = r.s;
-  int64_t lo = 0;
-  for (int section = 0; section < r.sections; ++section) {
-    const int64_t pairs = r.pairs[section], hi = lo + pairs;
-    int64_t i = 0;
-    for (; i + width <= pairs; i += width) {
-      const auto a = x.at(lo + i), b = x.at(hi + i), cv = load(c + i), sv = load(s + i);
-      store(y + lo + i, combine<T, kRound>(a, cv, b, -sv));
-      store(y + hi + i, combine<T, kRound>(b, cv, a, sv));
-    }
-    if (i < pairs) {
-      const int n = static_cast<int>(pairs - i);
-      const auto a = x.at(lo + i, n), b = x.at(hi + i, n), cv = load_n(c + i, n), sv = load_n(s + i, n);
-      store_n(y + lo + i, combine<T, kRound>(a, cv, b, -sv), n);
-      store_n(y + hi + i, combine<T, kRound>(b, cv, a, sv), n);
-    }
-    c += pairs;
-    s += pairs;
-    lo += 2 * pairs;
-  }
-}
-
-template <class T>
-using HeadFn = void (*)(const T* x, T* y, int64_t channels, const typename simd<T>::S* weight,
-                        const typename simd<T>::S* bias, typename simd<T>::S mean, typename simd<T>::S rstd,
-                        const Rotation<typename simd<T>::S>& r);
-
-template <class T, RotaryNorm kNorm, int kAffine, bool kNative>
-void head(const T* x, T* y, int64_t channels, const typename simd<T>::S* weight, const typename simd<T>::S* bias,
-          typename simd<T>::S mean, typename simd<T>::S rstd, const Rotation<typename simd<T>::S>& r) {
-  constexpr int width = simd<T>::width;
-  const Normed<T, kNorm, kAffine, kNative> n{x, weight, bias, splat(mean), splat(rstd)};
-  if (r.rotated > 0) {
-    if (kNative && r.round_products) {
-      r.interleaved ? rotate_interleaved<T, kNative>(n, y, r) : rotate_half<T, kNative>(n, y, r);
-    } else {
-      r.interleaved ? rotate_interleaved<T, false>(n, y, r) : rotate_half<T, false>(n, y, r);
-    }
-  }
-  int64_t i = r.rotated;
-  for (; i + width <= channels; i += width) store(y + i, n.at(i));
-  if (i < channels) {
-    const int rest = static_cast<int>(channels - i);
-    store_n(y + i, n.at(i, rest), rest);
-  }
-}
-
-template <class T, RotaryNorm kNorm, bool kNative>
-HeadFn<T> pick_affine(int affine) {
-  return affine == 0   ? &head<T, kNorm, 0, kNative>
-         : affine == 1 ? &head<T, kNorm, 1, kNative>
-                       : &head<T, kNorm, 2, kNative>;
-}
-template <class T>
-HeadFn<T> pick(RotaryNorm norm, int affine, bool native) {
-  constexpr bool rounds = sizeof(T) == 2;  // in fp32 and fp64 the two laws are one
-  native = native && rounds;
-  switch (norm) {
-    case RotaryNorm::rms:
-      return native ? pick_affine<T, RotaryNorm::rms, rounds>(affine) : pick_affine<T, RotaryNorm::rms, false>(affine);
-    case RotaryNorm::layer:
-      return native ? pick_affine<T, RotaryNorm::layer, rounds>(affine)
-                    : pick_affine<T, RotaryNorm::layer, false>(affine);
-    default:
-      return native ? &head<T, RotaryNorm::none, 0, rounds> : &head<T, RotaryNorm::none, 0, false>;
-  }
-}
-
 // ---- statistics ---------------------------------------------------------------------------------------
 
-// sum((x - shift)^2), or sum(x) when not kSquare. Four chains hide the latency of the adds.
-template <bool kSquare, class T>
+enum class Moment { sum, squares, centered };  // of x, x^2, (x - shift)^2
+
+template <Moment kMoment, class V>
+FASTDIT_INLINE V accumulate(V acc, V v, V shift) {
+  if constexpr (kMoment == Moment::sum) return acc + v;
+  if constexpr (kMoment == Moment::centered) v = v - shift;
+  return acc + v * v;
+}
+template <Moment kMoment, class T, class V>
+FASTDIT_INLINE void accumulate(V* acc, const T* x, V shift) {  // two vectors of x
+  acc[0] = accumulate<kMoment>(acc[0], load(x), shift);
+  acc[1] = accumulate<kMoment>(acc[1], load(x + simd<T>::width), shift);
+}
+template <Moment kMoment>
+FASTDIT_INLINE void accumulate(vf* acc, const bf16* x, vf shift) {
+#if defined(__AVX512BF16__)
+  if constexpr (kMoment == Moment::squares) {
+    const __m512bh v = load_raw<__m512bh>(x);
+    acc[0] = (vf)_mm512_dpbf16_ps((__m512)acc[0], v, v);
+    return;
+  }
+#endif
+  const Pair<vf> v = load_pairs(x);
+  acc[0] = accumulate<kMoment>(acc[0], v.a, shift);
+  acc[1] = accumulate<kMoment>(acc[1], v.b, shift);
+}
+
+template <Moment kMoment, class T>
 FASTDIT_INLINE typename simd<T>::S moment(const T* x, int64_t n, typename simd<T>::S shift) {
+  using S = typename simd<T>::S;
   using V = typename simd<T>::V;
-  constexpr int width = simd<T>::width;
+  constexpr int block = 2 * simd<T>::width;
   const V center = splat(shift);
   V acc[4] = {};
   int64_t i = 0;
-  for (; i + 4 * width <= n; i += 4 * width) {
-    for (int j = 0; j < 4; ++j) {
-      const V v = load(x + i + j * width) - center;
-      acc[j] = kSquare ? acc[j] + v * v : acc[j] + v;
-    }
+  for (; i + 2 * block <= n; i += 2 * block) {
+    accumulate<kMoment>(acc, x + i, center);
+    accumulate<kMoment>(acc + 2, x + i + block, center);
   }
-  for (; i + width <= n; i += width) {
-    const V v = load(x + i) - center;
-    acc[0] = kSquare ? acc[0] + v * v : acc[0] + v;
-  }
-  typename simd<T>::S total = sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
-  for (; i < n; ++i) {
-    const typename simd<T>::S v = to_scalar(x[i]) - shift;
-    total += kSquare ? v * v : v;
-  }
+  for (; i + block <= n; i += block) accumulate<kMoment>(acc, x + i, center);
+  S total = sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+  for (; i < n; ++i) total = accumulate<kMoment>(total, static_cast<S>(to_scalar(x[i])), shift);
   return total;
 }
 
 // The same over H heads; contiguous ones are one run.
-template <bool kSquare, class T>
+template <Moment kMoment, class T>
 FASTDIT_INLINE typename simd<T>::S moment(const T* x, int64_t heads, int64_t stride, int64_t channels,
                                           typename simd<T>::S shift) {
-  if (stride == channels || heads == 1) return moment<kSquare>(x, heads * channels, shift);
+  if (stride == channels || heads == 1) return moment<kMoment>(x, heads * channels, shift);
   typename simd<T>::S total = 0;
-  for (int64_t h = 0; h < heads; ++h) total += moment<kSquare>(x + h * stride, channels, shift);
+  for (int64_t h = 0; h < heads; ++h) total += moment<kMoment>(x + h * stride, channels, shift);
   return total;
 }
 
@@ -252,21 +112,18 @@ struct GridCursor {
   }
 };
 
-// The table row of a token (and head) in the form that `head` reads.
+// The table row of a token (and head): in place where it is S with stride 1, else staged here.
 template <class S>
 class Stage {
  public:
   explicit Stage(const QkNormRopeParams& p)
-      : axes_(p.axes), cursor_{p.axes}, pairs_(p.rotated / 2), raw_(p.rotated), rows_(2 * padded(p.rotated)) {
+      : axes_(p.axes), cursor_{p.axes}, pairs_(p.rotated / 2), native_dtype_(p.native ? p.dtype : -1), row_(p.rotated) {
     rotation_.rotated = p.rotated;
-    rotation_.interleaved = p.layout == RotaryLayout::interleaved;
     rotation_.pairs[0] = pairs_;
     if (p.layout == RotaryLayout::axis_half) {
       rotation_.sections = p.axes.count ? p.axes.count : 3;
       for (int a = 0; a < rotation_.sections; ++a) rotation_.pairs[a] = p.axes.count ? p.axes.width[a] : pairs_ / 3;
     }
-    for (int64_t i = 0; i < 2 * padded(p.rotated); ++i) rows_.get()[i] = 0;
-    native_dtype_ = p.native ? p.dtype : -1;
   }
 
   const Rotation<S>& dense(const RotaryTable& t, int64_t b, int64_t n, int64_t h) {
@@ -274,16 +131,17 @@ class Stage {
     const auto row = [&](const void* base, const int64_t* stride) {
       return static_cast<const char*>(base) + (b * stride[0] + n * stride[1] + h * stride[2]) * size;
     };
-    const S* c = widen<S>(row(t.cos, t.cos_stride), t.dtype, t.cos_stride[3], pairs_, raw_.get());
-    const S* s = widen<S>(row(t.sin, t.sin_stride), t.dtype, t.sin_stride[3], pairs_, raw_.get() + pairs_);
-    return finish(c, s, t.dtype);
+    rotation_.c = widen<S>(row(t.cos, t.cos_stride), t.dtype, t.cos_stride[3], pairs_, row_.get());
+    rotation_.s = widen<S>(row(t.sin, t.sin_stride), t.dtype, t.sin_stride[3], pairs_, row_.get() + pairs_);
+    rotation_.round_products = t.dtype == native_dtype_;
+    return rotation_;
   }
 
   const Rotation<S>& from_axes(int64_t b, int64_t n) {
     int64_t position[3];
     cursor_.locate(b, n, position);
     const int64_t size = itemsize(static_cast<DType>(axes_.dtype));
-    S* c = raw_.get();
+    S* c = row_.get();
     S* s = c + pairs_;
     for (int a = 0; a < axes_.count; ++a) {
       const int64_t width = axes_.width[a], offset = position[a] * width * size;
@@ -292,45 +150,75 @@ class Stage {
       c += width;
       s += width;
     }
-    return finish(raw_.get(), raw_.get() + pairs_, axes_.dtype);
+    rotation_.c = row_.get();
+    rotation_.s = row_.get() + pairs_;
+    rotation_.round_products = axes_.dtype == native_dtype_;
+    return rotation_;
   }
 
  private:
-  static int64_t padded(int64_t n) { return (n + 2 * W - 1) / W * W; }
-
   void copy(const char* src, int64_t width, S* out) {
     const S* from = widen<S>(src, axes_.dtype, 1, width, out);
     if (from != out) __builtin_memcpy(out, from, width * sizeof(S));
-  }
-
-  const Rotation<S>& finish(const S* c, const S* s, int dtype) {
-    rotation_.round_products = dtype == native_dtype_;
-    if (!rotation_.interleaved) {
-      rotation_.c = c;
-      rotation_.s = s;
-      return rotation_;
-    }
-    S* cc = rows_.get();
-    S* ss = cc + padded(rotation_.rotated);
-    for (int64_t i = 0; i < pairs_; ++i) {
-      cc[2 * i] = cc[2 * i + 1] = c[i];
-      ss[2 * i] = -s[i];
-      ss[2 * i + 1] = s[i];
-    }
-    rotation_.c = cc;
-    rotation_.s = ss;
-    return rotation_;
   }
 
   const RotaryAxes& axes_;
   GridCursor cursor_;
   int64_t pairs_;
   int native_dtype_;
-  Scratch<S> raw_, rows_;
+  Scratch<S> row_;
   Rotation<S> rotation_;
 };
 
-// ---- one operand, one token ---------------------------------------------------------------------------
+// Weight or bias as S, each head padded to whole blocks; interleaved: each block its even channels, then its odd ones.
+template <class T, class S = typename simd<T>::S>
+class Affine {
+ public:
+  Affine(const void* src, int dtype, bool ones, int64_t heads, int64_t channels, bool interleaved)
+      : stride_((channels + kBlock - 1) / kBlock * kBlock),
+        natural_(src ? heads * channels : 0),
+        staged_(src || ones ? heads * stride_ : 0) {
+    if (!src && !ones) return;
+    const S* from = src ? widen<S>(src, dtype, 1, heads * channels, natural_.get()) : nullptr;
+    data_ = staged_.get();
+    for (int64_t i = 0; i < heads * stride_; ++i) data_[i] = 0;
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t i = 0; i < channels; ++i) {
+        const int64_t in_block = i % kBlock, place = interleaved ? in_block / 2 + in_block % 2 * kBlock / 2 : in_block;
+        data_[h * stride_ + i - in_block + place] = from ? from[h * channels + i] : S{1};
+      }
+    }
+  }
+  const S* data() const { return data_; }
+  int64_t stride() const { return stride_; }
+
+ private:
+  static constexpr int kBlock = 2 * simd<T>::width;
+  int64_t stride_;
+  Scratch<S> natural_, staged_;
+  S* data_ = nullptr;
+};
+
+// ---- streaming ----------------------------------------------------------------------------------------
+
+// Outputs that no cache can hold until they are read again bypass it: an ordinary store would fetch each line first,
+// a third of the traffic. Every store must then be aligned, and the line filled from one place.
+template <class T>
+bool streams(const QkNormRopeParams& p, const RotaryOperand& o) {
+  const int64_t bytes = p.batch * (p.q.tokens * p.q.heads + p.k.tokens * p.k.heads) * p.head_dim * int64_t{sizeof(T)};
+  bool aligned = reinterpret_cast<uintptr_t>(o.out) % 64 == 0 && p.head_dim * sizeof(T) % 64 == 0;
+  for (int i = 0; i < 3; ++i) aligned = aligned && o.out_stride[i] * sizeof(T) % 64 == 0;
+  if (p.layout == RotaryLayout::half) aligned = aligned && p.rotated / 2 * sizeof(T) % 64 == 0;
+  if (p.layout == RotaryLayout::axis_half) aligned = false;
+  return aligned && o.out != o.x && 2 * bytes > last_level_cache();
+}
+FASTDIT_INLINE void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// ---- one operand --------------------------------------------------------------------------------------
 
 template <class T>
 class Worker {
@@ -340,21 +228,17 @@ class Worker {
   Worker(const QkNormRopeParams& p, const RotaryOperand& o)
       : p_(p),
         o_(o),
-        count_(p.all_heads ? o.heads * p.head_dim : p.head_dim),
-        weight_buffer_(o.weight || o.bias ? count_ : 0),
-        bias_buffer_(o.bias ? count_ : 0) {
-    if (o.weight) {
-      weight_ = widen<S>(o.weight, o.weight_dtype, 1, count_, weight_buffer_.get());
-    } else if (o.bias) {
-      for (int64_t i = 0; i < count_; ++i) weight_buffer_.get()[i] = 1;
-      weight_ = weight_buffer_.get();
-    }
-    if (o.bias) bias_ = widen<S>(o.bias, o.bias_dtype, 1, count_, bias_buffer_.get());
-    head_ = pick<T>(p.norm, bias_ ? 2 : weight_ ? 1 : 0, p.native);
+        weight_(o.weight, o.weight_dtype, o.bias, p.all_heads ? o.heads : 1, p.head_dim, interleaved()),
+        bias_(o.bias, o.bias_dtype, false, p.all_heads ? o.heads : 1, p.head_dim, interleaved()),
+        mean_(o.heads + 1),
+        rstd_(o.heads + 1),
+        process_(pick<T>(p, (weight_.data() != nullptr) + (bias_.data() != nullptr))),
+        stream_(streams<T>(p, o)) {
+    for (int64_t h = 0; h <= o.heads; ++h) mean_.get()[h] = 0, rstd_.get()[h] = 1;
   }
 
   bool rotates(int64_t token) const {
-    return (o_.table.cos || o_.use_axes) && token >= p_.rope_start && token < p_.rope_start + p_.rope_len;
+    return (o_.table.cos || o_.use_axes) && token >= p_.rope_start && token - p_.rope_start < p_.rope_len;
   }
   bool rows_per_head() const { return !o_.use_axes && (o_.table.cos_stride[2] != 0 || o_.table.sin_stride[2] != 0); }
   bool shares(const Worker& q) const {  // the row that q has staged
@@ -364,46 +248,75 @@ class Worker {
     return same && !rows_per_head();
   }
 
-  // row: what the token's rotation is when all heads share it; null: stage it here.
+  // row: the rotation of the token where it is staged already; null: stage it here. Returns it.
   const Rotation<S>* token(int64_t b, int64_t n, Stage<S>& stage, const Rotation<S>* row) const {
-    const T* x = static_cast<const T*>(o_.x) + b * o_.x_stride[0] + n * o_.x_stride[1];
-    T* y = static_cast<T*>(o_.out) + b * o_.out_stride[0] + n * o_.out_stride[1];
-    const int64_t D = p_.head_dim, at = n - p_.rope_start;
+    const int64_t at = n - p_.rope_start;
     static constexpr Rotation<S> kNone{};
-    const bool per_head = rotates(n) && rows_per_head();
+    Heads<T> heads{static_cast<const T*>(o_.x) + b * o_.x_stride[0] + n * o_.x_stride[1],
+                   static_cast<T*>(o_.out) + b * o_.out_stride[0] + n * o_.out_stride[1],
+                   o_.heads,
+                   o_.x_stride[2],
+                   o_.out_stride[2],
+                   p_.head_dim,
+                   weight_.data(),
+                   bias_.data() ? bias_.data() : weight_.data(),
+                   p_.all_heads && weight_.data() ? weight_.stride() : 0,
+                   mean_.get(),
+                   rstd_.get(),
+                   p_.all_heads ? 0 : 1,
+                   stream_};
+    statistics(heads.x);
+    if (rotates(n) && rows_per_head()) {
+      heads.count = 1;
+      for (int64_t h = 0; h < o_.heads; ++h) {
+        process_(heads, stage.dense(o_.table, b, at, h));
+        heads.x += heads.x_stride;
+        heads.y += heads.y_stride;
+        heads.weight += heads.affine_stride;
+        heads.bias += heads.affine_stride;
+        heads.mean += heads.stat_stride;
+        heads.rstd += heads.stat_stride;
+      }
+      return nullptr;
+    }
     if (!rotates(n)) {
       row = &kNone;
-    } else if (!per_head && !row) {
+    } else if (!row) {
       row = o_.use_axes ? &stage.from_axes(b, at) : &stage.dense(o_.table, b, at, 0);
     }
-    S mean = 0, rstd = 1;
-    if (p_.all_heads) statistics(x, o_.heads, o_.x_stride[2], mean, rstd);
-    for (int64_t h = 0; h < o_.heads; ++h) {
-      const T* xh = x + h * o_.x_stride[2];
-      const int64_t affine = p_.all_heads ? h * D : 0;
-      if (!p_.all_heads) statistics(xh, 1, D, mean, rstd);
-      if (per_head) row = &stage.dense(o_.table, b, at, h);
-      head_(xh, y + h * o_.out_stride[2], D, weight_ ? weight_ + affine : nullptr, bias_ ? bias_ + affine : nullptr,
-            mean, rstd, *row);
-    }
+    process_(heads, *row);
     return row;
   }
 
  private:
-  FASTDIT_INLINE void statistics(const T* x, int64_t heads, int64_t stride, S& mean, S& rstd) const {
+  bool interleaved() const { return p_.layout == RotaryLayout::interleaved; }
+
+  // Of every head before the first is rotated: their chains of sums, roots and divisions overlap.
+  void statistics(const T* x) const {
     if (p_.norm == RotaryNorm::none) return;
-    const S scale = S{1} / static_cast<S>(heads * p_.head_dim);
-    if (p_.norm == RotaryNorm::layer) mean = moment<false>(x, heads, stride, p_.head_dim, S{0}) * scale;
-    rstd = S{1} / std::sqrt(moment<true>(x, heads, stride, p_.head_dim, mean) * scale + static_cast<S>(p_.eps));
+    const bool layer = p_.norm == RotaryNorm::layer;
+    const int64_t rows = p_.all_heads ? 1 : o_.heads, run = p_.all_heads ? o_.heads : 1, stride = o_.x_stride[2];
+    const S scale = S{1} / static_cast<S>(run * p_.head_dim), eps = static_cast<S>(p_.eps);
+    S* mean = mean_.get();
+    S* rstd = rstd_.get();
+    for (int64_t h = 0; h < rows; ++h) {
+      const T* head = x + h * stride;
+      if (layer) {
+        mean[h] = moment<Moment::sum>(head, run, stride, p_.head_dim, S{0}) * scale;
+        rstd[h] = moment<Moment::centered>(head, run, stride, p_.head_dim, mean[h]);
+      } else {
+        rstd[h] = moment<Moment::squares>(head, run, stride, p_.head_dim, S{0});
+      }
+    }
+    for (int64_t h = 0; h < rows; ++h) rstd[h] = S{1} / std::sqrt(rstd[h] * scale + eps);
   }
 
   const QkNormRopeParams& p_;
   const RotaryOperand& o_;
-  int64_t count_;
-  Scratch<S> weight_buffer_, bias_buffer_;
-  const S* weight_ = nullptr;
-  const S* bias_ = nullptr;
-  HeadFn<T> head_;
+  Affine<T> weight_, bias_;
+  Scratch<S> mean_, rstd_;
+  HeadsFn<T> process_;
+  bool stream_;
 };
 
 // A thread is worth waking for this many channels.
@@ -421,6 +334,7 @@ void run(const QkNormRopeParams& p, const RotaryOperand& o) {
     const Worker<T> worker(p, o);
     Stage<typename simd<T>::S> stage(p);
     for (int64_t r = begin; r < end; ++r) worker.token(r / o.tokens, r % o.tokens, stage, nullptr);
+    finish_streams();
   });
 }
 
@@ -436,6 +350,7 @@ void run_both(const QkNormRopeParams& p) {
       const auto* row = q.token(b, n, stage, nullptr);
       k.token(b, n, stage, shared ? row : nullptr);
     }
+    finish_streams();
   });
 }
 

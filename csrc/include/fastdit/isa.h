@@ -1,6 +1,8 @@
 // Runtime choice of instruction set. Every csrc/cpu/<family>.cpp is compiled once per ISA, in its own namespace.
 #pragma once
 
+#include <cstdint>
+
 namespace fastdit {
 
 enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
@@ -9,7 +11,8 @@ Isa best_isa();                  // what this machine has
 Isa current_isa();               // best_isa(), or what FASTDIT_CPU_ISA / set_isa asked for
 void set_isa(const char* name);  // throws std::invalid_argument with the reason
 const char* isa_name(Isa isa);
-bool in_forked_child();  // after fork() OpenMP pools are gone: run on one thread
+bool in_forked_child();      // after fork() OpenMP pools are gone: run on one thread
+int64_t last_level_cache();  // bytes
 
 }  // namespace fastdit
 

@@ -177,6 +177,8 @@ register(
         match=lambda m: has(m, "to_q", "to_k", "to_v", "to_out", "heads", "processor", "norm_cross", "spatial_norm"),
         refuse=refuse_attention,
         patches=lambda attn: [(attn, "processor", shared_processor())],
+        # the division by rescale_output_factor = 1; the op's own gain is arithmetic, not traffic
+        saving=lambda attn: 2 * attn.out_dim * itemsize(attn) if attn.rescale_output_factor == 1.0 else 0,
     )
 )
 

@@ -188,6 +188,8 @@ register(
         refuse=lambda m: refuse_convs(m.resample[1], *([m.time_conv] if hasattr(m, "time_conv") else [])),
         patches=resample_patches,
         absorbs=lambda m: [m.resample[0]],
+        # passes around the time convolution: cat 2, pad 2, interleaving of twice the channels 4
+        saving=lambda m: 8 * m.dim * itemsize(m) if hasattr(m, "time_conv") else 0,
         unit="pixel",
     )
 )
@@ -206,6 +208,8 @@ register(
             (m.proj, "forward", frame_conv_forward),
         ],
         absorbs=lambda m: [m.norm],
+        # passes: normalize 3, scale 2, gamma 2, bias 2, transposed copies of q, k, v and of the output 8, residual 2
+        saving=lambda m: 19 * m.dim * itemsize(m),
         unit="pixel",
     )
 )

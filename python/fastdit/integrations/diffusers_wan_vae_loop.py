@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdit.integrations.diffusers_wan_vae import cached, causal_conv_forward, gamma
 from fastdit.integrations.registry import Kind, register
-from fastdit.integrations.structure import has, is_causal_conv, refuse_activation, refuse_convs, refuse_norms
+from fastdit.integrations.structure import has, is_causal_conv, itemsize, refuse_activation, refuse_convs, refuse_norms
 from fastdit.models.vae import chunks, patchify, unpatchify
 from fastdit.nn import channels_last
 
@@ -92,6 +92,8 @@ def register_side(side: str, blocks: str, forward: Callable) -> None:
                 (m.conv_out, "forward", causal_conv_forward),
             ],
             absorbs=lambda m: [m.norm_out, m.nonlinearity],
+            # passes: cat 2, pad 2 before the first convolution; as in a residual block before the last
+            saving=lambda m: (4 * m.conv_in.in_channels + 15 * m.conv_out.in_channels) * itemsize(m),
             unit="pixel",
         )
     )

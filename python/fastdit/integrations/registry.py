@@ -31,7 +31,7 @@ class Kind:
         absorbs: submodules whose work the replacement does itself; they are no longer called.
         saving: bytes of memory traffic spared per `unit` of one call, from the block's sizes.
         unit: what `saving` counts, e.g. "token".
-        precision: the rounding law of the original: "native" or "fp32" (DESIGN 3).
+        precision: the rounding law of the original: "native" or "fp32" (`ops.norm_modulate`).
     """
 
     name: str

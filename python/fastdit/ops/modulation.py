@@ -223,7 +223,7 @@ def norm_modulate(
     Raises:
         ValueError: shapes, strides, devices, indices, eps.   TypeError: dtypes.   NoBackend: nothing can run it.
     Cost:   2*N*C*itemsize bytes and about 8*N*C FLOPs a sample; memory-bound.
-    Source: arXiv 2212.09748; facebookresearch/DiT models.py `modulate`; LAYERS: AdaLayerNormZero, Wan, LTX, Mochi.
+    Source: arXiv 2212.09748; facebookresearch/DiT models.py `modulate`; diffusers AdaLayerNormZero, Wan, LTX, Mochi.
     """
     _tokens("norm_modulate", "x", x)
     if precision not in _check.PRECISIONS:

@@ -82,7 +82,7 @@ class Measured:
         return self.workload.bytes(self.dtype) * _work(self.pass_) / self.ours.p50 / 1e9, "GB/s"
 
     def rows(self) -> list[Row]:
-        """One per peer, in the schema of DESIGN section 6."""
+        """One per peer, as `fastdit bench --json` writes them; ratio = peer_ms / time_ms, above 1 is faster."""
         return [
             {
                 "op": self.workload.op,

@@ -1,0 +1,293 @@
+// The heads of one token: norm by given statistics, rotation, store. Include only from csrc/cpu/rotary.cpp.
+//
+// Interleaved pairs are taken apart on load (bf16: a shift and a mask), so that the rotation is four products on whole
+// vectors with the tables as they lie in memory, and put together again on store.
+#pragma once
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#include <utility>
+
+#include "fastdit/rotary.h"
+#include "simd.h"
+
+namespace fastdit::cpu::FASTDIT_ISA {
+namespace {
+
+// ---- pairs of neighbouring channels ---------------------------------------------------------------------
+
+// Writes v to p, past the caches when `stream` (p is then aligned to V).
+template <class V>
+FASTDIT_INLINE void put_raw(void* p, V v, bool stream) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) {
+    if (stream) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) {
+    if (stream) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+  }
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(V) == 16) {
+    if (stream) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+  }
+#endif
+  (void)stream;
+  store_raw(p, v);
+}
+template <class T, class V = typename simd<T>::V>
+FASTDIT_INLINE void put(T* p, V v, bool stream) {
+  if (sizeof(T) * simd<T>::width < 16 || !stream) return store(p, v);
+  typedef uint8_t bytes __attribute__((vector_size(sizeof(T) * simd<T>::width)));
+  T narrow[simd<T>::width];
+  store(narrow, v);
+  put_raw(p, load_raw<bytes>(narrow), true);
+}
+
+template <class V>
+struct Pair {
+  V a, b;  // channels 2i and 2i + 1
+};
+
+template <int... I, class V>
+FASTDIT_INLINE V shuffle(V x, V y, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(x, y, I...);
+}
+template <class V, int... I>
+FASTDIT_INLINE Pair<V> deinterleave(V x, V y, std::integer_sequence<int, I...>) {
+  return {shuffle(x, y, std::integer_sequence<int, 2 * I...>{}),
+          shuffle(x, y, std::integer_sequence<int, 2 * I + 1 ...>{})};
+}
+template <class V, int... I>
+FASTDIT_INLINE Pair<V> interleave(V x, V y, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  return {shuffle(x, y, std::integer_sequence<int, I / 2 + I % 2 * n...>{}),
+          shuffle(x, y, std::integer_sequence<int, n / 2 + I / 2 + I % 2 * n...>{})};
+}
+
+// 2 * width channels from p. bf16 pairs are 32-bit words: a shift and a mask take them apart.
+template <class T, class V = typename simd<T>::V>
+FASTDIT_INLINE Pair<V> load_pairs(const T* p) {
+  constexpr int width = simd<T>::width;
+  return deinterleave(load(p), load(p + width), std::make_integer_sequence<int, width>{});
+}
+template <>
+FASTDIT_INLINE Pair<vf> load_pairs<bf16, vf>(const bf16* p) {
+  const vu words = load_raw<vu>(p);
+  return {(vf)(words << 16), (vf)(words & 0xffff0000u)};
+}
+template <class T, class V = typename simd<T>::V>
+FASTDIT_INLINE void store_pairs(T* p, Pair<V> v, bool stream = false) {
+  constexpr int width = simd<T>::width;
+  const Pair<V> rows = interleave(v.a, v.b, std::make_integer_sequence<int, width>{});
+  put(p, rows.a, stream);
+  put(p + width, rows.b, stream);
+}
+FASTDIT_INLINE vu bf16_bits(vf v) {  // in the upper halves, rounded to nearest even; the lower halves are rubbish
+  const vu u = (vu)v;
+  const vu nan = (vu)((u & 0x7fffffffu) > 0x7f800000u);
+  return (nan & (u | 0x400000u)) | (~nan & (u + 0x7fffu + ((u >> 16) & 1u)));
+}
+template <>
+FASTDIT_INLINE void store_pairs<bf16, vf>(bf16* p, Pair<vf> v, bool stream) {
+#if defined(__AVX512BF16__)
+  const __m512i merge = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  put_raw(p, _mm512_permutexvar_epi16(merge, (__m512i)_mm512_cvtne2ps_pbh((__m512)v.b, (__m512)v.a)), stream);
+#else
+  put_raw(p, (bf16_bits(v.a) >> 16) | (bf16_bits(v.b) & 0xffff0000u), stream);
+#endif
+}
+template <class T, class V = typename simd<T>::V>
+FASTDIT_INLINE Pair<V> load_pairs_n(const T* p, int64_t n) {
+  T padded[2 * simd<T>::width] = {};
+  for (int64_t i = 0; i < n; ++i) padded[i] = p[i];
+  return load_pairs(padded);
+}
+template <class T, class V = typename simd<T>::V>
+FASTDIT_INLINE void store_pairs_n(T* p, Pair<V> v, int64_t n) {
+  T padded[2 * simd<T>::width];
+  store_pairs(padded, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
+}
+
+// ---- one head -----------------------------------------------------------------------------------------
+
+// What rotates the heads of a token: R/2 cosines and sines. half: for `sections` runs of `pairs` pairs.
+template <class S>
+struct Rotation {
+  int64_t rotated = 0;          // R, 0 for a token outside the slice
+  bool round_products = false;  // tables of x's dtype under the native law
+  int sections = 1;
+  int64_t pairs[3] = {0, 0, 0};
+  const S* c = nullptr;
+  const S* s = nullptr;
+};
+
+// Channel vectors of one head after its norm. For the interleaved layout weight and bias are staged per block of two
+// vectors: the even channels, then the odd ones.
+template <class T, RotaryNorm kNorm, int kAffine, bool kNative>
+struct Normed {
+  using S = typename simd<T>::S;
+  using V = typename simd<T>::V;
+  static constexpr int width = simd<T>::width;
+  const T* x;
+  const S* weight;
+  const S* bias;
+  V mean, rstd;
+
+  FASTDIT_INLINE V finish(V v, V w, V b) const {
+    if constexpr (kNorm == RotaryNorm::none) return v;
+    v = kNorm == RotaryNorm::layer ? (v - mean) * rstd : v * rstd;
+    // F.layer_norm rounds once, after its affine part; RMSNorm before it and after each of its steps
+    if constexpr (kNative && kNorm == RotaryNorm::rms) v = round_to<T>(v);
+    if constexpr (kAffine >= 1) v = v * w;
+    if constexpr (kNative && kNorm == RotaryNorm::rms && kAffine >= 1) v = round_to<T>(v);
+    if constexpr (kAffine == 2) v = v + b;
+    if constexpr (kNative && (kNorm == RotaryNorm::layer || kAffine == 2)) v = round_to<T>(v);
+    return v;
+  }
+  FASTDIT_INLINE V affine(V v, int64_t i) const {
+    return finish(v, kAffine >= 1 ? load(weight + i) : V{}, kAffine == 2 ? load(bias + i) : V{});
+  }
+  FASTDIT_INLINE V at(int64_t i) const { return affine(load(x + i), i); }
+  FASTDIT_INLINE V at(int64_t i, int n) const {
+    return finish(load_n(x + i, n), kAffine >= 1 ? load_n(weight + i, n) : V{},
+                  kAffine == 2 ? load_n(bias + i, n) : V{});
+  }
+  FASTDIT_INLINE Pair<V> affine(Pair<V> v, int64_t i) const { return {affine(v.a, i), affine(v.b, i + width)}; }
+  FASTDIT_INLINE Pair<V> pairs(int64_t i) const { return affine(load_pairs(x + i), i); }
+  FASTDIT_INLINE Pair<V> pairs(int64_t i, int64_t n) const { return affine(load_pairs_n(x + i, n), i); }
+};
+
+// a * c + b * s, each product rounded to T when asked for.
+template <class T, bool kRound, class V>
+FASTDIT_INLINE V combine(V a, V c, V b, V s) {
+  if constexpr (kRound) return round_to<T>(a * c) + round_to<T>(b * s);
+  return a * c + b * s;
+}
+template <class T, bool kRound, class V>
+FASTDIT_INLINE Pair<V> rotate(Pair<V> v, V c, V s) {
+  return {combine<T, kRound>(v.a, c, v.b, -s), combine<T, kRound>(v.b, c, v.a, s)};
+}
+
+template <class T, bool kRound, class Head, class S = typename simd<T>::S>
+FASTDIT_INLINE void interleaved(const Head& x, T* y, int64_t channels, const Rotation<S>& r, bool stream) {
+  using V = typename simd<T>::V;
+  constexpr int width = simd<T>::width, block = 2 * width;
+  int64_t i = 0;
+  for (; i + block <= r.rotated; i += block) {
+    store_pairs(y + i, rotate<T, kRound>(x.pairs(i), load(r.c + i / 2), load(r.s + i / 2)), stream);
+  }
+  if (i < r.rotated) {  // a block with a tail, or with channels that do not rotate
+    const int64_t n = channels - i < block ? channels - i : block;
+    const int turning = static_cast<int>(r.rotated - i) / 2;
+    const Pair<V> v = x.pairs(i, n);
+    Pair<V> w = rotate<T, kRound>(v, load_n(r.c + i / 2, turning), load_n(r.s + i / 2, turning));
+    for (int lane = turning; lane < width; ++lane) {
+      w.a[lane] = v.a[lane];
+      w.b[lane] = v.b[lane];
+    }
+    store_pairs_n(y + i, w, n);
+    i += n;
+  }
+  for (; i + block <= channels; i += block) store_pairs(y + i, x.pairs(i), stream);
+  if (i < channels) store_pairs_n(y + i, x.pairs(i, channels - i), channels - i);
+}
+
+template <class T, bool kRound, class Head, class S = typename simd<T>::S>
+FASTDIT_INLINE void half(const Head& x, T* y, int64_t channels, const Rotation<S>& r, bool stream) {
+  using V = typename simd<T>::V;
+  constexpr int width = simd<T>::width;
+  const S* c = r.c;
+  const S* s = r.s;
+  int64_t lo = 0;
+  for (int section = 0; r.rotated > 0 && section < r.sections; ++section) {
+    const int64_t pairs = r.pairs[section], hi = lo + pairs;
+    int64_t i = 0;
+    for (; i + width <= pairs; i += width) {
+      const Pair<V> v = rotate<T, kRound>(Pair<V>{x.at(lo + i), x.at(hi + i)}, load(c + i), load(s + i));
+      put(y + lo + i, v.a, stream);
+      put(y + hi + i, v.b, stream);
+    }
+    if (i < pairs) {
+      const int n = static_cast<int>(pairs - i);
+      const Pair<V> in{x.at(lo + i, n), x.at(hi + i, n)};
+      const Pair<V> v = rotate<T, kRound>(in, load_n(c + i, n), load_n(s + i, n));
+      store_n(y + lo + i, v.a, n);
+      store_n(y + hi + i, v.b, n);
+    }
+    c += pairs;
+    s += pairs;
+    lo += 2 * pairs;
+  }
+  int64_t i = r.rotated;
+  for (; i + width <= channels; i += width) put(y + i, x.at(i), stream);
+  if (i < channels) {
+    const int n = static_cast<int>(channels - i);
+    store_n(y + i, x.at(i, n), n);
+  }
+}
+
+// All heads of a token; mean and rstd of each.
+template <class T>
+struct Heads {
+  using S = typename simd<T>::S;
+  const T* x;
+  T* y;
+  int64_t count, x_stride, y_stride, channels;
+  const S* weight;
+  const S* bias;
+  int64_t affine_stride;  // of weight and bias from head to head
+  const S* mean;
+  const S* rstd;
+  int64_t stat_stride;  // 0: one for all heads
+  bool stream;          // store past the caches
+};
+template <class T>
+using HeadsFn = void (*)(const Heads<T>& heads, const Rotation<typename simd<T>::S>& r);
+
+template <class T, RotaryNorm kNorm, int kAffine, bool kNative, bool kInterleaved>
+void process(const Heads<T>& o, const Rotation<typename simd<T>::S>& r) {
+  for (int64_t h = 0; h < o.count; ++h) {
+    const Normed<T, kNorm, kAffine, kNative> x{o.x + h * o.x_stride, o.weight + h * o.affine_stride,
+                                               o.bias + h * o.affine_stride, splat(o.mean[h * o.stat_stride]),
+                                               splat(o.rstd[h * o.stat_stride])};
+    T* y = o.y + h * o.y_stride;
+    if constexpr (kInterleaved) {
+      kNative&& r.round_products ? interleaved<T, kNative>(x, y, o.channels, r, o.stream)
+                                 : interleaved<T, false>(x, y, o.channels, r, o.stream);
+    } else {
+      kNative&& r.round_products ? half<T, kNative>(x, y, o.channels, r, o.stream)
+                                 : half<T, false>(x, y, o.channels, r, o.stream);
+    }
+  }
+}
+
+template <class T, bool kNative, bool kInterleaved>
+HeadsFn<T> pick(RotaryNorm norm, int affine) {
+  constexpr RotaryNorm rms = RotaryNorm::rms, layer = RotaryNorm::layer;
+  static constexpr HeadsFn<T> table[2][3] = {
+      {&process<T, rms, 0, kNative, kInterleaved>, &process<T, rms, 1, kNative, kInterleaved>,
+       &process<T, rms, 2, kNative, kInterleaved>},
+      {&process<T, layer, 0, kNative, kInterleaved>, &process<T, layer, 1, kNative, kInterleaved>,
+       &process<T, layer, 2, kNative, kInterleaved>}};
+  if (norm == RotaryNorm::none) return &process<T, RotaryNorm::none, 0, kNative, kInterleaved>;
+  return table[norm == layer][affine];
+}
+template <class T>
+HeadsFn<T> pick(const QkNormRopeParams& p, int affine) {
+  constexpr bool rounds = sizeof(T) == 2;  // in fp32 and fp64 the two laws are one
+  const bool interleaved = p.layout == RotaryLayout::interleaved;
+  if (p.native && rounds) {
+    return interleaved ? pick<T, rounds, true>(p.norm, affine) : pick<T, rounds, false>(p.norm, affine);
+  }
+  return interleaved ? pick<T, false, true>(p.norm, affine) : pick<T, false, false>(p.norm, affine);
+}
+
+}  // namespace
+}  // namespace fastdit::cpu::FASTDIT_ISA
