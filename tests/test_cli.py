@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from fastdit.backends import registry
 from fastdit.cli import app
 from fastdit.demo import models, opclock
+from fastdit.testing import bench
 
 COMMANDS = ("info", "verify", "bench", "demo")
 ROW = ["op", "model", "shape", "dtype", "pass", "backend", "peer", "time_ms", "peer_ms", "ratio", "pct_ceiling",
@@ -103,6 +104,13 @@ def test_bench_does_not_time_wrong_results(broken, tmp_path):
     file = tmp_path / "b.json"
     done = call("bench", "--suite", "smoke", "--op", "norm_modulate", "--json", file)
     assert done.exit_code == 1 and "wrong result" in done.output and json.loads(file.read_text())["rows"] == []
+
+
+def test_bench_is_not_fooled_by_a_wrong_peer(broken):
+    workload, dtype = bench.cases("norm_modulate", "smoke")[0]
+    fooled = dataclasses.replace(workload, peers={"eager": lambda x, **tables: x * 0 + 100})
+    with pytest.raises(AssertionError, match="of the allowed error"):
+        bench.measure(fooled, dtype, bench.Settings(rounds=1, compiled=False))
 
 
 @pytest.mark.parametrize("arguments", [("--suite", "nonsense"), ("--op", "nonsense"), ("--pass", "nonsense")])

@@ -128,7 +128,7 @@ def measure(workload: Workload, dtype: torch.dtype, settings: Settings, pass_: s
     args, kwargs = workload.make(Maker(dtype, settings.device))
     op = getattr(ops, workload.op)
     peers = dict(workload.peers or {})
-    err_ratio = _check(workload, op, args, kwargs, peers.get("eager"))
+    err_ratio = _check(workload, op, args, kwargs)
     backend = _backend(op, args, kwargs)
     if settings.compiled and "eager" in peers:
         torch._dynamo.reset()
@@ -175,12 +175,16 @@ def ceilings(device: str = "cpu", *, quick: bool = False) -> dict[str, float]:
     }
 
 
-def _check(workload: Workload, op: Callable, args: tuple, kwargs: dict, eager: Callable | None) -> float:
-    """Largest share of the allowed error over the outputs; raises where a row is wrong."""
+def _check(workload: Workload, op: Callable, args: tuple, kwargs: dict) -> float:
+    """Largest share of the allowed error over the outputs; raises where a row is wrong.
+
+    The baseline is the reference and never a peer: a peer may compute another function of the same inputs (the cache of
+    the VAE's own conv holds activated frames), and against its huge error nothing would ever fail.
+    """
     wide = tree_map(_double, (args, kwargs))
     with torch.no_grad():
         actual = close.flat(op(*args, **kwargs))
-        baseline = close.flat(eager(*args, **kwargs) if eager else op(*args, **kwargs, backend="reference"))
+        baseline = close.flat(op(*args, **kwargs, backend="reference"))
         truth = close.flat(op(*wide[0], **wide[1], backend="reference"))
     return max(
         close.assert_close(a, t, b, f"{workload} output {i}").ratio
