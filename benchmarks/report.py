@@ -17,11 +17,11 @@ IDEAL = ("copy", "gemm")
 
 
 def table(document: dict) -> str:
-    """One line per op, dtype and pass, at the first model that was measured: the file has them all."""
+    """One line per op, dtype and pass, at the last and largest model of its op: the file has them all."""
     groups: dict[tuple, list[dict]] = {}
-    first: dict[str, str] = {}
+    largest = {row["op"]: row["model"] for row in document["rows"]}  # workloads go from small to large
     for row in document["rows"]:
-        if first.setdefault(row["op"], row["model"]) == row["model"]:
+        if largest[row["op"]] == row["model"]:
             key = (row["op"], row["model"], row["shape"], row["dtype"], row["pass"])
             groups.setdefault(key, []).append(row)
     machine = document["machine"]
