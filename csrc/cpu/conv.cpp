@@ -10,7 +10,6 @@
 // A sum's order depends on the output alone, never on strips, threads or chunks: chunked == whole, bitwise.
 #include "fastdit/conv.h"
 
-#include "conv_norm.h"
 #include "conv_pack.h"
 #include "conv_rows.h"
 #include "conv_tile.h"
@@ -489,59 +488,6 @@ void conv_pack(const ConvPackParams& p) {
     *p.bytes = Blocks(p.cout, M::lanes).vectors * packed_vector<M>(p.cin, p.kernel, p.winograd) * int64_t(sizeof(M::A));
     if (p.packed) FASTDIT_DTYPE_SWITCH(p.weight_dtype, TW, (pack<M, TW, T>(p)))
   })
-}
-
-void norm_silu_forward(const NormSiluParams& p) {
-  if (p.n * p.c * p.t * p.h * p.w == 0) return;
-  FASTDIT_DTYPE_SWITCH(p.dtype, T, {
-    if (p.norm == static_cast<int>(Norm::group))
-      group_norm_silu<T>(p);
-    else
-      channel_norm_silu<T>(p);
-  })
-}
-
-// Not cryptographic, but no single change goes unseen: every step of a lane is a bijection of its state.
-void conv_hash(const ConvHashParams& p) {
-  constexpr int64_t kChunk = 1 << 18;
-  constexpr int kLanes = 64;
-  const int64_t chunks = (p.bytes + kChunk - 1) / kChunk;
-  Scratch<uint64_t> parts(2 * chunks);
-  parallel_ranges(chunks, p.threads, [&](int64_t begin, int64_t end, int) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const char* data = static_cast<const char*>(p.data) + chunk * kChunk;
-      const int64_t bytes = p.bytes - chunk * kChunk < kChunk ? p.bytes - chunk * kChunk : kChunk;
-      typedef uint32_t lanes_t __attribute__((vector_size(kLanes * 4)));
-      lanes_t h = lanes_t{} + 0x811c9dc5u, word;
-      int64_t i = 0;
-      for (; i + kLanes * 4 <= bytes; i += kLanes * 4) {
-        __builtin_memcpy(&word, data + i, kLanes * 4);
-        h = (h ^ word) * 0x9e3779b1u;
-        h ^= h >> 15;
-      }
-      word = lanes_t{};
-      __builtin_memcpy(&word, data + i, bytes - i);
-      h = (h ^ word) * 0x9e3779b1u;
-      uint64_t a = 0xcbf29ce484222325u, b = 0x84222325cbf29ce4u;
-      for (int lane = 0; lane < kLanes; ++lane) {
-        a = (a ^ h[lane]) * 0x9e3779b97f4a7c15u;
-        a ^= a >> 29;
-        b = (b + h[lane]) * 0xbf58476d1ce4e5b9u;
-        b ^= b >> 31;
-      }
-      parts.get()[2 * chunk] = a;
-      parts.get()[2 * chunk + 1] = b;
-    }
-  });
-  uint64_t a = static_cast<uint64_t>(p.bytes), b = ~a;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    a = (a ^ parts.get()[2 * chunk]) * 0x9e3779b97f4a7c15u;
-    a ^= a >> 29;
-    b = (b + parts.get()[2 * chunk + 1]) * 0xbf58476d1ce4e5b9u;
-    b ^= b >> 31;
-  }
-  p.digest[0] = a;
-  p.digest[1] = b;
 }
 
 }  // namespace fastdit::cpu::FASTDIT_ISA

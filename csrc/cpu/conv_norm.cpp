@@ -2,8 +2,6 @@
 //
 // GroupNorm statistics take two readings of a row while it is in cache (mean, then squared deviations), and merge the
 // rows in double, in order: no cancellation, and the same bits for any number of threads.
-#pragma once
-
 #include "conv_rows.h"
 
 namespace fastdit::cpu::FASTDIT_ISA {
@@ -169,6 +167,16 @@ inline void group_norm_silu(const NormSiluParams& p) {
       }
     }
   });
+}
+
+void norm_silu_forward(const NormSiluParams& p) {
+  if (p.n * p.c * p.t * p.h * p.w == 0) return;
+  FASTDIT_DTYPE_SWITCH(p.dtype, T, {
+    if (p.norm == static_cast<int>(Norm::group))
+      group_norm_silu<T>(p);
+    else
+      channel_norm_silu<T>(p);
+  })
 }
 
 }  // namespace fastdit::cpu::FASTDIT_ISA
