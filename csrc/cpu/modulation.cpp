@@ -2,9 +2,9 @@
 //   r = residual + act(gate) * [rms](y)
 //   h = n(r) * (1 + scale) + shift
 //
-// A row is widened once into an L1-resident buffer, which also sums it; a second pass over the buffer takes the centred
-// squares, a third writes h. So memory sees each tensor exactly once. Table rows are widened when the row map moves to
-// another row: N / M tokens share one, and a per-token table costs one more pass over L1.
+// Three passes over a row that stays in L1 in its own dtype: its sum, its centred squares, h. So memory sees each
+// tensor exactly once. Table rows are widened when the row map moves to another row: N / M tokens share one, and a
+// per-token table costs one more pass over L1.
 #include "modulation_row.h"
 
 namespace fastdit::cpu::FASTDIT_ISA {
@@ -16,7 +16,8 @@ struct Forward : Row<T, TR, native> {
   using S = typename Base::S;
   using V = typename Base::V;
   static constexpr int w = Base::w;
-  using Base::Base, Base::p, Base::C, Base::value, Base::affine, Base::offset, Base::scale, Base::shift, Base::rounded;
+  using Base::Base, Base::p, Base::C, Base::value, Base::affine, Base::offset, Base::scale, Base::shift, Base::rounded,
+      Base::stream;
 
   // h = n(value) * (1 + scale) + shift
   void norm_modulate(int64_t b, int64_t n) {
@@ -29,18 +30,18 @@ struct Forward : Row<T, TR, native> {
     const bool rms = p.norm == Norm::rms;
     auto run = [&](auto&& element) {
       int64_t c = 0;
-      for (; c + w <= C; c += w) store(out + c, element(c));
-      if (c < C) store_n(out + c, element(c), static_cast<int>(C - c));
+      for (; c + w <= C; c += w) put(out + c, element(c, load(value + c)), stream);
+      if (const int tail = static_cast<int>(C - c); tail) store_n(out + c, element(c, load_n(value + c, tail)), tail);
     };
     if (!has_weight && !has_bias && has_scale && has_shift) {  // adaLN-Zero: the hot case, free of branches
-      run([&](int64_t c) {
-        const V x = rounded((load(value + c) - mean) * root);
+      run([&](int64_t c, V r) {
+        const V x = rounded((r - mean) * root);
         return rounded(x * load(scale.values + c)) + load(shift.values + c);
       });
       return;
     }
-    run([&](int64_t c) {
-      V x = (load(value + c) - mean) * root;
+    run([&](int64_t c, V r) {
+      V x = (r - mean) * root;
       if (rms) x = rounded(x);  // eager RMSNorm rounds before its affine part, F.layer_norm only after it
       if (has_weight) x = x * load(affine + c);
       if (rms && has_weight) x = rounded(x);
@@ -65,6 +66,7 @@ void run(const ModulationParams& p) {
       row.gate_residual(b, n);
       if (p.norm != Norm::none) row.norm_modulate(b, n);
     }
+    if (row.stream) finish_streams();
   });
 }
 

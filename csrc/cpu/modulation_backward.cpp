@@ -126,8 +126,8 @@ struct Backward : Row<T, TR, false> {
   using S = typename Base::S;
   using V = typename Base::V;
   static constexpr int w = Base::w;
-  using Base::Base, Base::p, Base::C, Base::value, Base::affine, Base::offset, Base::scale, Base::gate, Base::branch,
-      Base::post, Base::post_root;
+  using Base::Base, Base::p, Base::C, Base::value, Base::affine, Base::offset, Base::scale, Base::gate, Base::post,
+      Base::post_root;
 
   // Calls body(c, width) per vector of the row; the last may be narrower.
   template <class F>
@@ -175,7 +175,7 @@ struct Backward : Row<T, TR, false> {
       V sum_g{}, sum_gn{};
       sweep(C, [&](int64_t c, int width) {
         V g = get(dh, c, width);
-        const V x = (load(value + c) - mean) * root;
+        const V x = (get(value, c, width) - mean) * root;
         if (shift_sink.at) accumulate(shift_sink.at, c, g, width);
         if (scale_sink.at) {
           V a = x;
@@ -194,7 +194,7 @@ struct Backward : Row<T, TR, false> {
       const S mean_g = p.norm == Norm::layer ? sum(sum_g) / static_cast<S>(C) : S(0);
       const S mean_gn = sum(sum_gn) / static_cast<S>(C);
       sweep(C, [&](int64_t c, int width) {
-        const V x = (load(value + c) - mean) * root;
+        const V x = (get(value, c, width) - mean) * root;
         V v = (load(d + c) - mean_g - x * mean_gn) * root;
         if (grad_r) v = v + get(grad_r, c, width);
         store_raw(d + c, v);

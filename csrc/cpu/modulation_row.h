@@ -51,8 +51,8 @@ FASTDIT_INLINE S inverse_root(S x) {
   return S(1) / (sizeof(S) == 8 ? static_cast<S>(__builtin_sqrt(x)) : static_cast<S>(__builtin_sqrtf(x)));
 }
 
-template <class S>
-S sum_squares(const S* row, S mean, int64_t C) {
+template <class P, class S>
+S sum_squares(const P* row, S mean, int64_t C) {
   using V = typename simd<S>::V;
   constexpr int w = simd<S>::width;
   V a{}, b{}, d{}, e{};
@@ -70,7 +70,7 @@ S sum_squares(const S* row, S mean, int64_t C) {
     a += u * u;
   }
   S tail = 0;
-  for (; c < C; ++c) tail += (row[c] - mean) * (row[c] - mean);
+  for (; c < C; ++c) tail += (to_scalar(row[c]) - mean) * (to_scalar(row[c]) - mean);
   return sum((a + b) + (d + e)) + tail;
 }
 
@@ -82,21 +82,23 @@ struct Row {
 
   const ModulationParams& p;
   int64_t C, padded;
+  bool stream;  // outputs larger than the caches bypass them
   Scratch<S> memory;
-  S *value, *branch, *post, *affine, *offset;  // affine = weight_offset + weight, offset = bias
+  Scratch<TR> stored;         // r of this token
+  const TR* value = nullptr;  // what the norm reads: r as stored, or y where there is no residual
+  S *post, *affine, *offset;  // affine = weight_offset + weight, offset = bias
   Cursor<S> gate, scale, shift;
 
-  explicit Row(const ModulationParams& params) : p(params), C(p.C), padded((p.C + w - 1) / w * w), memory(8 * padded) {
+  explicit Row(const ModulationParams& params)
+      : p(params), C(p.C), padded((p.C + w - 1) / w * w), stream(streams(params)), memory(6 * padded), stored(padded) {
     S* m = memory.get();
-    for (int64_t i = 0; i < 8 * padded; ++i) m[i] = 0;
-    value = m;
-    branch = m + padded;
-    post = m + 2 * padded;
-    affine = m + 3 * padded;
-    offset = m + 4 * padded;
-    gate.values = m + 5 * padded;
-    scale.values = m + 6 * padded;
-    shift.values = m + 7 * padded;
+    for (int64_t i = 0; i < 6 * padded; ++i) m[i] = 0;
+    post = m;
+    affine = m + padded;
+    offset = m + 2 * padded;
+    gate.values = m + 3 * padded;
+    scale.values = m + 4 * padded;
+    shift.values = m + 5 * padded;
     if (p.post_weight.data) widen(p.post_weight.data, 0, p.post_weight.dtype, post, C);
     if (p.weight.data) widen(p.weight.data, 0, p.weight.dtype, affine, C);
     if (p.weight_offset != 0)
@@ -104,6 +106,13 @@ struct Row {
     if (p.bias.data) widen(p.bias.data, 0, p.bias.dtype, offset, C);
   }
 
+  static bool streams(const ModulationParams& p) {
+    const auto aligned = [&](const void* out, int64_t item) {
+      return reinterpret_cast<uintptr_t>(out) % 64 == 0 && p.C * item % 64 == 0;
+    };
+    const int64_t bytes = p.B * p.N * p.C * ((p.r ? sizeof(TR) : 0) + (p.h ? sizeof(T) : 0));
+    return aligned(p.r, sizeof(TR)) && aligned(p.h, sizeof(T)) && 2 * bytes > last_level_cache();
+  }
   static auto round_scalar(S x) {
     if constexpr (native)
       return from_scalar<T>(x);
@@ -126,18 +135,13 @@ struct Row {
     V sum_a{}, sum_b{};
     int64_t c = 0;
     if (!p.residual) {
+      if constexpr (sizeof(T) == sizeof(TR)) value = reinterpret_cast<const TR*>(y);  // then T is TR
+      if (p.norm != Norm::layer) return;
       for (; c + 2 * w <= C; c += 2 * w) {
-        const V a = load(y + c), b2 = load(y + c + w);
-        store_raw(value + c, a);
-        store_raw(value + c + w, b2);
-        sum_a += a;
-        sum_b += b2;
+        sum_a += load(y + c);
+        sum_b += load(y + c + w);
       }
-      for (; c < C; c += w) {
-        const V a = c + w <= C ? load(y + c) : load_n(y + c, static_cast<int>(C - c));
-        store_raw(value + c, a);
-        sum_a += a;
-      }
+      for (; c < C; c += w) sum_a += c + w <= C ? load(y + c) : load_n(y + c, static_cast<int>(C - c));
       total = sum(sum_a + sum_b);
       return;
     }
@@ -146,10 +150,8 @@ struct Row {
     const bool gated = p.gate.data;
     const TR* residual = static_cast<const TR*>(p.residual) + b * p.residual_stride_b + n * p.residual_stride_n;
     TR* out = p.r ? static_cast<TR*>(p.r) + (b * p.N + n) * C : nullptr;  // the backward only wants value
-    if (p.post_norm) {
-      widen_as<T>(y, branch, C);
-      post_root = inverse_root(sum_squares(branch, S(0), C) / static_cast<S>(C) + static_cast<S>(p.post_eps));
-    }
+    value = stored.get();
+    if (p.post_norm) post_root = inverse_root(sum_squares(y, S(0), C) / static_cast<S>(C) + static_cast<S>(p.post_eps));
     const bool post = p.post_norm, weighted = p.post_weight.data;
     auto element = [&](int64_t c, V from, V res) {
       V v = from;
@@ -162,17 +164,15 @@ struct Row {
     };
     for (; c + w <= C; c += w) {
       const V v = element(c, load(y + c), load(residual + c));
-      if (out) store(out + c, v);
-      const V stored = round_to<TR>(v);
-      store_raw(value + c, stored);
-      sum_a += stored;
+      if (out) put(out + c, v, stream);
+      store(stored.get() + c, v);
+      sum_a += round_to<TR>(v);
     }
     if (const int tail = static_cast<int>(C - c); tail) {
       const V v = element(c, load_n(y + c, tail), load_n(residual + c, tail));
       if (out) store_n(out + c, v, tail);
-      const V stored = round_to<TR>(v);  // zero beyond the row: y, residual and gate are
-      store_raw(value + c, stored);
-      sum_a += stored;
+      store(stored.get() + c, v);
+      sum_a += round_to<TR>(v);  // zero beyond the row: y, residual and gate are
     }
     total = sum(sum_a + sum_b);
   }

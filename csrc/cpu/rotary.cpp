@@ -212,11 +212,6 @@ bool streams(const QkNormRopeParams& p, const RotaryOperand& o) {
   if (p.layout == RotaryLayout::axis_half) aligned = false;
   return aligned && o.out != o.x && 2 * bytes > last_level_cache();
 }
-FASTDIT_INLINE void finish_streams() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
 
 // ---- one operand --------------------------------------------------------------------------------------
 

@@ -13,6 +13,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 #include <omp.h>
 
@@ -175,6 +177,43 @@ FASTDIT_INLINE void store(f16* p, vf v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < W; ++i) p[i] = from_scalar<f16>(v[i]);
+#endif
+}
+
+// ---- stores past the caches: for outputs that none can hold until they are read again ------------------
+// Writes v to p, past the caches when `stream` (p is then aligned to V).
+template <class V>
+FASTDIT_INLINE void put_raw(void* p, V v, bool stream) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) {
+    if (stream) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) {
+    if (stream) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+  }
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(V) == 16) {
+    if (stream) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+  }
+#endif
+  (void)stream;
+  store_raw(p, v);
+}
+template <class T, class V = typename simd<T>::V>
+FASTDIT_INLINE void put(T* p, V v, bool stream) {
+  if (sizeof(T) * simd<T>::width < 16 || !stream) return store(p, v);
+  typedef uint8_t bytes __attribute__((vector_size(sizeof(T) * simd<T>::width)));
+  T narrow[simd<T>::width];
+  store(narrow, v);
+  put_raw(p, load_raw<bytes>(narrow), true);
+}
+// Streamed stores are unordered: a thread calls this once before others may read what it wrote.
+FASTDIT_INLINE void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
 #endif
 }
 
