@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+import time
 from pathlib import Path
 
 import torch
@@ -22,6 +24,8 @@ def describe(device: torch.device | str = "cpu") -> dict[str, str | int | float]
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": _commit(),
     }
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -50,6 +54,19 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """The checkout that this package runs from, marked when it was edited since; empty for an installed wheel."""
+    git = ("git", "-C", str(Path(__file__).parent))
+    try:
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
+        if tracked.returncode:
+            return ""
+        commit = subprocess.run([*git, "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return commit.stdout.strip()
 
 
 def _memory() -> int:
