@@ -124,7 +124,7 @@ SAMPLES = (
     _dense("odd-head", _self(D=13)),
     _dense("one-channel", _self(D=1)),
     _dense("negative-scale", _self(D=40, scale=-0.3)),
-    _dense("cross", _cross(11)),
+    _dense("cross", _cross(13)),
     _dense("two-blocks", _cross(300, D=16, more=lambda m: dict(return_lse=True))),
     _dense("gqa", _cross(9, H=6, Hkv=2, D=80)),
     _dense("kv-len", _cross(9, more=lambda m: dict(kv_len=m.index([3, 9])))),
