@@ -353,3 +353,16 @@ def test_bad_input_next_cache(kwargs, error, match):
 def test_bad_input_norm_silu(kwargs, error, match):
     with pytest.raises(error, match=match):
         ops.norm_silu(**{"x": X, "weight": None, **kwargs})
+
+
+@pytest.mark.big
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_offsets_beyond_32_bits(dtype):
+    """Frames 2^31 elements apart: reserved memory, of which only the frames themselves are ever touched."""
+    m = Maker(dtype)
+    near, weight = m.randn(1, 16, 3, 4, 8), m.randn(24, 16, 3, 3, 3)
+    far = torch.empty(2**32 + 512, dtype=dtype).as_strided(near.shape, (0, 1, 2**31, 128, 16))
+    far.copy_(near)
+    for algo in ("direct", "winograd"):
+        ours = ops.causal_conv3d(far, weight, algo=algo, backend="cpu")
+        close.assert_bitwise(ours, ops.causal_conv3d(near, weight, algo=algo, backend="cpu"))
