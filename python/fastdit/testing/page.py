@@ -15,7 +15,7 @@ h1{font-size:1.7rem;margin-bottom:.2rem}h2{font-size:1.2rem;margin-top:2.2rem}
 p.note{color:#555}table{border-collapse:collapse;margin:.6rem 0;font-size:14px}
 th,td{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:right}
 th:first-child,td:first-child{text-align:left}th{background:#f4f4f6}
-td.text{text-align:left}img,video{max-width:100%}.frames{display:flex;flex-wrap:wrap;gap:6px}
+th.text,td.text{text-align:left}img,video{max-width:100%}.frames{display:flex;flex-wrap:wrap;gap:6px}
 .frames figure{margin:0;text-align:center;font-size:12px;color:#555}code{background:#f4f4f6;padding:0 .25rem}
 .ok{color:#14733b;font-weight:600}.bad{color:#b3261e;font-weight:600}
 """
@@ -36,12 +36,12 @@ def tag(name: str, *content: object, **attributes: str) -> Html:
 
 def table(header: Sequence[object], rows: Sequence[Sequence[object]], text: Sequence[int] = (0,)) -> Html:
     """`text`: the columns that hold words and stand left."""
-    head = tag("tr", *(tag("th", h) for h in header))
 
-    def cell(column: int, value: object) -> Html:
-        return tag("td", value, class_="text") if column in text else tag("td", value)
+    def line(name: str, values: Sequence[object]) -> Html:
+        return tag("tr", *(tag(name, v, class_="text") if i in text else tag(name, v) for i, v in enumerate(values)))
 
-    body = (tag("tr", *(cell(i, value) for i, value in enumerate(row))) for row in rows)
+    head = line("th", header)
+    body = (line("td", row) for row in rows)
     return tag("table", tag("thead", head), tag("tbody", *body))
 
 
