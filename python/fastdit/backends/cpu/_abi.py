@@ -15,3 +15,8 @@ def on_cpu(x: torch.Tensor) -> str | None:
     if x.dtype not in DTYPE:
         return f"has no kernel for {x.dtype}"
     return None
+
+
+def pointer(t: torch.Tensor | None) -> int:
+    """The address of a tensor's first element; 0 stands for None."""
+    return 0 if t is None else t.data_ptr()

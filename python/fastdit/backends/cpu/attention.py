@@ -7,13 +7,9 @@ import torch
 from ... import _cpu
 from ..reference import attention as reference
 from ..registry import Impl, register as _register
-from ._abi import DTYPE, on_cpu
+from ._abi import DTYPE, on_cpu, pointer
 
 _NO_WINDOW = (0, 0, 0)
-
-
-def _pointer(t):
-    return 0 if t is None else t.data_ptr()
 
 
 def _strides(t):
@@ -34,8 +30,8 @@ def attention(q, k, v, kv_len, frame_tokens_of, frame_tokens, scale, return_lse,
         _cpu.attention_forward(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), lse.data_ptr(),
             _strides(q), _strides(k), _strides(v), _strides(o), (heads * tokens, tokens),
-            batch, tokens, k.shape[1], heads, k.shape[2], dim, 0, 0, _pointer(kv_len),
-            _pointer(frame_tokens_of), frame_tokens, 0, _NO_WINDOW, _NO_WINDOW,
+            batch, tokens, k.shape[1], heads, k.shape[2], dim, 0, 0, pointer(kv_len),
+            pointer(frame_tokens_of), frame_tokens, 0, _NO_WINDOW, _NO_WINDOW,
             scale, DTYPE[q.dtype], torch.get_num_threads(),
         )  # fmt: skip
     return o, lse
@@ -54,7 +50,7 @@ def attention_varlen(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), lse.data_ptr(),
             _strides(q), _strides(k), _strides(v), _strides(o), (0, tokens),
             cu_q.shape[0] - 1, tokens, k.shape[0], heads, k.shape[1], dim, cu_q.data_ptr(), cu_k.data_ptr(), 0,
-            _pointer(frame_tokens_of), frame_tokens, _pointer(grids), tuple(window or _NO_WINDOW),
+            pointer(frame_tokens_of), frame_tokens, pointer(grids), tuple(window or _NO_WINDOW),
             tuple(window_stride), scale, DTYPE[q.dtype], torch.get_num_threads(),
         )  # fmt: skip
     return o, lse

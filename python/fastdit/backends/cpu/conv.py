@@ -12,7 +12,7 @@ from ... import _cpu
 from ...reference.conv import NORM_EPS, memory_format, output_shape
 from ..reference import conv as reference
 from ..registry import Impl, register as _register
-from ._abi import DTYPE, on_cpu
+from ._abi import DTYPE, on_cpu, pointer
 
 _PAD = {"zeros": 0, "first": 1, "replicate": 1, "reflect": 2}
 _NORM = {None: 0, "channel_l2": 1, "channel_rms": 2, "group": 3}
@@ -88,10 +88,6 @@ def pack(weight: torch.Tensor, dtype: torch.dtype, winograd: bool) -> torch.Tens
     return packed
 
 
-def _pointer(t):
-    return 0 if t is None else t.data_ptr()
-
-
 def _stride(t):
     return _NO_STRIDE if t is None else t.stride()
 
@@ -119,7 +115,7 @@ def causal_conv3d(
         winograd = use_winograd(algo, x.dtype, kernel, stride, dilation)
         packed = packed_weights.get(weight, x.dtype, winograd)
         _cpu.conv_forward(
-            x.data_ptr(), _pointer(cache), packed.data_ptr(), _pointer(bias), _pointer(norm_weight), _pointer(residual),
+            x.data_ptr(), pointer(cache), packed.data_ptr(), pointer(bias), pointer(norm_weight), pointer(residual),
             y.data_ptr(), x.shape, shape, 0 if cache is None else cache.shape[2],
             x.stride(), _stride(cache), y.stride(), _stride(residual), kernel, stride, dilation, padding[::2],
             _PAD[time_pad], _PAD[space_pad], _NORM[norm], norm_eps, act == "silu", winograd,
@@ -146,7 +142,7 @@ def norm_silu(x, weight, bias, norm, groups, eps):
         # (B, C), (B, C, L) and (B, C, H, W) as (B, C, 1, ..., W)
         shape = (*x.shape[:2], *[1] * (5 - x.dim()), *x.shape[2:])
         _cpu.norm_silu_forward(
-            x.data_ptr(), _pointer(weight), _pointer(bias), y.data_ptr(), shape, _five(x), _five(y),
+            x.data_ptr(), pointer(weight), pointer(bias), y.data_ptr(), shape, _five(x), _five(y),
             groups, _NORM[norm], NORM_EPS[norm] if eps is None else eps,
             DTYPE[x.dtype], _code(weight), _code(bias), torch.get_num_threads(),
         )  # fmt: skip
