@@ -1,6 +1,11 @@
 """`accelerate(model)`: the layers of an existing DiT or VAE through fastdit's ops; `restore(model)` undoes it."""
 
-from fastdit.integrations import diffusers_dit, diffusers_wan_vae, diffusers_wan_vae_loop  # noqa: F401  they register their kinds
+from fastdit.integrations import (  # noqa: F401  they register their kinds
+    diffusers_dit,
+    diffusers_wan,
+    diffusers_wan_vae,
+    diffusers_wan_vae_loop,
+)
 from fastdit.integrations._accelerate import accelerate, restore
 from fastdit.integrations.registry import KINDS, Kind, register
 from fastdit.integrations.report import Report, Row, Verification

@@ -53,3 +53,12 @@ def diffusers_wan_vae(seed: int = 0, **config) -> Any:
     from diffusers import AutoencoderKLWan
 
     return randomize(AutoencoderKLWan(**config), seed)
+
+
+def diffusers_wan(seed: int = 0, **config) -> Any:
+    """WanTransformer3DModel of two narrow layers; `image_dim` and `added_kv_proj_dim` make it image-to-video."""
+    from diffusers import WanTransformer3DModel
+
+    small = dict(num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=4, text_dim=32,
+                 freq_dim=16, ffn_dim=96, num_layers=2, rope_max_seq_len=32)  # fmt: skip
+    return randomize(WanTransformer3DModel(**{**small, **config}), seed)

@@ -1,0 +1,246 @@
+"""diffusers' WanTransformer3DModel (Wan 2.1, 2.2): the block, its two attentions, the patch embedding.
+
+Modulation is the fp32 law: table + temb stay in fp32 beside bf16 tokens, whatever the dtype of the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdit import ops
+from fastdit.integrations.registry import RECORD, Kind, register
+from fastdit.integrations.structure import has, itemsize
+
+TEXT_TOKENS = 512  # the tokens before them in the context are the image's (I2V)
+
+# The block --------------------------------------------------------------------------------------------------------
+
+
+def block_forward(
+    self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: tuple[Tensor, Tensor]
+) -> Tensor:
+    precision = getattr(self, RECORD).precision
+    tables = self.scale_shift_table + temb.float()  # (B, 6, C), or (B, N, 6, C) with a timestep per token
+    shift, scale, gate, c_shift, c_scale, c_gate = tables.unbind(dim=-2)
+    norm1, norm2, norm3 = self.norm1, self.norm2, self.norm3
+
+    h = ops.norm_modulate(hidden_states, shift=shift, scale=scale, eps=norm1.eps, precision=precision)
+    attn_output = self.attn1(h, None, None, rotary_emb)
+    if isinstance(norm2, nn.Identity):
+        x = h = ops.gate_residual(hidden_states, attn_output, gate, precision=precision)
+    else:
+        x, h = ops.gate_residual_norm_modulate(
+            hidden_states,
+            attn_output,
+            gate,
+            weight=norm2.weight,
+            bias=norm2.bias,
+            eps=norm2.eps,
+            precision=precision,
+        )
+    x, h = ops.gate_residual_norm_modulate(
+        x,
+        self.attn2(h, encoder_hidden_states, None, None),
+        shift=c_shift,
+        scale=c_scale,
+        eps=norm3.eps,
+        precision=precision,
+    )
+    return ops.gate_residual(x, self.ffn(h), c_gate, precision=precision)
+
+
+block_forward.__name__ = "forward"
+
+
+def matches_block(module: Any) -> bool:
+    names = ("norm1", "attn1", "attn2", "norm2", "norm3", "ffn", "scale_shift_table")
+    if not has(module, *names) or module.scale_shift_table.ndim != 3 or module.scale_shift_table.shape[1] != 6:
+        return False
+    return list(inspect.signature(type(module).forward).parameters)[1:] == [
+        "hidden_states",
+        "encoder_hidden_states",
+        "temb",
+        "rotary_emb",
+    ]
+
+
+def refuse_block(block: Any) -> str | None:
+    for norm in (block.norm1, block.norm2, block.norm3):
+        plain = isinstance(norm, nn.LayerNorm) and (norm.weight is None) == (norm.bias is None)
+        if not plain and not (norm is block.norm2 and isinstance(norm, nn.Identity)):
+            return f"its norm is a {type(norm).__name__}, not a LayerNorm"
+    if block.norm1.elementwise_affine or block.norm3.elementwise_affine:
+        return "its modulated norms are affine"
+    return None
+
+
+register(
+    Kind(
+        name="Wan block",
+        ops=("norm_modulate", "gate_residual_norm_modulate", "gate_residual"),
+        match=matches_block,
+        refuse=refuse_block,
+        patches=lambda block: [(block, "forward", block_forward)],
+        absorbs=lambda block: [norm for norm in (block.norm1, block.norm2, block.norm3) if has(norm, "eps")],
+        # in units of (tokens, C) in the model's dtype; each of eager's fp32 passes reads and writes two of them:
+        # 2 modulated norms (cast 3, norm 4, scale 4, shift 4, cast 3), the affine norm (3, 4, 3), 2 gates (cast 3,
+        # product 4, sum 6, cast 3), the plain sum 3: 81; fused 2 + 4 + 4 + 3
+        saving=lambda block: 68 * block.scale_shift_table.shape[-1] * itemsize(block),
+        precision="fp32",
+    )
+)
+
+
+# Attention --------------------------------------------------------------------------------------------------------
+
+
+class FastditWanAttnProcessor:
+    """WanAttnProcessor with `qk_norm_rope` and `attention`; masks and foreign backends go to the original.
+
+    One instance serves all layers: processors are guarded by identity under torch.compile.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self):
+        from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+        self.original = WanAttnProcessor()
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        if attention_mask is not None or hidden_states.ndim != 3:
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        image = None
+        if attn.add_k_proj is not None and encoder_hidden_states is not None:
+            split = encoder_hidden_states.shape[1] - TEXT_TOKENS
+            image, encoder_hidden_states = encoder_hidden_states[:, :split], encoder_hidden_states[:, split:]
+        q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in projections(attn, hidden_states, encoder_hidden_states))
+        cos, sin = (None, None) if rotary_emb is None else (rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2])
+        q, k = normed(q, k, attn.norm_q, attn.norm_k, cos, sin)
+        o = ops.attention(q, k, v).flatten(2)
+        if image is not None:
+            k, v = (t.unflatten(-1, (attn.heads, -1)) for t in image_projections(attn, image))
+            _, k = normed(k[:, :0], k, None, attn.norm_added_k)
+            o = o + ops.attention(q, k, v).flatten(2)
+        return attn.to_out[1](attn.to_out[0](o))
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        return shared_processor, ()
+
+
+def projections(attn: Any, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
+    if getattr(attn, "fused_projections", False):
+        if not attn.is_cross_attention:
+            return attn.to_qkv(x).chunk(3, dim=-1)
+        return attn.to_q(x), *attn.to_kv(x if context is None else context).chunk(2, dim=-1)
+    context = x if context is None else context
+    return attn.to_q(x), attn.to_k(context), attn.to_v(context)
+
+
+def image_projections(attn: Any, image: Tensor) -> tuple[Tensor, ...]:
+    if getattr(attn, "fused_projections", False):
+        return attn.to_added_kv(image).chunk(2, dim=-1)
+    return attn.add_k_proj(image), attn.add_v_proj(image)
+
+
+def normed(
+    q: Tensor, k: Tensor, norm_q: Any, norm_k: Any, cos: Tensor | None = None, sin: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm over all heads, then RoPE, in one pass; rounds between the two as the eager modules do."""
+    q_weight, k_weight = None if norm_q is None else norm_q.weight, norm_k.weight
+    eps = torch.finfo(q.dtype).eps if norm_k.eps is None else norm_k.eps
+    same = all(w is None or w.dtype == q.dtype for w in (q_weight, k_weight))
+    return ops.qk_norm_rope(
+        q,
+        k,
+        q_weight=q_weight,
+        k_weight=k_weight,
+        norm="rms",
+        scope="hidden",
+        eps=eps,
+        cos=cos,
+        sin=sin,
+        precision="native" if same else "fp32",
+    )
+
+
+@cache
+def shared_processor() -> FastditWanAttnProcessor:
+    return FastditWanAttnProcessor()
+
+
+def refuse_attention(attn: Any) -> str | None:
+    processor = attn.processor
+    if type(processor).__name__ != "WanAttnProcessor":
+        return f"its processor is {type(processor).__name__}, not WanAttnProcessor"
+    if processor._attention_backend is not None or processor._parallel_config is not None:
+        return "an attention backend or context parallelism was chosen for it"
+    norms = [attn.norm_q, attn.norm_k, *([attn.norm_added_k] if attn.add_k_proj is not None else [])]
+    if any(type(norm) is not nn.RMSNorm for norm in norms) or attn.norm_q.eps != attn.norm_k.eps:
+        return "its norms are not nn.RMSNorm with one eps"
+    return None
+
+
+register(
+    Kind(
+        name="attention (WanAttnProcessor)",
+        ops=("qk_norm_rope", "attention"),
+        match=lambda m: has(
+            m, "to_q", "to_k", "to_v", "to_out", "heads", "processor", "norm_q", "norm_k", "add_k_proj"
+        ),
+        refuse=refuse_attention,
+        patches=lambda attn: [(attn, "processor", shared_processor())],
+        absorbs=lambda attn: [attn.norm_q, attn.norm_k] + ([attn.norm_added_k] if attn.add_k_proj is not None else []),
+        # q and k: norm 2, then four strided products, two sums, two scattered writes (14 halves) against 2
+        saving=lambda attn: 2 * 7 * attn.inner_dim * itemsize(attn),
+    )
+)
+
+
+# Patch embedding --------------------------------------------------------------------------------------------------
+
+
+def patch_conv_forward(self, input: Tensor) -> Tensor:
+    """nn.Conv3d with kernel = stride, (B, C, T, H, W) -> (B, D, t, h, w), as one GEMM; channels last in memory."""
+    if input.ndim != 5:
+        return type(self).forward(self, input)
+    grid = tuple(size // p for size, p in zip(input.shape[2:], self.kernel_size, strict=True))
+    t, h, w = (n * p for n, p in zip(grid, self.kernel_size, strict=True))
+    tokens = ops.patch_embed3d(input[:, :, :t, :h, :w], self.weight, self.bias)
+    return tokens.unflatten(1, grid).permute(0, 4, 1, 2, 3)
+
+
+patch_conv_forward.__name__ = "forward"
+
+
+def refuse_patch_embedding(model: Any) -> str | None:
+    conv = model.patch_embedding
+    plain = type(conv) is nn.Conv3d and conv.padding == (0, 0, 0) and conv.dilation == (1, 1, 1) and conv.groups == 1
+    return None if plain and conv.kernel_size == conv.stride else "its convolution is not a plain nn.Conv3d"
+
+
+register(
+    Kind(
+        name="patch embedding (Conv3d, kernel = stride)",
+        ops=("patch_embed3d",),
+        match=lambda m: isinstance(getattr(m, "patch_embedding", None), nn.Conv3d),
+        refuse=refuse_patch_embedding,
+        patches=lambda model: [(model.patch_embedding, "forward", patch_conv_forward)],
+    )
+)
