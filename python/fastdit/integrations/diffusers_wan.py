@@ -201,9 +201,7 @@ register(
     Kind(
         name="attention (WanAttnProcessor)",
         ops=("qk_norm_rope", "attention"),
-        match=lambda m: has(
-            m, "to_q", "to_k", "to_v", "to_out", "heads", "processor", "norm_q", "norm_k", "add_k_proj"
-        ),
+        match=lambda m: has(m, "to_q", "to_k", "to_v", "to_out", "heads", "processor", "add_k_proj", "kv_inner_dim"),
         refuse=refuse_attention,
         patches=lambda attn: [(attn, "processor", shared_processor())],
         absorbs=lambda attn: [attn.norm_q, attn.norm_k] + ([attn.norm_added_k] if attn.add_k_proj is not None else []),
