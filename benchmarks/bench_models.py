@@ -1,43 +1,18 @@
 """Whole models, as they are and accelerated, in turns: what a user feels.
 
-    pytest benchmarks/bench_models.py
+    pytest benchmarks/bench_models.py -k Wan
 
-`fastdit demo` shows the same with errors and the split per operator.
+`fastdit bench --op model` prints the same rows; `fastdit demo` adds errors and the split per operator.
 """
 
 import pytest
-import torch
 
-from fastdit import accelerate
-from fastdit.demo import models
-from fastdit.testing import timing
-
-DIT_512 = {**models.DIT_XL_2_256, "sample_size": 64}
+from fastdit.testing import bench, timing, whole
 
 
-def rows(benchmark, eager, call, rounds):
-    fast = models.twin(eager)
-    assert accelerate(fast).replaced > 0
-    with torch.no_grad():
-        expected, actual = call(eager), call(fast)
-        assert torch.isfinite(actual).all()
-        scale = expected.double().pow(2).mean().sqrt()
-        assert (actual.double() - expected.double()).pow(2).mean().sqrt() < 0.05 * scale
-        calls = {"eager": lambda: call(eager), "fastdit": lambda: call(fast)}
-        timed = timing.interleaved(calls, rounds=rounds, repeats=1)
-        benchmark.pedantic(lambda: call(fast), rounds=1)
-    ratio = timed["eager"].p50 / timed["fastdit"].p50
-    benchmark.extra_info.update(eager_ms=timed["eager"].ms, fastdit_ms=timed["fastdit"].ms, ratio=ratio)
-    print(f"\n{benchmark.name}: {timed['eager'].ms:.0f} -> {timed['fastdit'].ms:.0f} ms, {ratio:.2f}x eager")
-
-
-@pytest.mark.parametrize("config", [models.DIT_XL_2_256, DIT_512], ids=["DiT-XL/2-256", "DiT-XL/2-512"])
-def test_dit(benchmark, config):
-    inputs = models.dit_inputs(config, 2, "cpu")
-    rows(benchmark, models.dit(config).bfloat16(), lambda model: models.run_dit(model, inputs), rounds=7)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_wan_vae_decode(benchmark, dtype):
-    latents = torch.randn(1, 16, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
-    rows(benchmark, models.vae({}).to(dtype), lambda model: model.decode(latents, return_dict=False)[0], rounds=3)
+@pytest.mark.parametrize("row, dtype", whole.cases(), ids=bench.label)
+def test_model(row, dtype):
+    timing.keep_freed_memory()
+    measured = whole.measure(row, dtype, bench.Settings(compiled=False))
+    print(f"\n{row} {dtype}: {measured.ratio('eager'):.2f}x eager, {measured.pct_ceiling:.0f} % of GEMM")
+    assert measured.ratio("eager") > 1

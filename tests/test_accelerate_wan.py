@@ -8,7 +8,7 @@ from torch import nn
 
 import fastdit
 from fastdit.testing import close
-from fastdit.testing.models import diffusers_wan
+from fastdit.testing.models import cast, diffusers_wan
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 LAYERS = {"Wan block": 2, "attention (WanAttnProcessor)": 4, "patch embedding (Conv3d, kernel = stride)": 1}
@@ -95,10 +95,9 @@ def test_output(config, options, dtype):
 @torch.no_grad()
 def test_tables_and_norms_in_fp32_beside_bf16_tokens():
     """What from_pretrained(torch_dtype=bfloat16) gives: _keep_in_fp32_modules."""
-    model, given = diffusers_wan().to(torch.bfloat16), inputs(torch.bfloat16)
-    for name, parameter in model.named_parameters():
-        if any(kept in name for kept in ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")):
-            parameter.data = parameter.data.float()
+    model, given = cast(diffusers_wan(), torch.bfloat16), inputs(torch.bfloat16)
+    assert model.blocks[0].norm2.weight.dtype is model.scale_shift_table.dtype is torch.float32
+    assert model.blocks[0].attn1.norm_q.weight.dtype is torch.bfloat16
     truth, before = truth_of(model, given), run(model, given)
     fastdit.accelerate(model)
     close.assert_close(run(model, given), truth, before)

@@ -14,6 +14,7 @@ from fastdit.backends import registry
 from fastdit.cli import app
 from fastdit.demo import models, opclock
 from fastdit.testing import bench
+from fastdit.testing.models import twin
 
 COMMANDS = ("info", "verify", "bench", "demo")
 ROW = ["op", "model", "shape", "dtype", "pass", "backend", "peer", "time_ms", "peer_ms", "ratio", "pct_ceiling",
@@ -167,8 +168,8 @@ def test_demo_weights_are_seeded_and_alive():
     first, second = models.dit(config), models.dit(config)
     for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b) and a.abs().max() > 0, name
-    twin = models.twin(first)
-    assert twin is not first and all(a is b for a, b in zip(first.parameters(), twin.parameters(), strict=True))
+    other = twin(first)
+    assert other is not first and all(a is b for a, b in zip(first.parameters(), other.parameters(), strict=True))
 
 
 def test_opclock_counts_operators():

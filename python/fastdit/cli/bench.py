@@ -15,7 +15,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 import fastdit
-from fastdit.testing import bench, machine, page, timing
+from fastdit.testing import bars, bench, machine, page, timing, whole
+from fastdit.testing.whole import Whole
+from fastdit.testing.workloads import Workload
 
 HEADER = ("op", "workload", "backend", "ms p50 (p20-p80)", "rate", "% ceiling", "x eager", "x compile", "x best peer",
           "error share")  # fmt: skip
@@ -27,6 +29,7 @@ def show(
     *,
     suite: str | None,
     op: str | None,
+    model: str | None,
     passes: tuple[str, ...],
     rounds: int | None,
     compiled: bool,
@@ -35,13 +38,13 @@ def show(
 ) -> int:
     """0 when every row was right; 1 when one was wrong; 2 for a request that cannot be served."""
     suite = suite or ("gpu" if torch.cuda.is_available() else "cpu")
-    chosen = bench.cases(op, suite) if suite in bench.SUITES else []
+    chosen = _rows(op, model, suite, passes) if suite in bench.SUITES else []
     if not chosen or any(p not in bench.PASSES for p in passes) or (suite == "gpu" and not torch.cuda.is_available()):
         gpu = "" if suite != "gpu" or torch.cuda.is_available() else "; torch sees no GPU here"
         console.print(
-            f"bench: nothing to measure; got --suite {suite} --op {op} --pass {' '.join(passes)}, expected a suite of "
-            f"{', '.join(bench.SUITES)}, a pass of {', '.join(bench.PASSES)} and an op of "
-            f"{', '.join(dict.fromkeys(w.op for w, _ in bench.cases()))}{gpu}."
+            f"bench: nothing to measure; got --suite {suite} --op {op} --model {model} --pass {' '.join(passes)}, "
+            f"expected a suite of {', '.join(bench.SUITES)}, a pass of {', '.join(bench.PASSES)} and an op of "
+            f"{', '.join(dict.fromkeys(w.op for w, _, _ in _rows(None, None, 'cpu', bench.PASSES)))}{gpu}."
         )
         return 2
     settings = bench.Settings.of(suite, passes)
@@ -50,16 +53,21 @@ def show(
     ceilings = bench.ceilings(settings.device, quick=suite == "smoke")
     measured, wrong = [], []
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("measuring", total=len(chosen) * len(passes))
-        for workload, dtype in chosen:
-            for pass_ in passes:
-                progress.update(task, description=f"{workload.op} {workload.model} {str(dtype)[6:]} {pass_}")
-                try:
-                    measured.append(bench.measure(workload, dtype, settings, pass_))
-                except AssertionError as error:
-                    wrong.append(f"{workload} {dtype} {pass_}: {error}")
-                progress.advance(task)
+        task = progress.add_task("measuring", total=len(chosen))
+        for row, dtype, pass_ in chosen:
+            progress.update(task, description=f"{row.op} {row.model} {str(dtype)[6:]} {pass_}")
+            try:
+                if isinstance(row, whole.Whole):
+                    measured.append(whole.measure(row, dtype, settings))
+                else:
+                    measured.append(bench.measure(row, dtype, settings, pass_))
+            except AssertionError as error:
+                wrong.append(f"{row} {dtype} {pass_}: {error}")
+            progress.advance(task)
+    judged = bars.judge(measured)
     console.print(table(measured))
+    if judged:
+        console.print(bar_table(judged))
     console.print(f"ceilings: {', '.join(f'{k} {v:.0f}' for k, v in ceilings.items())}", highlight=False)
     for m in measured:
         for peer, why in m.skipped.items():
@@ -68,6 +76,16 @@ def show(
         console.print(f"[red]wrong result, not timed:[/red] {line}", highlight=False)
     _write(console, measured, settings.device, ceilings, json_file, html_file)
     return 1 if wrong else 0
+
+
+def _rows(
+    op: str | None, model: str | None, suite: str, passes: tuple[str, ...]
+) -> list[tuple[Workload | Whole, torch.dtype, str]]:
+    """What is measured: the ops in every pass, and each whole model in its own."""
+    rows: list[tuple[Workload | Whole, torch.dtype, str]] = []
+    rows += [(w, dtype, pass_) for w, dtype in bench.cases(op, suite) for pass_ in passes]
+    rows += [(w, dtype, w.pass_) for w, dtype in whole.cases(op, suite) if w.pass_ in passes or op == whole.OP]
+    return [row for row in rows if model is None or model.lower() in row[0].model.lower()]
 
 
 def cells(m: bench.Measured) -> tuple[str, ...]:
@@ -98,6 +116,20 @@ def table(measured: list[bench.Measured]) -> Table:
         result.add_column(name, justify="left" if i < WORDS else "right", overflow="fold", no_wrap=i == 0)
     for m in measured:
         result.add_row(*cells(m))
+    return result
+
+
+def bar_table(judged: list[bars.Verdict]) -> Table:
+    missed = sum(not v.met for v in judged)
+    result = Table(title=f"bars: {len(judged) - missed} met, {missed} missed")
+    for name in ("op", "pass", "against", "bar", "lowest", "median", "rows under it"):
+        result.add_column(name, justify="right" if name in ("bar", "lowest", "median") else "left", overflow="fold")
+    for v in judged:
+        result.add_row(
+            v.bar.op, f"{v.bar.pass_} {v.bar.dtype or ''}", v.bar.peer, f"{v.bar.at_least:.2f}", f"{v.lowest:.2f}",
+            f"{v.median:.2f}", ", ".join(f"{name} {ratio:.2f}" for name, ratio in v.under),
+            style=None if v.met else "red",
+        )  # fmt: skip
     return result
 
 

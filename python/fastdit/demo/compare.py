@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastdit.integrations import accelerate, restore
 from fastdit.testing import close, timing
+from fastdit.testing.models import twin
 
-from . import models, opclock
+from . import opclock
 
 Call = Callable[[Any], Tensor]
 Step = Callable[[str], None]
@@ -42,7 +43,7 @@ def compare(subject: Subject, step: Step) -> dict[str, Any]:
     """Runs the subject eager and accelerated in turns; `step` is told what happens (one call per progress step)."""
     dtype = str(next(subject.model.parameters()).dtype).removeprefix("torch.")
     label = f"{subject.name} {dtype}"
-    eager_model, fast_model = subject.model, models.twin(subject.model)
+    eager_model, fast_model = subject.model, twin(subject.model)
 
     with torch.no_grad():
         step(f"{label}: as it is")

@@ -6,7 +6,6 @@ every block off, and then no error could show.
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastdit.testing.models import quiet
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -62,25 +63,16 @@ def plan(*, small: bool, device: str) -> Plan:
 def dit(config: Mapping[str, Any]) -> Any:
     from diffusers import DiTTransformer2DModel
 
-    _quiet()
-    return _seeded(lambda: DiTTransformer2DModel(**config), seed=1)
+    return quiet(_seeded(lambda: DiTTransformer2DModel(**config), seed=1))
 
 
 def vae(config: Mapping[str, Any]) -> Any:
     from diffusers import AutoencoderKLWan
 
-    _quiet()
-    model = _seeded(lambda: AutoencoderKLWan(**config), seed=2)
+    model = quiet(_seeded(lambda: AutoencoderKLWan(**config), seed=2))
     with torch.no_grad():
         model.decoder.conv_out.weight.mul_(0.4)  # keeps the pictures inside the clamp to [-1, 1]
     return model
-
-
-def _quiet() -> None:
-    """diffusers warns at every `.to(dtype)` of a model, whether or not it has modules to keep in fp32."""
-    from diffusers.utils import logging
-
-    logging.set_verbosity_error()
 
 
 def _seeded(build: Callable[[], Any], seed: int) -> Any:
@@ -101,12 +93,6 @@ def _seeded(build: Callable[[], Any], seed: int) -> Any:
                 limit = 1.0 if "embedding" in leaf or "embedding_table" in name else math.sqrt(3 / weight[0].numel())
                 weight.uniform_(-limit, limit, generator=generator)
     return model.requires_grad_(False).eval()
-
-
-def twin(model: Any) -> Any:
-    """A second module over the same parameters and buffers: one stays as it is, the other is accelerated."""
-    shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, shared)
 
 
 def dit_inputs(config: Mapping[str, Any], batch: int, device: str) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -46,11 +46,27 @@ class Settings:
         return cls(device="cuda" if suite == "gpu" else "cpu", passes=passes)
 
 
+class Subject(Protocol):
+    """What a row is about: an op at a model's shape (`Workload`) or a whole model (`whole.Whole`)."""
+
+    @property
+    def op(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def shape(self) -> str: ...
+    @property
+    def flops(self) -> int: ...
+    @property
+    def bytes(self) -> Callable[[torch.dtype], int]: ...
+    def work(self, pass_: str) -> float: ...
+
+
 @dataclass(frozen=True)
 class Measured:
     """One workload in one dtype and pass: what was timed, and how far it is from the truth."""
 
-    workload: Workload
+    workload: Subject
     dtype: torch.dtype
     pass_: str
     backend: str
@@ -78,8 +94,8 @@ class Measured:
     @property
     def rate(self) -> tuple[float, str]:
         if self.workload.flops:
-            return self.workload.flops * _work(self.pass_) / self.ours.p50 / 1e9, "GFLOP/s"
-        return self.workload.bytes(self.dtype) * _work(self.pass_) / self.ours.p50 / 1e9, "GB/s"
+            return self.workload.flops * self.workload.work(self.pass_) / self.ours.p50 / 1e9, "GFLOP/s"
+        return self.workload.bytes(self.dtype) * self.workload.work(self.pass_) / self.ours.p50 / 1e9, "GB/s"
 
     def rows(self) -> list[Row]:
         """One per peer, as `fastdit bench --json` writes them; ratio = peer_ms / time_ms, above 1 is faster."""
@@ -145,8 +161,8 @@ def measure(workload: Workload, dtype: torch.dtype, settings: Settings, pass_: s
                 raise
             calls.pop(name, None)
             skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    name, ceiling, share = _ceiling(workload, dtype, pass_, settings.device)
-    calls[name] = ceiling
+    name, limit, share = ceiling(workload, dtype, pass_, settings.device)
+    calls[name] = limit
     timings = timing.interleaved(calls, device=settings.device, rounds=settings.rounds)
     timings[name] = timings[name].scaled(share)
     ours = timings.pop("fastdit")
@@ -245,19 +261,15 @@ def _call(function: Callable, workload: Workload, args: tuple, kwargs: dict, pas
     return lambda: torch.autograd.grad(outputs(), leaves, cotangents, allow_unused=True)
 
 
-def _work(pass_: str) -> int:
-    """Bytes and FLOPs of a pass in units of the forward's: a backward moves and computes about twice as much."""
-    return {"fwd": 1, "bwd": 2, "fwd+bwd": 3}[pass_]
-
-
-def _ceiling(workload: Workload, dtype: torch.dtype, pass_: str, device: str) -> tuple[str, timing.Call, float]:
+def ceiling(workload: Subject, dtype: torch.dtype, pass_: str, device: str) -> tuple[str, timing.Call, float]:
     """Name, call, and the factor that turns the call's time into the time of this row's bytes or FLOPs."""
+    work = workload.work(pass_)
     if workload.flops:
         n = _GEMM_SIZE[torch.device(device).type]
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        return "gemm", lambda: a @ b, workload.flops * _work(pass_) / (2 * n**3)
+        return "gemm", lambda: a @ b, workload.flops * work / (2 * n**3)
     source = torch.zeros(max(workload.bytes(dtype) // 2 // dtype.itemsize, 1), dtype=dtype, device=device)
-    return "copy", source.clone, float(_work(pass_))
+    return "copy", source.clone, work
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -5,6 +5,7 @@ diffusers is imported on use: it is an extra.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -34,6 +35,30 @@ def randomize(model: Any, seed: int = 0) -> Any:
                 noise = noise / math.sqrt(fan_in)
             parameter.copy_(noise)
     return model.eval()
+
+
+def twin(model: Any) -> Any:
+    """A second module over the same parameters and buffers: one stays as it is, the other is accelerated."""
+    shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, shared)
+
+
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """In place what `from_pretrained(torch_dtype=dtype)` gives: modules that the class keeps in fp32 stay so."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point():
+            narrow = dtype.itemsize < 4 and not kept.intersection(name.split("."))
+            tensor.data = tensor.data.to(dtype if narrow or dtype.itemsize > 4 else torch.float32)
+    return model
+
+
+def quiet(model: Any) -> Any:
+    """The model; diffusers will not warn at each `.to(dtype)`, whether or not it has modules to keep in fp32."""
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+    return model
 
 
 def diffusers_dit(*, layers: int = 2, heads: int = 2, head_dim: int = 32, size: int = 16, seed: int = 0) -> Any:

@@ -59,6 +59,7 @@ class Workload:
     """A benchmark row: one op at one model's shape. `bytes` and `flops` are the least that the op must move and do.
 
     peers: name -> function of the same (args, kwargs); "eager", "compile", "sdpa", "padded", "conv_ndhwc", ... .
+    backward: bytes or FLOPs of the backward in units of the forward's.
     """
 
     op: str
@@ -70,6 +71,11 @@ class Workload:
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
     peers: dict[str, Callable] | None = None
     fixed: tuple[str, ...] = ()
+    backward: float = 2.0
+
+    def work(self, pass_: str) -> float:
+        """Bytes or FLOPs of a pass in units of the forward's."""
+        return {"fwd": 1.0, "bwd": self.backward, "fwd+bwd": 1.0 + self.backward}[pass_]
 
     def __str__(self) -> str:
         return f"{self.op}-{self.model}"

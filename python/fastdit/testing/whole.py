@@ -1,0 +1,211 @@
+"""Benchmark rows of whole models and blocks: as they are, compiled, and accelerated, in turns.
+
+They stand beside the rows of the ops in `fastdit bench`, under the op name "model".
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastdit.integrations import accelerate
+
+from . import bench, close, models, timing
+
+OP = "model"
+Run = Callable[[Any], Tensor]
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Whole:
+    """One model at one size.
+
+    build: the model, in fp32. run: (dtype) -> the call that is timed. probe: the call that is judged, where run's
+    takes too long in a wider dtype. compile: what people compile, in place; None where torch.compile breaks the model
+    into pieces. flops: of one call, counted when the row is measured.
+    """
+
+    model: str
+    shape: str
+    build: Callable[[], nn.Module]
+    run: Callable[[torch.dtype], Run]
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
+    probe: Callable[[torch.dtype], Run] | None = None
+    compile: Callable[[Any], None] | None = None
+    pass_: str = "fwd"
+    rounds: int = 7
+    flops: int = 0
+    op: str = OP
+
+    def work(self, pass_: str) -> float:
+        return 1.0
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        return 0
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.model}"
+
+
+def cases(op: str | None = None, suite: str = "cpu") -> list[tuple[Whole, torch.dtype]]:
+    return [(row, dtype) for row in ROWS for dtype in row.dtypes] if op in (None, OP) and suite != "smoke" else []
+
+
+def measure(row: Whole, dtype: torch.dtype, settings: bench.Settings) -> bench.Measured:
+    """Raises AssertionError where the accelerated model is wrong; truth is the original in the next wider dtype."""
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    judged = row.probe or row.run
+    original, run, probe = models.cast(row.build(), dtype), row.run(dtype), judged(dtype)
+    truth = judged(wide)(models.cast(copy.deepcopy(original), wide))
+    fast = models.twin(original)
+    accelerate(fast)
+    found = close.assert_close(probe(fast), truth, probe(original), f"{row} {dtype}")
+    with FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
+        run(original)
+    row = replace(row, flops=counter.get_total_flops())
+
+    calls: dict[str, timing.Call] = {"fastdit": lambda: run(fast), "eager": lambda: run(original)}
+    if settings.compiled and row.compile is not None:
+        torch._dynamo.reset()
+        compiled = models.twin(original)
+        row.compile(compiled)
+        run(compiled)
+        calls["compile"] = lambda: run(compiled)
+    name, limit, share = bench.ceiling(row, dtype, row.pass_, settings.device)
+    rounds = min(settings.rounds, row.rounds)
+    timings = timing.interleaved({**calls, name: limit}, device=settings.device, rounds=rounds, repeats=1)
+    timings[name] = timings[name].scaled(share)
+    ours = timings.pop("fastdit")
+    return bench.Measured(row, dtype, row.pass_, "cpu", ours, timings, found.ratio)
+
+
+def _attention_flops(q, k, v, *args, **kwargs) -> int:
+    return 4 * math.prod(q[:-1]) * k[-2] * v[-1]
+
+
+def _attention_backward_flops(do, q, k, v, *args, **kwargs) -> int:
+    return 10 * math.prod(q[:-1]) * k[-2] * v[-1]
+
+
+# torch counts no FLOPs for these
+_FLOPS = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+# ---- the rows -----------------------------------------------------------------------------------------------
+def _compile_blocks(model: Any) -> None:
+    """As diffusers advises: the repeated block, once."""
+    for block in model.transformer_blocks:
+        block.compile(dynamic=False)
+
+
+def _dit_inputs(batch: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(batch, 4, size, size, generator=generator).to(dtype)
+    return x, torch.linspace(120, 880, batch).long(), torch.arange(batch) * 7 % 1000
+
+
+def _dit(name: str, layers: int, heads: int, head_dim: int, size: int, batch: int) -> Whole:
+    def run(dtype: torch.dtype) -> Run:
+        inputs = _dit_inputs(batch, size, dtype)
+
+        def call(model: Any) -> Tensor:
+            with torch.no_grad():
+                return model(*inputs, return_dict=False)[0]
+
+        return call
+
+    tokens = size * size // 4
+    return Whole(
+        name, f"{batch}x{tokens}x{heads * head_dim}, {layers} blocks",
+        lambda: models.diffusers_dit(layers=layers, heads=heads, head_dim=head_dim, size=size), run,
+        compile=_compile_blocks,
+    )  # fmt: skip
+
+
+def _dit_training(name: str, layers: int, heads: int, head_dim: int, size: int, batch: int) -> Whole:
+    """Forward and backward of a batch; judged by the gradient of the input, which has passed through every layer."""
+
+    def run(dtype: torch.dtype) -> Run:
+        x, t, y = _dit_inputs(batch, size, dtype)
+        x.requires_grad_()
+
+        def call(model: Any) -> Tensor:
+            for p in (x, *model.parameters()):
+                p.grad = None
+            model(x, t, y, return_dict=False)[0].float().square().mean().backward()
+            assert x.grad is not None
+            return x.grad
+
+        return call
+
+    tokens = size * size // 4
+    return Whole(
+        name, f"{batch}x{tokens}x{heads * head_dim}, {layers} blocks",
+        lambda: models.diffusers_dit(layers=layers, heads=heads, head_dim=head_dim, size=size), run,
+        compile=_compile_blocks, pass_="fwd+bwd",
+    )  # fmt: skip
+
+
+def _wan_block(name: str, heads: int, ffn: int, grid: tuple[int, int, int]) -> Whole:
+    width, tokens = 128 * heads, math.prod(grid)
+
+    def build() -> nn.Module:
+        return models.diffusers_wan(
+            num_attention_heads=heads, attention_head_dim=128, ffn_dim=ffn, num_layers=1, rope_max_seq_len=1024
+        )
+
+    def run(dtype: torch.dtype) -> Run:
+        g = torch.Generator().manual_seed(3)
+        x, context = (torch.randn(1, n, width, generator=g).to(dtype) for n in (tokens, 512))
+        temb = torch.randn(1, 6, width, generator=g)
+
+        def call(model: Any) -> Tensor:
+            with torch.no_grad():
+                rope = model.rope(x.new_empty(1, 4, grid[0], 2 * grid[1], 2 * grid[2]))
+                return model.blocks[0](x, context, temb, rope)
+
+        return call
+
+    return Whole(
+        name, f"1x{tokens}x{width}, one block, 512 text tokens", build, run,
+        compile=lambda model: model.blocks[0].compile(dynamic=False),
+    )  # fmt: skip
+
+
+def _wan_decode(frames: int, side: int) -> Whole:
+    def decode(frames: int, side: int) -> Callable[[torch.dtype], Run]:
+        def run(dtype: torch.dtype) -> Run:
+            z = torch.randn(1, 16, frames, side, side, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+            def call(model: Any) -> Tensor:
+                with torch.no_grad():
+                    return model.decode(z, return_dict=False)[0]
+
+            return call
+
+        return run
+
+    return Whole(
+        "AutoencoderKLWan decode", f"1x16x{frames}x{side}x{side}", models.diffusers_wan_vae, decode(frames, side),
+        dtypes=(torch.float32, torch.bfloat16), probe=decode(2, 6), rounds=5,
+    )  # fmt: skip
+
+
+ROWS = (
+    _dit("DiT-XL/2-256", 28, 16, 72, 32, batch=2),
+    _dit("DiT-XL/2-512", 28, 16, 72, 64, batch=2),
+    _wan_block("Wan2.1-1.3B block", 12, 8960, (4, 32, 32)),
+    _dit_training("DiT-B/2-256 training step", 12, 12, 64, 32, batch=8),
+    _wan_decode(3, 16),
+)
