@@ -40,7 +40,8 @@ def layers(report, replaced=True):
     return {row.layer.split(" (")[0]: row.count for row in report.rows if row.replaced is replaced}
 
 
-DIT_LAYERS = {"adaLN-Zero block": 2, "attention": 2, "patch embedding": 1, "DiT output layer": 1}
+DIT_LAYERS = {"adaLN-Zero block": 2, "attention": 2, "feed-forward activation": 2, "patch embedding": 1}
+DIT_LAYERS |= {"DiT output layer": 1}
 VAE_LAYERS = {"causal residual block", "causal resampling", "frame attention of a VAE", "causal encoder"}
 VAE_LAYERS |= {"causal decoder", "loop over time"}
 
@@ -335,7 +336,7 @@ def test_blocks_known_in_part_are_left_whole():
     model.transformer_blocks[1].norm1.register_forward_hook(lambda *_: None)
     model.pos_embed.proj = nn.Conv2d(4, 64, 2, stride=2, padding=1)
     report = fastdit.accelerate(model)
-    assert layers(report) == {"attention": 2, "DiT output layer": 1}
+    assert layers(report) == {"attention": 2, "DiT output layer": 1, "feed-forward activation": 2}
     reasons = {row.why for row in report.rows}
     assert {"its norm is not nn.LayerNorm", "AdaLayerNormZero carries a hook, which would no longer run"} <= reasons
     assert "its convolution is not a plain nn.Conv2d without padding" in reasons

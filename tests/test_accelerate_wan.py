@@ -84,7 +84,8 @@ def test_output(config, options, dtype):
     truth, before = truth_of(model, given), run(model, given)
     assert truth.dtype is torch.float64
     report = fastdit.accelerate(model)
-    assert layers(report) == LAYERS
+    mlps = 2 + (config is I2V)  # the image embedder has one
+    assert layers(report) == {**LAYERS, "feed-forward activation": mlps}
     after = run(model, given)
     assert after.dtype == before.dtype and after.shape == before.shape
     close.assert_close(after, truth, before)
@@ -159,7 +160,7 @@ def test_what_stays():
     model.blocks[1].attn1.processor._attention_backend = "native"
     model.patch_embedding = nn.Conv3d(4, 48, (1, 2, 2), stride=(1, 2, 2), padding=(0, 1, 1))
     report = fastdit.accelerate(model)
-    assert layers(report) == {"Wan block": 1, "attention (WanAttnProcessor)": 3}
+    assert layers(report) == {"Wan block": 1, "attention (WanAttnProcessor)": 3, "feed-forward activation": 2}
     reasons = {row.why for row in report.rows}
     assert "its norm is a RMSNorm, not a LayerNorm" in reasons
     assert "an attention backend or context parallelism was chosen for it" in reasons

@@ -6,6 +6,7 @@ void bind_rotary(py::module_&);
 void bind_attention(py::module_&);
 void bind_patch(py::module_&);
 void bind_conv(py::module_&);
+void bind_activation(py::module_&);
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "fastdit CPU kernels: pointers, sizes and strides as ints; knows nothing of torch.";
@@ -17,4 +18,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind_attention(m);
   bind_patch(m);
   bind_conv(m);
+  bind_activation(m);
 }

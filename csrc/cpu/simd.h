@@ -264,8 +264,14 @@ FASTDIT_INLINE double sum(vd v) {
 FASTDIT_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 FASTDIT_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 
-// exp(x) by 2^(x log2 e) = 2^n * p(f), degree 5 on |f| <= 1/2: relative error 2e-7, 0 below -87, inf above 88.7.
+// exp(x) by 2^n * p(r), degree 5 on |r| <= ln(2) / 2: relative error 2e-7, 0 below -87 (AVX-512: -104), inf above 88.7.
 FASTDIT_INLINE vf exp(vf x) {
+#if defined(__AVX512F__)
+  // second operand where one is NaN: NaN stays
+  const vf y = (vf)_mm512_min_ps(_mm512_set1_ps(128.0f), _mm512_max_ps(_mm512_set1_ps(-128.0f), (__m512)x));
+  const vf n = (vf)_mm512_roundscale_ps((__m512)(y * 1.44269504088896341f), 0x08);
+  const vf r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+#else
   const vf t = x * 1.44269504088896341f;
   const vf clamped = vmin(vmax(t, splat(-126.0f)), splat(127.0f));
   const vf shifted = clamped + 12582912.0f;  // round to nearest integer in the low mantissa bits
@@ -273,17 +279,22 @@ FASTDIT_INLINE vf exp(vf x) {
   // f * ln2, in two pieces so that no bits of x are lost
   const vf nf = shifted - 12582912.0f;
   const vf r = (x - nf * 0.693359375f) + nf * 2.12194440e-4f;
+#endif
   vf p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  p = p * (r * r) + r + 1.0f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   vf y = p * (vf)((n + 127) << 23);
   y = t < -126.0f ? splat(0.0f) : y;
   y = t > 128.0f ? splat(__builtin_inff()) : y;
   return x != x ? x : y;
+#endif
 }
 FASTDIT_INLINE vd exp(vd x) {
   vd y;
@@ -295,6 +306,22 @@ FASTDIT_INLINE V sigmoid(V x) {
   return 1.0f / (1.0f + exp(-x));
 }
 FASTDIT_INLINE vd sigmoid(vd x) { return 1.0 / (1.0 + exp(-x)); }
+// The sigmoid of a result that will be rounded to T: 7e-5 is enough where T has 16 bits.
+template <class T, class V>
+FASTDIT_INLINE V sigmoid_to(V x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) {
+    const vf t = x * -1.44269504088896341f, f = (vf)_mm512_reduce_ps((__m512)t, 0x09);  // t - floor(t); 0 for +-inf
+    vf p = splat(0.013534168f);
+    p = p * f + 0.05201146f;
+    p = p * f + 0.24144275f;
+    p = p * f + 0.69300383f;
+    p = p * f + 1.0000026f;
+    return (vf)_mm512_rcp14_ps((__m512)(1.0f + (vf)_mm512_scalef_ps((__m512)p, (__m512)t)));
+  }
+#endif
+  return sigmoid(x);
+}
 // tanh(x) = 1 - 2 / (exp(2x) + 1) away from 0; odd polynomial near it, where that cancels.
 FASTDIT_INLINE vf tanh(vf x) {
   const vf x2 = x * x;

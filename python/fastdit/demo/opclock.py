@@ -49,6 +49,8 @@ def kind(name: str) -> str:
     if "conv" in op or op == "norm_silu":
         return "conv"
     if library == "fastdit":
+        if op == "activation":
+            return op
         return "patch" if "patch" in op else "rotary" if "rope" in op else "modulation"
     for group, members in _KINDS.items():
         if op in members:

@@ -2,6 +2,7 @@
 
 from fastdit.integrations import (  # noqa: F401  they register their kinds
     diffusers_dit,
+    diffusers_feedforward,
     diffusers_wan,
     diffusers_wan_vae,
     diffusers_wan_vae_loop,

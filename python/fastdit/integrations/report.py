@@ -18,7 +18,6 @@ LEFT = {
     "CombinedTimestepLabelEmbeddings": "one row per sample",
     "DupUp3D": "one copy per chunk",
     "Embedding": "a table look-up",
-    "FeedForward": "linears are called, never read (LoRA, quantised weights); the activation runs between them",
     "Linear": "called, never read (LoRA, quantised weights): the vendor's GEMM",
     "SiLU": "one row per sample, or between layers that no known block holds",
 }

@@ -10,19 +10,14 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..reference.activation import ACTS
 from . import _check
+from .activation import activation
 from .attention import attention, attention_varlen
 from .modulation import gate_residual, norm_modulate
 from .rotary import qk_norm_rope
 
 Projection = Callable[[Tensor], Tensor] | tuple[Tensor, Tensor | None]
-
-_ACTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "relu": F.relu,
-}
 
 
 def _layer(op: str, what: str, layer: Projection) -> Callable[[Tensor], Tensor]:
@@ -185,7 +180,7 @@ def adaln_mlp(
     Args:
         x (Tensor[B, N, C] or packed [N, C]): tokens, also the residual. shift, scale, gate, row_index: as above.
         fc1, fc2 (callable or (weight, bias)): C -> hidden, hidden -> C.
-        act (str or callable): "gelu_tanh", "gelu", "silu", "relu".
+        act (str or callable): of `activation`, or any function of the hidden tokens.
         The rest: of `norm_modulate` and `gate_residual`.
     Returns:
         Tensor like x. Gradients for everything that a part has gradients for.
@@ -197,13 +192,13 @@ def adaln_mlp(
     op = "adaln_mlp"
     up, down = _layer(op, "fc1", fc1), _layer(op, "fc2", fc2)
     if isinstance(act, str):
-        _check.choice(op, "act", act, tuple(_ACTS))
-        act = _ACTS[act]
+        _check.choice(op, "act", act, ACTS)
     h = norm_modulate(
         x, shift=shift, scale=scale, weight=weight, bias=bias, weight_offset=weight_offset, norm=norm, eps=eps,
         row_index=row_index, precision=precision, backend=backend,
     )  # fmt: skip
-    y = down(act(up(h)))
+    hidden = up(h)
+    y = down(activation(hidden, act, backend=backend) if isinstance(act, str) else act(hidden))
     _projected(op, "fc2", y, x, str(x.shape[-1]), isinstance(y, Tensor) and y.shape[-1] == x.shape[-1])
     return gate_residual(
         x, y, gate, gate_act=gate_act, post_norm=post_norm, post_norm_weight=post_norm_weight,

@@ -8,7 +8,7 @@ import torch  # noqa: F401  before the module: its OpenMP runtime must be the on
 
 from .. import registry
 
-FAMILIES = ("modulation", "rotary", "attention", "patch", "conv")
+FAMILIES = ("modulation", "rotary", "attention", "patch", "conv", "activation")
 
 try:
     from ... import _cpu

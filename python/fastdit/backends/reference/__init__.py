@@ -2,7 +2,7 @@
 
 import importlib
 
-FAMILIES = ("modulation", "rotary", "attention", "patch", "conv")
+FAMILIES = ("modulation", "rotary", "attention", "patch", "conv", "activation")
 
 
 def register_all() -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FAMILIES = ("modulation", "rotary", "attention", "patch", "conv")
+FAMILIES = ("modulation", "rotary", "attention", "patch", "conv", "activation")
 
 
 class Maker:
