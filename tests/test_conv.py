@@ -164,25 +164,6 @@ def test_nan_stays_in_its_window(isa):
         assert bad[1:4, 3:6, 4:7].all() and int(bad.sum()) == 27
 
 
-def test_after_fork_runs_on_one_thread():
-    x, weight, kwargs = _wan(torch.float32, 2, last=True)
-    expected = ops.causal_conv3d(x, weight, **kwargs, backend="cpu")
-    context = torch.multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-
-    def child():
-        y = ops.causal_conv3d(x, weight, **kwargs, backend="cpu")
-        queue.put(bool((y.numpy() == expected.numpy()).all()))
-
-    process = context.Process(target=child)
-    process.start()
-    process.join(20)
-    alive = process.is_alive()
-    process.kill()
-    assert not alive, "the kernel hung in a forked child"
-    assert queue.get()
-
-
 # ---- packed weights -----------------------------------------------------------------------------------
 def _edits():
     def swap(p):

@@ -93,25 +93,6 @@ def test_packing_equals_one_by_one():
     close.assert_bitwise(packed, single)
 
 
-def test_after_fork_runs_on_one_thread():
-    x = torch.randn(4, 512, 256)
-    expected = ops.norm_modulate(x, backend="cpu")  # starts the OpenMP pool that a child will not have
-    context = torch.multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-
-    def child():
-        y = fastdit._cpu_backend.modulation.norm_modulate(x, None, None, None, None, None, "layer", 1e-6, 0.0, "fp32")
-        queue.put(bool((y.numpy() == expected.numpy()).all()))
-
-    process = context.Process(target=child)
-    process.start()
-    process.join(20)
-    alive = process.is_alive()
-    process.kill()
-    assert not alive, "the kernel hung in a forked child"
-    assert queue.get()
-
-
 def test_double_backward_raises():
     x = torch.randn(2, 4, 8, requires_grad=True)
     y = ops.norm_modulate(x, backend="cpu")
