@@ -23,7 +23,7 @@ from fastdit.integrations.structure import (
     refuse_norms,
 )
 from fastdit.models.vae import AFTER, ONE_BEFORE
-from fastdit.nn import frame_attention, upsample2x
+from fastdit.nn import frame_attention, last_frames, upsampled
 
 # Convolutions: called with what is fused into them, and with nothing more by anybody else -------------------------
 
@@ -76,7 +76,7 @@ def cached(conv: Any, x: Tensor, feat_cache: list | None, feat_idx: list, **fuse
         return conv(x, **fused)
     cache = feat_cache[feat_idx[0]]
     y = conv(x, cache, **fused)
-    feat_cache[feat_idx[0]] = ops.next_cache(x, cache, conv.kernel_size[0])
+    feat_cache[feat_idx[0]] = last_frames(x, cache, conv.kernel_size[0])
     feat_idx[0] += 1
     return y
 
@@ -108,7 +108,7 @@ def resample_forward(self, x: Tensor, feat_cache=None, feat_idx=None) -> Tensor:
                 if isinstance(feat_cache[i], str):
                     feat_cache[i] = None
                 x, frames = cached(self.time_conv, x, feat_cache, feat_idx), 2
-        return conv(upsample2x(x, frames))
+        return upsampled(conv, x, frames)
 
     x = conv(x, padding=AFTER)
     if self.mode == "downsample3d" and feat_cache is not None:

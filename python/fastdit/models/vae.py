@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdit import ops
-from fastdit.nn import CausalConv3d, FrameConv2d, channels_last, frame_attention, upsample2x
+from fastdit.nn import CausalConv3d, FrameConv2d, channels_last, frame_attention, last_frames, upsampled
 
 AFTER = (0, 0, 0, 1, 0, 1)  # one row and one column of zeros after the image, for stride 2
+PIECE = 2  # frames that leave a block of a decoder at a time: as many as a 3-tap convolution remembers
 ONE_BEFORE = (1, 0, 0, 0, 0, 0)  # one earlier frame, for the temporal stride 2
 
 
@@ -32,7 +33,7 @@ class Stream(dict):
     def __call__(self, conv: CausalConv3d, x: Tensor, **fused) -> Tensor:
         cache = self.get(conv)
         y = conv(x, cache, **fused)
-        self[conv] = ops.next_cache(x, cache, conv.kernel_size[0])
+        self[conv] = last_frames(x, cache, conv.kernel_size[0])
         return y
 
 
@@ -117,8 +118,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         if self.time_conv is None or stream.first:
-            return self.resample[1](upsample2x(x))
-        return self.resample[1](upsample2x(stream(self.time_conv, x), frames=2))
+            return upsampled(self.resample[1], x)
+        return upsampled(self.resample[1], stream(self.time_conv, x), frames=2)
 
 
 class DownBlock(nn.Module):
@@ -225,9 +226,15 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv3d(dims[-1], out_channels, 3)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        x = self.mid_block(stream(self.conv_in, x), stream)
-        for block in self.up_blocks:
-            x = block(x, stream)
+        return self.rest(self.mid_block(stream(self.conv_in, x), stream), stream)
+
+    def rest(self, x: Tensor, stream: Stream, start: int = 0) -> Tensor:
+        """The up blocks from `start` on, PIECE frames at a time to the end: the larger pictures get, the fewer wait."""
+        for i in range(start, len(self.up_blocks)):
+            piece = PIECE // self.up_blocks[i].f_t
+            if x.shape[2] > piece:
+                return torch.cat([self.rest(part, stream, i) for part in x.split(piece, dim=2)], dim=2)
+            x = self.up_blocks[i](x, stream)
         return stream(self.conv_out, x, norm_weight=self.norm_out.weight, act="silu")
 
 
