@@ -83,6 +83,20 @@ def test_chunks_equal_the_whole(config):
 
 
 @torch.no_grad()
+@each_config
+def test_large_pictures_go_a_few_frames_at_a_time(config, monkeypatch):
+    ours, theirs = pair(config)
+    fastdit.accelerate(theirs)
+    z = torch.randn(2, ours.decoder.conv_in.in_channels, 3, 4, 4)
+    whole, decoded = ours.decode(z), theirs.decode(z).sample
+    monkeypatch.setattr("fastdit.models.vae.LARGE", 0)
+    monkeypatch.setattr("fastdit.nn.conv.LARGE", 0)
+    close.assert_bitwise(ours.decode(z), whole)
+    close.assert_bitwise(ours.decode(z, chunk=2), whole)
+    close.assert_bitwise(theirs.decode(z).sample, decoded)
+
+
+@torch.no_grad()
 def test_later_frames_do_not_matter():
     ours, _ = pair(WAN21)
     z = torch.randn(1, 4, 4, 4, 4)

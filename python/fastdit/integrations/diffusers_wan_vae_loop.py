@@ -10,7 +10,7 @@ from torch import Tensor
 from fastdit.integrations.diffusers_wan_vae import cached, causal_conv_forward, gamma
 from fastdit.integrations.registry import Kind, register
 from fastdit.integrations.structure import has, is_causal_conv, itemsize, refuse_activation, refuse_convs, refuse_norms
-from fastdit.models.vae import PIECE, chunks, patchify, unpatchify
+from fastdit.models.vae import chunks, patchify, pieces, unpatchify
 from fastdit.nn import channels_last
 
 
@@ -30,16 +30,16 @@ def decoder_forward(self, x: Tensor, feat_cache=None, feat_idx=None, first_chunk
 
 
 def up_blocks(decoder, x: Tensor, feat_cache, feat_idx, first_chunk: bool, start: int = 0) -> Tensor:
-    """What follows, from block `start` on, PIECE frames at a time to the end: larger pictures, fewer in flight."""
+    """What follows, from block `start` on; large pictures a few frames at a time to the end (`models.vae.pieces`)."""
     for i in range(start, len(decoder.up_blocks)):
         block = decoder.up_blocks[i]
-        piece = PIECE // 2 if any(getattr(m, "mode", None) == "upsample3d" for m in block.modules()) else PIECE
-        if feat_cache is not None and x.shape[2] > piece:
-            slot, parts = feat_idx[0], []
-            for part in x.split(piece, dim=2):
+        frames = 2 if any(getattr(m, "mode", None) == "upsample3d" for m in block.modules()) else 1
+        if feat_cache is not None and (parts := pieces(x, frames)) is not None:
+            slot, made = feat_idx[0], []
+            for part in parts:
                 feat_idx[0] = slot
-                parts.append(up_blocks(decoder, part, feat_cache, feat_idx, first_chunk, i))
-            return torch.cat(parts, dim=2)
+                made.append(up_blocks(decoder, part, feat_cache, feat_idx, first_chunk, i))
+            return torch.cat(made, dim=2)
         x = block(x, feat_cache=feat_cache, feat_idx=feat_idx, first_chunk=first_chunk)
     return cached(decoder.conv_out, x, feat_cache, feat_idx, norm_weight=gamma(decoder.norm_out), act="silu")
 

@@ -22,6 +22,7 @@ from fastdit.nn import CausalConv3d, FrameConv2d, channels_last, frame_attention
 
 AFTER = (0, 0, 0, 1, 0, 1)  # one row and one column of zeros after the image, for stride 2
 PIECE = 2  # frames that leave a block of a decoder at a time: as many as a 3-tap convolution remembers
+LARGE = 2**25  # bytes of a chunk; below, pieces would spare nothing worth 3 % of the time
 ONE_BEFORE = (1, 0, 0, 0, 0, 0)  # one earlier frame, for the temporal stride 2
 
 
@@ -229,11 +230,10 @@ class Decoder(nn.Module):
         return self.rest(self.mid_block(stream(self.conv_in, x), stream), stream)
 
     def rest(self, x: Tensor, stream: Stream, start: int = 0) -> Tensor:
-        """The up blocks from `start` on, PIECE frames at a time to the end: the larger pictures get, the fewer wait."""
+        """The up blocks from `start` on; large pictures PIECE frames at a time to the end, so that few are in flight."""
         for i in range(start, len(self.up_blocks)):
-            piece = PIECE // self.up_blocks[i].f_t
-            if x.shape[2] > piece:
-                return torch.cat([self.rest(part, stream, i) for part in x.split(piece, dim=2)], dim=2)
+            if (parts := pieces(x, self.up_blocks[i].f_t)) is not None:
+                return torch.cat([self.rest(part, stream, i) for part in parts], dim=2)
             x = self.up_blocks[i](x, stream)
         return stream(self.conv_out, x, norm_weight=self.norm_out.weight, act="silu")
 
@@ -321,6 +321,14 @@ def chunks(frames: int, size: int) -> Iterator[tuple[int, int]]:
         yield 0, 1
     for start in range(1, frames, size):
         yield start, min(start + size, frames)
+
+
+def pieces(x: Tensor, frames: int) -> tuple[Tensor, ...] | None:
+    """A large chunk in parts of which each leaves a block as PIECE frames; the block makes `frames` of one."""
+    size = PIECE // frames
+    if x.shape[2] <= size or x.numel() * x.element_size() <= LARGE:
+        return None
+    return x.split(size, dim=2)
 
 
 def patchify(x: Tensor, p: int) -> Tensor:

@@ -6,6 +6,9 @@ from torch import Tensor, nn
 from fastdit import ops
 
 
+LARGE = 2**22  # elements of a chunk; below, one call for all frames
+
+
 class CausalConv3d(nn.Conv3d):
     """nn.Conv3d that sees no later frame: conv(act(norm([cache, x]))) + residual, one op without padded copies.
 
@@ -80,6 +83,6 @@ def upsample2x(x: Tensor, frames: int = 1) -> Tensor:
 
 def upsampled(conv: FrameConv2d, x: Tensor, frames: int = 1) -> Tensor:
     """conv(upsample2x(x, frames)), one frame of x after the other: the pictures between them are the largest."""
-    if torch.compiler.is_compiling() or x.shape[2] == 1:
+    if torch.compiler.is_compiling() or x.shape[2] == 1 or x.numel() < LARGE:
         return conv(upsample2x(x, frames))
     return torch.cat([conv(upsample2x(frame, frames)) for frame in x.split(1, dim=2)], dim=2)
