@@ -230,7 +230,7 @@ class Decoder(nn.Module):
         return self.rest(self.mid_block(stream(self.conv_in, x), stream), stream)
 
     def rest(self, x: Tensor, stream: Stream, start: int = 0) -> Tensor:
-        """The up blocks from `start` on; large pictures PIECE frames at a time to the end, so that few are in flight."""
+        """The up blocks from `start` on; large pictures PIECE frames at a time to the end."""
         for i in range(start, len(self.up_blocks)):
             if (parts := pieces(x, self.up_blocks[i].f_t)) is not None:
                 return torch.cat([self.rest(part, stream, i) for part in parts], dim=2)

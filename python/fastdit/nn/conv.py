@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from fastdit import ops
 
-
 LARGE = 2**22  # elements of a chunk; below, one call for all frames
 
 
