@@ -101,6 +101,30 @@ inline void pack_queries(typename M::Word* out, int pitch, int count, int64_t di
   }
 }
 
+// Row i of `count` -> out [query word][pitch]: rows side by side in pairs, channels from dim to pitch are zeros.
+template <class M, class T, class RowOf>
+inline void pack_rows(typename M::Word* out, int64_t pitch, int count, int64_t dim, RowOf&& row_of) {
+  for (int i = 0; i < count; i += M::pair, out += pitch) {
+    const T *row = row_of(i), *next = M::pair == 2 && i + 1 < count ? row_of(i + 1) : nullptr;
+    for (int64_t c = 0; c < pitch; c += M::lanes) {
+#if defined(__AVX512BF16__)
+      if constexpr (M::pair == 2) {
+        const __m512i low = _mm512_cvtepu16_epi32(c < dim ? load_half_words(row, c, dim) : _mm256_setzero_si256());
+        const __m512i high =
+            _mm512_cvtepu16_epi32(next && c < dim ? load_half_words(next, c, dim) : _mm256_setzero_si256());
+        _mm512_storeu_si512(out + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        continue;
+      }
+#endif
+      if constexpr (M::pair == 1) {
+        const int64_t left = dim - c;
+        store_raw(out + c, left >= M::lanes ? load(row + c) : load_n(row + c, static_cast<int>(left)));
+      }
+    }
+    (void)next;
+  }
+}
+
 // Keys 0 .. count -> out [group][steps][8]; the last group is filled up with zeros. out holds an even number of groups.
 template <class M, class T>
 inline void pack_keys(typename M::Word* out, const T* k, int64_t stride, int64_t count, int64_t dim, int64_t steps) {

@@ -100,76 +100,136 @@ FASTDIT_INLINE int64_t visible_end(const Sequence& s, int64_t query) {
   return position < 0 ? 0 : min64(s.m, (position / s.frame + 1) * s.frame);
 }
 
+// The queries of a tile, and what each of them sees.
 template <class M>
 struct Tile {
   int count;                               // queries
   int64_t query[kTileVectors * M::lanes];  // their index in the sequence
-  int64_t groups;                          // length of the group list
   TileView<M> view;
 };
 
-// A run of consecutive tokens: keys 0 .. common are seen by every lane, keys up to `most` by some.
+// A run of consecutive tokens.
 template <class M>
-inline void plan_plain(const Sequence& s, int64_t index, Tile<M>& tile, int64_t* groups) {
+inline void plain_tile(const Sequence& s, int64_t index, Tile<M>& tile) {
   const int64_t first = tile_vector(s, index, M::lanes) * M::lanes;
   const int64_t last = min64(s.n, tile_vector(s, index + 1, M::lanes) * M::lanes);
   tile.count = static_cast<int>(last - first);
-  int64_t common = s.m, most = 0;
   for (int lane = 0; lane < kTileVectors * M::lanes; ++lane) {
-    const int64_t query = min64(first + lane, last - 1), end = visible_end(s, query);
-    tile.query[lane] = query;
-    tile.view.end[lane] = static_cast<typename M::Index>(end);
-    common = min64(common, end);
-    most = max64(most, end);
+    tile.query[lane] = min64(first + lane, last - 1);
+    tile.view.end[lane] = static_cast<typename M::Index>(visible_end(s, tile.query[lane]));
   }
   tile.view.height = 1, tile.view.width = max64(1, s.m), tile.view.windowed = false;
-  tile.groups = ceil_div(most, 8);
-  for (int64_t g = 0; g < tile.groups; ++g) groups[g] = 2 * g + (g * 8 + 8 > common);
 }
 
-// A block of queries: the groups that meet the union of their windows, row by row of the key grid.
-template <class M>
-inline void plan_window(const Sequence& s, int64_t index, Tile<M>& tile, int64_t* groups) {
-  int64_t first[3], union_start[3], union_end[3], common_start[3], common_end[3];
+// Groups in [begin, end) that a plain tile sees: keys up to the first query's end by every lane, up to the last's by
+// some.
+inline int64_t plain_groups(const Sequence& s, int64_t index, int lanes, int64_t begin, int64_t end, int64_t* groups) {
+  const int64_t common = visible_end(s, tile_vector(s, index, lanes) * lanes);
+  const int64_t most = visible_end(s, min64(s.n, tile_vector(s, index + 1, lanes) * lanes) - 1);
+  const int64_t last = min64(end, ceil_div(most, 8));
+  for (int64_t g = begin; g < last; ++g) groups[g - begin] = 2 * g + (g * 8 + 8 > common);
+  return max64(0, last - begin);
+}
+
+// A block of queries of the grid, and the unions and intersections of their windows along each axis.
+struct Block {
+  int64_t first[3], extent[3];
+  int64_t union_start[3], union_end[3], common_start[3], common_end[3];
+};
+
+inline Block block_of(const Sequence& s, int64_t index) {
+  Block b;
   const int64_t at[3] = {index / (s.blocks[1] * s.blocks[2]), index / s.blocks[2] % s.blocks[1], index % s.blocks[2]};
-  int64_t extent[3];
   for (int a = 0; a < 3; ++a) {
-    first[a] = at[a] * s.block[a];
-    extent[a] = min64(s.block[a], s.grid[a] - first[a]);
-    union_start[a] = window_start(s, a, first[a]);
-    common_start[a] = window_start(s, a, first[a] + extent[a] - 1);  // starts never decrease
-    union_end[a] = common_start[a] + s.window[a];
-    common_end[a] = union_start[a] + s.window[a];
-    tile.view.size[a] = s.window[a];
+    b.first[a] = at[a] * s.block[a];
+    b.extent[a] = min64(s.block[a], s.grid[a] - b.first[a]);
+    b.union_start[a] = window_start(s, a, b.first[a]);
+    b.common_start[a] = window_start(s, a, b.first[a] + b.extent[a] - 1);  // starts never decrease
+    b.union_end[a] = b.common_start[a] + s.window[a];
+    b.common_end[a] = b.union_start[a] + s.window[a];
   }
-  tile.count = static_cast<int>(extent[0] * extent[1] * extent[2]);
+  return b;
+}
+
+template <class M>
+inline void window_tile(const Sequence& s, int64_t index, Tile<M>& tile) {
+  const Block b = block_of(s, index);
+  tile.count = static_cast<int>(b.extent[0] * b.extent[1] * b.extent[2]);
   for (int lane = 0; lane < kTileVectors * M::lanes; ++lane) {
     const int64_t i = lane < tile.count ? lane : tile.count - 1;
-    const int64_t token[3] = {first[0] + i / (extent[1] * extent[2]), first[1] + i / extent[2] % extent[1],
-                              first[2] + i % extent[2]};
+    const int64_t token[3] = {b.first[0] + i / (b.extent[1] * b.extent[2]), b.first[1] + i / b.extent[2] % b.extent[1],
+                              b.first[2] + i % b.extent[2]};
     tile.query[lane] = (token[0] * s.grid[1] + token[1]) * s.grid[2] + token[2];
     for (int a = 0; a < 3; ++a) tile.view.start[a][lane] = static_cast<typename M::Index>(window_start(s, a, token[a]));
     tile.view.end[lane] = static_cast<typename M::Index>(s.m);
   }
+  for (int a = 0; a < 3; ++a) tile.view.size[a] = s.window[a];
   tile.view.height = s.grid[1], tile.view.width = s.grid[2], tile.view.windowed = true;
+}
+
+// Groups in [begin, end) that meet the union of the block's windows, row by row of the key grid.
+inline int64_t window_groups(const Sequence& s, int64_t index, int64_t begin, int64_t end, int64_t* groups) {
+  const Block b = block_of(s, index);
+  const int64_t plane = s.grid[1] * s.grid[2];
+  const int64_t first_plane = max64(b.union_start[0], begin * 8 / plane);
+  const int64_t last_plane = min64(b.union_end[0], ceil_div(end * 8, plane));
   int64_t count = 0, previous = -1;
-  for (int64_t t = union_start[0]; t < union_end[0]; ++t) {
-    for (int64_t h = union_start[1]; h < union_end[1]; ++h) {
-      const bool whole_row = t >= common_start[0] && t < common_end[0] && h >= common_start[1] && h < common_end[1];
+  for (int64_t t = first_plane; t < last_plane; ++t) {
+    for (int64_t h = b.union_start[1]; h < b.union_end[1]; ++h) {
+      const bool whole_row =
+          t >= b.common_start[0] && t < b.common_end[0] && h >= b.common_start[1] && h < b.common_end[1];
       const int64_t row = (t * s.grid[1] + h) * s.grid[2];
-      const int64_t begin = row + union_start[2], end = row + union_end[2];
-      for (int64_t g = begin / 8; g * 8 < end; ++g) {
+      const int64_t first = row + b.union_start[2], last = row + b.union_end[2];
+      for (int64_t g = max64(first / 8, begin); g < end && g * 8 < last; ++g) {
         if (g == previous) {
           groups[count - 1] |= 1;  // shared by two rows
           continue;
         }
-        const bool full = whole_row && g * 8 >= row + common_start[2] && g * 8 + 8 <= row + common_end[2];
+        const bool full = whole_row && g * 8 >= row + b.common_start[2] && g * 8 + 8 <= row + b.common_end[2];
         groups[count++] = 2 * g + !full;
         previous = g;
       }
     }
   }
-  tile.groups = count;
+  return count;
+}
+
+template <class M>
+inline void tile_of(const Sequence& s, int64_t index, Tile<M>& tile) {
+  s.windowed ? window_tile<M>(s, index, tile) : plain_tile<M>(s, index, tile);
+}
+// How many queries a tile has.
+inline int64_t queries_of(const Sequence& s, int64_t index, int lanes) {
+  if (!s.windowed) return min64(s.n, tile_vector(s, index + 1, lanes) * lanes) - tile_vector(s, index, lanes) * lanes;
+  const Block b = block_of(s, index);
+  return b.extent[0] * b.extent[1] * b.extent[2];
+}
+// Groups in [begin, end) that the tile visits, as 2 * group + (1 if partly masked); returns how many.
+inline int64_t groups_of(const Sequence& s, int64_t index, int lanes, int64_t begin, int64_t end, int64_t* groups) {
+  return s.windowed ? window_groups(s, index, begin, end, groups) : plain_groups(s, index, lanes, begin, end, groups);
+}
+
+// Row (batch, token, head) of a tensor whose channels are contiguous.
+template <class T>
+const T* row(const void* base, const int64_t (&stride)[3], int64_t batch, int64_t token, int64_t head) {
+  return static_cast<const T*>(base) + batch * stride[0] + token * stride[1] + head * stride[2];
+}
+template <class T>
+T* row(void* base, const int64_t (&stride)[3], int64_t batch, int64_t token, int64_t head) {
+  return static_cast<T*>(base) + batch * stride[0] + token * stride[1] + head * stride[2];
+}
+
+// Indices 0 .. count, the most expensive first: shell sort.
+inline void sort_by_cost(const int64_t* costs, int64_t* order, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) order[i] = i;
+  for (int64_t gap = count / 2; gap > 0; gap /= 2) {
+    for (int64_t i = gap; i < count; ++i) {
+      const int64_t index = order[i];
+      int64_t j = i;
+      for (; j >= gap && costs[order[j - gap]] < costs[index]; j -= gap) order[j] = order[j - gap];
+      order[j] = index;
+    }
+  }
 }
 
 struct Task {

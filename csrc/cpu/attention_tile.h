@@ -29,11 +29,11 @@ struct TileBuffers {
   int64_t* groups;              // key groups to visit: 2 * group + (1 if partly masked)
 };
 
-// acc[r][n] += sum_t a[t][r] * b[t][n]: the kernel of both products.
-template <class M, int NV>
+// acc[r][n] += sum_t a[t][r] * b[t][n]: the kernel of every product whose lanes are queries.
+template <class M, int NV, int PITCH = NV * M::lanes>
 FASTDIT_INLINE void multiply(typename M::V (&acc)[8][NV], const typename M::Word* a, const typename M::Word* b,
                              int64_t steps) {
-  for (int64_t t = 0; t < steps; ++t, a += 8, b += NV * M::lanes) {
+  for (int64_t t = 0; t < steps; ++t, a += 8, b += PITCH) {
     typename M::V bv[NV];
 #pragma GCC unroll 3
     for (int n = 0; n < NV; ++n) bv[n] = load_raw<typename M::V>(b + n * M::lanes);
@@ -45,12 +45,12 @@ FASTDIT_INLINE void multiply(typename M::V (&acc)[8][NV], const typename M::Word
   }
 }
 
-// Sets invisible scores of one group to -inf.
-template <class M, int NV>
-FASTDIT_INLINE void mask_group(typename M::S* s, int64_t group, const TileView<M>& view) {
+// Sets what belongs to invisible keys of one group to `value`.
+template <class M, int NV, int PITCH = NV * M::lanes>
+FASTDIT_INLINE void mask_group(typename M::S* s, int64_t group, const TileView<M>& view, typename M::S value) {
   using V = typename M::V;
   using I = typename M::I;
-  const V hidden = V{} - static_cast<typename M::S>(__builtin_inff());
+  const V hidden = V{} + value;
   for (int r = 0; r < 8; ++r) {
     const int64_t key = group * 8 + r;
     const int64_t index[3] = {key / (view.height * view.width), key / view.width % view.height, key % view.width};
@@ -65,7 +65,7 @@ FASTDIT_INLINE void mask_group(typename M::S* s, int64_t group, const TileView<M
           seen &= (offset >= 0) & (offset < static_cast<typename M::Index>(view.size[axis]));
         }
       }
-      typename M::S* p = s + (r * NV + n) * M::lanes;
+      typename M::S* p = s + r * PITCH + n * M::lanes;
       store_raw(p, seen ? load_raw<V>(p) : hidden);
     }
   }
@@ -103,7 +103,7 @@ inline void score_block(const TileBuffers<M>& buf, const TileView<M>& view, cons
     if (masked) __builtin_memcpy(unused, max, sizeof(unused));
     score_group<M, NV>(buf.k + group * 8 * steps, buf.q, steps, s, masked ? unused : max);
     if (!masked) continue;
-    mask_group<M, NV>(s, group, view);
+    mask_group<M, NV>(s, group, view, -static_cast<typename M::S>(__builtin_inff()));
     for (int n = 0; n < NV; ++n) {
       V top = load_raw<V>(max + n * M::lanes);
       for (int r = 0; r < 8; ++r) top = higher(top, load_raw<V>(s + (r * NV + n) * M::lanes));
@@ -203,32 +203,20 @@ inline void attend_tile(const TileBuffers<M>& buf, const TileView<M>& view, int6
   }
 }
 
-// O^T / sum -> rows of o; lse = shift / unit + log(sum).
-template <class M, class T, class RowOf, class LseOf>
-inline void store_tile(const typename M::S* o, int pitch, int count, int64_t dim, const typename M::S* sums,
-                       const typename M::S* shifts, RowOf&& row_of, LseOf&& lse_of, bool want_lse) {
-  using V = typename M::V;
-  using S = typename M::S;
-  S inverse[kTileVectors * M::lanes];
-  for (int n = 0; n < pitch; n += M::lanes) {
-    const V sum = load_raw<V>(sums + n);
-    store_raw(inverse + n, sum == S{0} ? V{} : S{1} / sum);
-  }
-  if (want_lse) {
-    S lse[kTileVectors * M::lanes];
-    for (int n = 0; n < pitch; n += M::lanes)
-      store_raw(lse + n, load_raw<V>(shifts + n) * static_cast<S>(1 / M::unit) + M::log(load_raw<V>(sums + n)));
-    for (int lane = 0; lane < count; ++lane) *lse_of(lane) = lse[lane];
-  }
+// Columns [dim][pitch] times one factor per column -> rows of T.
+template <class M, class T, class RowOf>
+inline void store_columns(const typename M::S* from, int pitch, int count, int64_t dim, const typename M::S* factors,
+                          RowOf&& row_of) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(S) == 4) {
+  if constexpr (sizeof(typename M::S) == 4) {
     for (int first = 0; first < count; first += 16) {
-      const __m512 scale = _mm512_loadu_ps(inverse + first);
+      const __m512 factor = _mm512_loadu_ps(factors + first);
       for (int64_t c = 0; c < dim; c += 16) {
         __m512 r[16];
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i)
-          r[i] = c + i < dim ? _mm512_mul_ps(_mm512_loadu_ps(o + (c + i) * pitch + first), scale) : _mm512_setzero_ps();
+          r[i] = c + i < dim ? _mm512_mul_ps(_mm512_loadu_ps(from + (c + i) * pitch + first), factor)
+                             : _mm512_setzero_ps();
         transpose16(r);
         const int64_t left = dim - c;
 #pragma GCC unroll 16
@@ -247,8 +235,28 @@ inline void store_tile(const typename M::S* o, int pitch, int count, int64_t dim
 #endif
   for (int lane = 0; lane < count; ++lane) {
     T* row = row_of(lane);
-    for (int64_t c = 0; c < dim; ++c) row[c] = from_scalar<T>(o[c * pitch + lane] * inverse[lane]);
+    for (int64_t c = 0; c < dim; ++c) row[c] = from_scalar<T>(from[c * pitch + lane] * factors[lane]);
   }
+}
+
+// O^T / sum -> rows of o; lse = shift / unit + log(sum).
+template <class M, class T, class RowOf, class LseOf>
+inline void store_tile(const typename M::S* o, int pitch, int count, int64_t dim, const typename M::S* sums,
+                       const typename M::S* shifts, RowOf&& row_of, LseOf&& lse_of, bool want_lse) {
+  using V = typename M::V;
+  using S = typename M::S;
+  S inverse[kTileVectors * M::lanes];
+  for (int n = 0; n < pitch; n += M::lanes) {
+    const V sum = load_raw<V>(sums + n);
+    store_raw(inverse + n, sum == S{0} ? V{} : S{1} / sum);
+  }
+  if (want_lse) {
+    S lse[kTileVectors * M::lanes];
+    for (int n = 0; n < pitch; n += M::lanes)
+      store_raw(lse + n, load_raw<V>(shifts + n) * static_cast<S>(1 / M::unit) + M::log(load_raw<V>(sums + n)));
+    for (int lane = 0; lane < count; ++lane) *lse_of(lane) = lse[lane];
+  }
+  store_columns<M, T>(o, pitch, count, dim, inverse, row_of);
 }
 
 }  // namespace fastdit::cpu::FASTDIT_ISA
