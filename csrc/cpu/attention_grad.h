@@ -48,41 +48,13 @@ FASTDIT_INLINE void store_words(typename M::Word* to, typename M::V v) {
     store_raw(to, v);
 }
 
-// multiply() in chains of at most kChain products, whose sums meet in memory: dP - delta cancels, which shows the
-// rounding of long chains in single precision. S must stay as it is: lse holds the same rounding, and cancels it.
-template <class M, int NV>
-FASTDIT_INLINE void multiply_in_chains(typename M::V (&acc)[8][NV], const typename M::Word* a,
-                                       const typename M::Word* b, int64_t steps) {
-  using V = typename M::V;
-  constexpr int64_t kChain = 16;
-  if (M::pair == 2 || steps <= kChain) return multiply<M, NV>(acc, a, b, steps);
-  alignas(64) typename M::S sums[8 * NV * M::lanes];
-  for (int64_t at = 0; at < steps; at += kChain) {
-    V part[8][NV] = {};
-    multiply<M, NV>(part, a + at * 8, b + at * NV * M::lanes, steps - at < kChain ? steps - at : kChain);
-#pragma GCC unroll 8
-    for (int r = 0; r < 8; ++r) {
-#pragma GCC unroll 3
-      for (int n = 0; n < NV; ++n) {
-        typename M::S* to = sums + (r * NV + n) * M::lanes;
-        store_raw(to, at ? load_raw<V>(to) + part[r][n] : part[r][n]);
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < 8; ++r) {
-#pragma GCC unroll 3
-    for (int n = 0; n < NV; ++n) acc[r][n] = load_raw<V>(sums + (r * NV + n) * M::lanes);
-  }
-}
-
 // P of one group of 8 keys. Not inlined: 24 accumulators need the registers for themselves.
 template <class M, int NV>
 __attribute__((noinline)) void weigh_group(const typename M::Word* k, const typename M::Word* q, int64_t steps,
                                            typename M::S c, const typename M::S* shift, typename M::S* out) {
   using V = typename M::V;
   V acc[8][NV] = {};
-  multiply<M, NV>(acc, k, q, steps);
+  multiply_in_chains<M, NV, kScoreChain>(acc, k, q, steps);
 #pragma GCC unroll 3
   for (int n = 0; n < NV; ++n) {
     const V s = load_raw<V>(shift + n * M::lanes);
@@ -98,7 +70,7 @@ __attribute__((noinline)) void grad_group(const typename M::Word* v, const typen
                                           typename M::Word* ds, typename M::Word* ds_columns) {
   using V = typename M::V;
   V acc[8][NV] = {};
-  multiply_in_chains<M, NV>(acc, v, d_o, steps);
+  multiply_in_chains<M, NV, kGradChain>(acc, v, d_o, steps);  // dP - delta cancels: short ones
 #pragma GCC unroll 3
   for (int n = 0; n < NV; ++n) {
     const V d = load_raw<V>(delta + n * M::lanes);

@@ -45,6 +45,39 @@ FASTDIT_INLINE void multiply(typename M::V (&acc)[8][NV], const typename M::Word
   }
 }
 
+#if defined(__FMA__)
+constexpr int64_t kScoreChain = 32, kGradChain = 16;
+#else  // every product rounds, too
+constexpr int64_t kScoreChain = 16, kGradChain = 8;
+#endif
+
+// multiply() in chains of at most CHAIN products, whose sums meet in memory: fp32 shows the rounding of long ones. The
+// backward takes its scores in the very chains of the forward, so that what lse holds of their rounding cancels.
+template <class M, int NV, int64_t CHAIN>
+FASTDIT_INLINE void multiply_in_chains(typename M::V (&acc)[8][NV], const typename M::Word* a,
+                                       const typename M::Word* b, int64_t steps) {
+  using V = typename M::V;
+  if (M::pair == 2 || steps <= CHAIN) return multiply<M, NV>(acc, a, b, steps);
+  alignas(64) typename M::S sums[8 * NV * M::lanes];
+  for (int64_t at = 0; at < steps; at += CHAIN) {
+    V part[8][NV] = {};
+    multiply<M, NV>(part, a + at * 8, b + at * NV * M::lanes, steps - at < CHAIN ? steps - at : CHAIN);
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; ++r) {
+#pragma GCC unroll 3
+      for (int n = 0; n < NV; ++n) {
+        typename M::S* to = sums + (r * NV + n) * M::lanes;
+        store_raw(to, at ? load_raw<V>(to) + part[r][n] : part[r][n]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; ++r) {
+#pragma GCC unroll 3
+    for (int n = 0; n < NV; ++n) acc[r][n] = load_raw<V>(sums + (r * NV + n) * M::lanes);
+  }
+}
+
 // Sets what belongs to invisible keys of one group to `value`.
 template <class M, int NV, int PITCH = NV * M::lanes>
 FASTDIT_INLINE void mask_group(typename M::S* s, int64_t group, const TileView<M>& view, typename M::S value) {
@@ -78,7 +111,7 @@ __attribute__((noinline)) void score_group(const typename M::Word* k, const type
                                            typename M::S* s, typename M::S* max) {
   using V = typename M::V;
   V acc[8][NV] = {};
-  multiply<M, NV>(acc, k, q, steps);
+  multiply_in_chains<M, NV, kScoreChain>(acc, k, q, steps);
 #pragma GCC unroll 3
   for (int n = 0; n < NV; ++n) {
     V top = load_raw<V>(max + n * M::lanes);
