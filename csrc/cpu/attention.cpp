@@ -11,22 +11,23 @@ namespace {
 // Scratch of one thread.
 struct Layout {
   int64_t channel_tiles, steps, key_groups;  // of the longest sequence
-  int64_t q, k, v, s, o;                     // bytes of each part
-  int64_t total() const { return q + k + v + s + o + key_groups * 8; }
+  int64_t q, k, v, s, o, zeros;              // bytes of each part
+  int64_t total() const { return q + k + v + s + o + zeros + key_groups * 8; }
 };
 
 template <class M>
-Layout layout_of(const AttentionParams& p, int64_t longest) {
+Layout layout_of(const AttentionParams& p, int64_t key_groups) {
   Layout l;
   constexpr int64_t word = sizeof(typename M::Word), lanes = kTileVectors * M::lanes;
   l.channel_tiles = ceil_div(p.head_dim, 8);
   l.steps = l.channel_tiles * 8 / M::pair;
-  l.key_groups = ceil_div(max64(longest, 1), 2 * kKeyBlock) * 2 * kBlockGroups;
+  l.key_groups = ceil_div(max64(key_groups, 1), 2 * kBlockGroups) * 2 * kBlockGroups;
   l.q = l.steps * lanes * word;
   l.k = l.key_groups * 8 * l.steps * word;
   l.v = l.key_groups * l.channel_tiles * kValueWords<M> * word;
   l.s = kKeyBlock * lanes * sizeof(typename M::S);
   l.o = l.channel_tiles * 8 * lanes * sizeof(typename M::S);
+  l.zeros = ceil_div(p.head_dim, 8) * 64;
   return l;
 }
 
@@ -64,24 +65,44 @@ void run_tile(const AttentionParams& p, const Sequence& s, int64_t head, Tile<M>
 }
 
 template <class T, class M>
-void run_task(const AttentionParams& p, const Task& task, int64_t kv_head, char* scratch, const Layout& l) {
+void run_task(const AttentionParams& p, const Sequence& s, const Task& task, int64_t kv_head, char* scratch,
+              const Layout& l) {
   using Word = typename M::Word;
-  const Sequence s = sequence_of(p, task.sequence, M::lanes);
-  const TileBuffers<M> buf = {reinterpret_cast<Word*>(scratch + l.s + l.o),
-                              reinterpret_cast<Word*>(scratch + l.s + l.o + l.q),
-                              reinterpret_cast<Word*>(scratch + l.s + l.o + l.q + l.k),
+  char* const at_q = scratch + l.s + l.o;
+  const TileBuffers<M> buf = {reinterpret_cast<Word*>(at_q),
+                              reinterpret_cast<Word*>(at_q + l.q),
+                              reinterpret_cast<Word*>(at_q + l.q + l.k),
                               reinterpret_cast<typename M::S*>(scratch),
                               reinterpret_cast<typename M::S*>(scratch + l.s),
-                              reinterpret_cast<int64_t*>(scratch + l.s + l.o + l.q + l.k + l.v)};
-  const int64_t keys =
-      s.windowed ? s.m : visible_end(s, min64(s.n, tile_vector(s, task.last_tile, M::lanes) * M::lanes) - 1);
-  pack_keys<M, T>(buf.k, row<T>(p.k, p.k_stride, s.batch, s.first_k, kv_head), p.k_stride[1], keys, p.head_dim,
-                  l.steps);
-  pack_values<M, T>(buf.v, row<T>(p.v, p.v_stride, s.batch, s.first_k, kv_head), p.v_stride[1], keys, p.head_dim);
+                              reinterpret_cast<int64_t*>(at_q + l.q + l.k + l.v)};
+  const T *k = row<T>(p.k, p.k_stride, s.batch, s.first_k, kv_head),
+          *v = row<T>(p.v, p.v_stride, s.batch, s.first_k, kv_head);
+  if (s.windowed) {  // the planes of keys that the tiles see, cubes of them side by side
+    const Block first = block_of(s, task.first_tile / s.block_tiles);
+    const Block last = block_of(s, (task.last_tile - 1) / s.block_tiles);
+    const int64_t plane = s.cubes[1] * s.cubes[2] * 8;
+    const int64_t begin = first.union_start[0] / s.cube[0] * plane / 16 * 16;
+    const int64_t end = ceil_div(last.union_end[0], s.cube[0]) * plane;
+    T* const zeros = reinterpret_cast<T*>(at_q + l.q + l.k + l.v + l.key_groups * 8);
+    __builtin_memset(zeros, 0, l.zeros);
+    const auto place = [&](const T* base, int64_t stride) {
+      return [&s, base, stride, zeros](int64_t i) {
+        const int64_t key = key_at(s, i);
+        return key < 0 ? zeros : base + key * stride;
+      };
+    };
+    pack_keys<M, T>(buf.k, begin, end, p.head_dim, l.steps, place(k, p.k_stride[1]));
+    pack_values<M, T>(buf.v, begin, end, p.head_dim, place(v, p.v_stride[1]));
+  } else {
+    const int64_t end = visible_end(s, min64(s.n, tile_vector(s, task.last_tile, M::lanes) * M::lanes) - 1);
+    pack_keys<M, T>(buf.k, 0, end, p.head_dim, l.steps, [&](int64_t i) { return k + i * p.k_stride[1]; });
+    pack_values<M, T>(buf.v, 0, end, p.head_dim, [&](int64_t i) { return v + i * p.v_stride[1]; });
+  }
   const int64_t group = p.heads / p.kv_heads;
   Tile<M> tile = {};
   for (int64_t index = task.first_tile; index < task.last_tile; ++index) {
     tile_of<M>(s, index, tile);
+    if (tile.count == 0) continue;
     const int64_t groups = groups_of(s, index, M::lanes, 0, l.key_groups, buf.groups);
     for (int64_t h = 0; h < group; ++h) run_tile<T, M>(p, s, kv_head * group + h, tile, buf, groups, l);
   }
@@ -102,36 +123,39 @@ void clear_tail(const AttentionParams& p) {
 template <class T>
 void run(const AttentionParams& p) {
   using M = typename MathFor<T>::type;
-  Scratch<int64_t> order(p.batch), costs(p.batch);
+  Scratch<Sequence> sequences(p.batch);
+  Scratch<int64_t> order(p.batch);
+  Scratch<double> costs(p.batch);
   double total = 0;
-  int64_t longest = 0;
+  int64_t key_groups = 0;
   for (int64_t i = 0; i < p.batch; ++i) {
-    const Sequence s = sequence_of(p, i, M::lanes);
-    costs.get()[i] = s.n * s.m;
-    total += static_cast<double>(s.n) * static_cast<double>(s.m);
-    longest = max64(longest, s.m);
+    const Sequence s = sequences.get()[i] = sequence_of(p, i, M::lanes);
+    costs.get()[i] = s.cost;
+    total += s.cost;
+    key_groups = max64(key_groups, s.key_groups);
   }
   sort_by_cost(costs.get(), order.get(), p.batch);
-  const double cost_of_task =
-      max64(1, static_cast<int64_t>(total * static_cast<double>(p.kv_heads) / (8.0 * p.threads)));
+  const double cost_of_task = __builtin_fmax(1, total * static_cast<double>(p.kv_heads) / (8.0 * p.threads));
+  const int64_t idle = ceil_div(p.threads, p.kv_heads * p.batch);
   int64_t count = 0;
-  for (int64_t i = 0; i < p.batch; ++i) count += tasks_in(sequence_of(p, i, M::lanes), cost_of_task);
+  for (int64_t i = 0; i < p.batch; ++i) count += tasks_in(sequences.get()[i], cost_of_task, idle);
   Scratch<Task> tasks(count);
   count = 0;
   for (int64_t i = 0; i < p.batch; ++i) {
     const int64_t index = order.get()[i];
-    const Sequence s = sequence_of(p, index, M::lanes);
-    const int64_t parts = tasks_in(s, cost_of_task);
+    const Sequence& s = sequences.get()[index];
+    const int64_t parts = tasks_in(s, cost_of_task, idle);
     for (int64_t part = 0; part < parts; ++part)
       tasks.get()[count++] = Task{index, s.tiles * part / parts, s.tiles * (part + 1) / parts};
   }
-  const Layout l = layout_of<M>(p, longest);
+  const Layout l = layout_of<M>(p, key_groups);
   const int64_t pitch = ceil_div(l.total(), 64) * 64;
   const int64_t work = count * p.kv_heads;
   const int threads = static_cast<int>(max64(1, min64(p.threads, work)));
   Scratch<char> scratch(pitch * threads);
   parallel_tasks(work, threads, [&](int64_t i, int thread) {
-    run_task<T, M>(p, tasks.get()[i / p.kv_heads], i % p.kv_heads, scratch.get() + pitch * thread, l);
+    const Task& task = tasks.get()[i / p.kv_heads];
+    run_task<T, M>(p, sequences.get()[task.sequence], task, i % p.kv_heads, scratch.get() + pitch * thread, l);
   });
   if (p.cu_q) clear_tail<T, typename M::S>(p);
 }

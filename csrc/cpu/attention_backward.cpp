@@ -27,15 +27,16 @@ struct GradLayout {
   using S = typename M::S;
   using Word = typename M::Word;
   int64_t steps, channel_tiles, pitch;  // channel words; tiles of 8 channels; channels padded to whole vectors
-  int64_t tiles, heads;                 // most tiles of a sequence; query heads of a key head
-  int64_t parts;                        // of the longest sequence
+  int64_t tiles, heads, dim;            // most tiles of a sequence; query heads of a key head
+  bool whole;                           // some sequence is not split: its dq grows in the scratch
 
   int64_t dq_size() const { return channel_tiles * 8 * kLanes<M>; }
 
   struct Part {
     QueryTile<M> tiles;  // of tile 0; the next lies `size` further
     KeyBlock<M> block;
-    int64_t* groups;
+    int64_t *groups, *seen;  // seen: first and last group of each tile
+    char* zeros;
     int64_t bytes;
   };
   Part carve(char* memory) const {
@@ -52,17 +53,19 @@ struct GradLayout {
     take(s.block.dk, keys * pitch), take(s.block.dv, keys * pitch);
     take(s.block.ds, keys * kRowWords<M>);
     if constexpr (M::pair == 2) {
-      take(s.block.weights, 8 * kLanes<M>);
+      take(s.block.weights, 24 * kLanes<M>);
       take(s.block.p, keys * kRowWords<M>), take(s.block.ds_columns, keys * kRowWords<M>);
     } else {
       take(s.block.weights, keys * kLanes<M>);
       s.block.p = s.block.weights, s.block.ds_columns = s.block.ds;
     }
     take(s.groups, kGradGroups<M>);
+    take(s.seen, 2 * tiles);
+    take(s.zeros, ceil_div(dim, 8) * 64);
     take(s.tiles.q, all * steps * kLanes<M>), take(s.tiles.d_o, all * steps * kLanes<M>);
     take(s.tiles.q_rows, all * kRowWords<M> * pitch), take(s.tiles.d_o_rows, all * kRowWords<M> * pitch);
     take(s.tiles.shift, all * kLanes<M>), take(s.tiles.delta, all * kLanes<M>);
-    take(s.tiles.dq, parts > 1 ? 0 : all * dq_size());
+    take(s.tiles.dq, whole ? all * dq_size() : 0);
     s.bytes = used;
     return s;
   }
@@ -140,8 +143,14 @@ void run_part(const AttentionGradParams& p, const Sequence& s, int64_t kv_head, 
   auto scratch = l.carve(memory);
   const auto& block = scratch.block;
   if (partial) scratch.tiles.dq = partial;
+  __builtin_memset(scratch.zeros, 0, ceil_div(l.dim, 8) * 64);
+  const int64_t blocks = ceil_div(s.key_groups, kGradGroups<M>);
+  const int64_t first_block = blocks * part / parts, last_block = blocks * (part + 1) / parts;
   Tile<M> tile;
   for (int64_t index = 0; index < s.tiles; ++index) {
+    int64_t* seen = scratch.seen + 2 * index;
+    span_of(s, index, M::lanes, seen[0], seen[1]);
+    if (seen[0] >= last_block * kGradGroups<M> || seen[1] <= first_block * kGradGroups<M>) continue;
     tile_of<M>(s, index, tile);
     for (int64_t h = 0; h < l.heads; ++h)
       pack_tile<T, M>(p, s, kv_head * l.heads + h, tile, l.at(scratch.tiles, h * s.tiles + index), l);
@@ -150,17 +159,23 @@ void run_part(const AttentionGradParams& p, const Sequence& s, int64_t kv_head, 
 
   const GradWanted want = {p.dq != nullptr, p.dk != nullptr, p.dv != nullptr};
   const auto c = static_cast<S>(p.scale * M::unit);
-  const int64_t blocks = ceil_div(s.m, kGradGroups<M> * 8);
-  for (int64_t b = blocks * part / parts; b < blocks * (part + 1) / parts; ++b) {
-    const int64_t first = b * kGradGroups<M>, keys = min64(kGradGroups<M> * 8, s.m - first * 8);
-    const T* k = row<T>(p.k, p.k_stride, s.batch, s.first_k + first * 8, kv_head);
-    const T* v = row<T>(p.v, p.v_stride, s.batch, s.first_k + first * 8, kv_head);
-    pack_keys<M, T>(block.k, k, p.k_stride[1], keys, p.head_dim, l.steps);
-    pack_keys<M, T>(block.v, v, p.v_stride[1], keys, p.head_dim, l.steps);
-    if (want.q) pack_values<M, T>(block.k_columns, k, p.k_stride[1], keys, p.head_dim);
+  for (int64_t b = first_block; b < last_block; ++b) {
+    const int64_t first = b * kGradGroups<M>, keys = min64(kGradGroups<M>, s.key_groups - first) * 8;
+    const auto place = [&](const void* base, const int64_t (&stride)[3]) {
+      return [&s, from = row<T>(base, stride, s.batch, s.first_k, kv_head), step = stride[1], place = first * 8,
+              zeros = reinterpret_cast<const T*>(scratch.zeros)](int64_t i) {
+        const int64_t key = key_at(s, place + i);
+        return key < 0 ? zeros : from + key * step;
+      };
+    };
+    pack_keys<M, T>(block.k, 0, keys, p.head_dim, l.steps, place(p.k, p.k_stride));
+    pack_keys<M, T>(block.v, 0, keys, p.head_dim, l.steps, place(p.v, p.v_stride));
+    if (want.q) pack_values<M, T>(block.k_columns, 0, keys, p.head_dim, place(p.k, p.k_stride));
     __builtin_memset(block.dk, 0, kGradGroups<M> * 8 * l.pitch * sizeof(S));
     __builtin_memset(block.dv, 0, kGradGroups<M> * 8 * l.pitch * sizeof(S));
     for (int64_t index = 0; index < s.tiles; ++index) {
+      const int64_t* seen = scratch.seen + 2 * index;
+      if (seen[0] >= first + kGradGroups<M> || seen[1] <= first) continue;
       const int64_t count = groups_of(s, index, M::lanes, first, first + kGradGroups<M>, scratch.groups);
       if (count == 0) continue;
       int64_t masked = 0;
@@ -187,7 +202,8 @@ void run_part(const AttentionGradParams& p, const Sequence& s, int64_t kv_head, 
       }
     }
     for (int64_t i = 0; i < keys; ++i) {
-      const int64_t token = s.first_k + first * 8 + i;
+      const int64_t key = key_at(s, first * 8 + i), token = s.first_k + key;
+      if (key < 0) continue;
       if (want.k)
         store_row(row<T>(p.dk, p.dk_stride, s.batch, token, kv_head), block.dk + i * l.pitch, p.head_dim,
                   static_cast<S>(p.scale));
@@ -224,16 +240,17 @@ void run(const AttentionGradParams& p) {
   using S = typename M::S;
   clear_rest<T>(p);
   Scratch<Sequence> sequences(p.batch);
-  Scratch<int64_t> order(p.batch), costs(p.batch), parts(p.batch), start(p.batch);
+  Scratch<int64_t> order(p.batch), parts(p.batch), start(p.batch);
+  Scratch<double> costs(p.batch);
   GradLayout<M> l;
   l.channel_tiles = ceil_div(p.head_dim, 8), l.steps = l.channel_tiles * 8 / M::pair;
   l.pitch = ceil_div(p.head_dim, M::lanes) * M::lanes;
-  l.tiles = 1, l.parts = 1, l.heads = p.heads / p.kv_heads;
+  l.tiles = 1, l.whole = false, l.heads = p.heads / p.kv_heads, l.dim = p.head_dim;
   double total = 0;
   for (int64_t i = 0; i < p.batch; ++i) {
     const Sequence s = sequences.get()[i] = sequence_of(p, i, M::lanes);
-    costs.get()[i] = s.n * s.m;
-    total += static_cast<double>(s.n) * static_cast<double>(s.m);
+    costs.get()[i] = s.cost;
+    total += s.cost;
     l.tiles = max64(l.tiles, s.tiles);
   }
   sort_by_cost(costs.get(), order.get(), p.batch);
@@ -241,13 +258,13 @@ void run(const AttentionGradParams& p) {
   for (int64_t i = 0; i < p.batch; ++i) {
     const Sequence& s = sequences.get()[i];
     // a part packs the queries anew: it holds at least two blocks of keys
-    const int64_t most = max64(1, ceil_div(s.m, kGradGroups<M> * 8) / 2);
-    const double share = total > 0 ? static_cast<double>(costs.get()[i]) / total : 0;
+    const int64_t most = max64(1, ceil_div(s.key_groups, kGradGroups<M>) / 2);
+    const double share = total > 0 ? s.cost / total : 0;
     parts.get()[i] =
         max64(1, min64(most, static_cast<int64_t>(share * kTasksWanted / static_cast<double>(p.kv_heads) + 0.999)));
     start.get()[i] = partials;
     if (parts.get()[i] > 1) partials += parts.get()[i] * p.kv_heads * l.heads * s.tiles;
-    l.parts = max64(l.parts, parts.get()[i]);
+    l.whole |= parts.get()[i] == 1;
     count += parts.get()[i];
   }
   Scratch<GradTask> tasks(count);
