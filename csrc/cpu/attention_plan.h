@@ -31,15 +31,16 @@ FASTDIT_INLINE int64_t window_start(const Sequence& s, int axis, int64_t i) {
   return max64(0, min64(start, s.grid[axis] - s.window[axis]));
 }
 
+constexpr int64_t kMostQueries = 16;  // of a block along an axis
+
 // Queries of a block of the grid, and the shape of the cubes of 8 keys: those whose tiles touch the fewest keys. A
 // block may hold several tiles: the queries of a stride's block share one window, however many they are.
 inline void choose_blocks(Sequence& s, int64_t lanes) {
-  constexpr int64_t kMost = 16;  // of a block along an axis
   constexpr int64_t kCubes[3][3] = {{1, 1, 8}, {1, 2, 4}, {2, 2, 2}};
   // cover[axis][b][log2 of the cube's side] = cubes that the blocks of b queries touch, over the axis
-  int64_t cover[3][kMost + 1][4];
+  int64_t cover[3][kMostQueries + 1][4];
   for (int a = 0; a < 3; ++a) {
-    for (int64_t b = 1; b <= min64(kMost, s.grid[a]); ++b) {
+    for (int64_t b = 1; b <= min64(kMostQueries, s.grid[a]); ++b) {
       for (int side = 0; side < 4; ++side) cover[a][b][side] = 0;
       for (int64_t first = 0; first < s.grid[a]; first += b) {
         const int64_t begin = window_start(s, a, first);
@@ -48,21 +49,25 @@ inline void choose_blocks(Sequence& s, int64_t lanes) {
       }
     }
   }
-  const int64_t vectors_of_tile = kTileVectors, most = 3 * kTileVectors * lanes;
+  const int64_t most = 3 * kTileVectors * lanes;
+  // time of a last tile of 1 or 2 vectors, in vectors of a full one
+  constexpr double kRest[3] = {0, kTileVectors == 3 ? 1.3 : 1, 2.3};
   double best = -1;
   for (const auto& cube : kCubes) {
     int side[3];
     for (int a = 0; a < 3; ++a) side[a] = cube[a] == 8 ? 3 : static_cast<int>(cube[a]) / 2;
-    for (int64_t t = 1; t <= min64(kMost, s.grid[0]); ++t) {
-      for (int64_t h = 1; h <= min64(kMost, s.grid[1]) && t * h <= most; ++h) {
-        for (int64_t w = 1; w <= min64(kMost, s.grid[2]) && t * h * w <= most; ++w) {
+    for (int64_t t = 1; t <= min64(kMostQueries, s.grid[0]); ++t) {
+      for (int64_t h = 1; h <= min64(kMostQueries, s.grid[1]) && t * h <= most; ++h) {
+        for (int64_t w = 1; w <= min64(kMostQueries, s.grid[2]) && t * h * w <= most; ++w) {
           const int64_t vectors = ceil_div(t * h * w, lanes);
-          const double cost = static_cast<double>(cover[0][t][side[0]]) * static_cast<double>(cover[1][h][side[1]]) *
-                              static_cast<double>(cover[2][w][side[2]]) * static_cast<double>(vectors);
+          const double cost =
+              static_cast<double>(cover[0][t][side[0]]) * static_cast<double>(cover[1][h][side[1]]) *
+              static_cast<double>(cover[2][w][side[2]]) *
+              (static_cast<double>(vectors / kTileVectors * kTileVectors) + kRest[vectors % kTileVectors]);
           if (best >= 0 && cost >= best) continue;
           best = cost;
           s.block[0] = t, s.block[1] = h, s.block[2] = w;
-          s.block_tiles = ceil_div(vectors, vectors_of_tile);
+          s.block_tiles = ceil_div(vectors, static_cast<int64_t>(kTileVectors));
           for (int a = 0; a < 3; ++a) s.cube[a] = cube[a];
         }
       }
@@ -185,12 +190,20 @@ inline void window_tile(const Sequence& s, int64_t index, Tile<M>& tile) {
   const Block b = block_of(s, index / s.block_tiles);
   const int64_t before = index % s.block_tiles * kTileVectors * M::lanes;
   tile.count = static_cast<int>(window_queries(s, b, index, M::lanes));
-  for (int lane = 0; lane < kTileVectors * M::lanes; ++lane) {
-    const int64_t i = tile.count ? before + min64(lane, tile.count - 1) : 0;
-    const int64_t token[3] = {b.first[0] + i / (b.extent[1] * b.extent[2]), b.first[1] + i / b.extent[2] % b.extent[1],
-                              b.first[2] + i % b.extent[2]};
-    tile.query[lane] = (token[0] * s.grid[1] + token[1]) * s.grid[2] + token[2];
-    for (int a = 0; a < 3; ++a) tile.view.start[a][lane] = static_cast<typename M::Index>(window_start(s, a, token[a]));
+  typename M::Index starts[3][kMostQueries];
+  for (int a = 0; a < 3; ++a) {
+    for (int64_t i = 0; i < b.extent[a]; ++i)
+      starts[a][i] = static_cast<typename M::Index>(window_start(s, a, b.first[a] + i));
+  }
+  int64_t at[3] = {before / (b.extent[1] * b.extent[2]), before / b.extent[2] % b.extent[1], before % b.extent[2]};
+  for (int lane = 0; lane < kTileVectors * M::lanes && tile.count; ++lane) {
+    tile.query[lane] = ((b.first[0] + at[0]) * s.grid[1] + b.first[1] + at[1]) * s.grid[2] + b.first[2] + at[2];
+    for (int a = 0; a < 3; ++a) tile.view.start[a][lane] = starts[a][at[a]];
+    if (lane + 1 >= tile.count) continue;  // lanes without a query repeat the last one
+    if (++at[2] < b.extent[2]) continue;
+    at[2] = 0;
+    if (++at[1] < b.extent[1]) continue;
+    at[1] = 0, ++at[0];
   }
   for (int a = 0; a < 3; ++a)
     tile.view.size[a] = s.window[a], tile.view.cube[a] = s.cube[a], tile.view.cubes[a] = s.cubes[a];

@@ -103,15 +103,29 @@ inline void mask_group(typename M::S* s, int64_t group, const TileView<M>& view,
   }
   const int64_t at[3] = {group / (view.cubes[1] * view.cubes[2]), group / view.cubes[2] % view.cubes[1],
                          group % view.cubes[2]};
-  I seen[3][8][NV];  // by axis and place in the cube: start <= index < start + size, in one unsigned comparison
+  // by axis and place in the cube: start <= index < start + size, in one unsigned comparison
+#if defined(__AVX512F__)
+  using Seen = uint16_t;
+#else
+  using Seen = I;
+#endif
+  Seen seen[3][8][NV];
   for (int axis = 0; axis < 3; ++axis) {
     const I size = I{} + static_cast<Index>(view.size[axis]);
     for (int64_t i = 0; i < view.cube[axis]; ++i) {
       const I index = I{} + static_cast<Index>(at[axis] * view.cube[axis] + i);
 #pragma GCC unroll 3
-      for (int n = 0; n < NV; ++n)
-        seen[axis][i][n] =
-            (I)((typename M::U)(index - load_raw<I>(view.start[axis] + n * M::lanes)) < (typename M::U)size);
+      for (int n = 0; n < NV; ++n) {
+        const I offset = index - load_raw<I>(view.start[axis] + n * M::lanes);
+#if defined(__AVX512F__)
+        if constexpr (sizeof(Index) == 4)
+          seen[axis][i][n] = _mm512_cmplt_epu32_mask((__m512i)offset, (__m512i)size);
+        else
+          seen[axis][i][n] = _mm512_cmplt_epu64_mask((__m512i)offset, (__m512i)size);
+#else
+        seen[axis][i][n] = (I)((typename M::U)offset < (typename M::U)size);
+#endif
+      }
     }
   }
   int r = 0;
@@ -121,7 +135,15 @@ inline void mask_group(typename M::S* s, int64_t group, const TileView<M>& view,
 #pragma GCC unroll 3
         for (int n = 0; n < NV; ++n) {
           typename M::S* p = s + r * PITCH + n * M::lanes;
-          store_raw(p, seen[0][t][n] & seen[1][h][n] & seen[2][w][n] ? load_raw<V>(p) : hidden);
+          const Seen all = seen[0][t][n] & seen[1][h][n] & seen[2][w][n];
+#if defined(__AVX512F__)
+          if constexpr (sizeof(Index) == 4)
+            store_raw(p, _mm512_mask_loadu_ps((__m512)hidden, all, p));
+          else
+            store_raw(p, _mm512_mask_loadu_pd((__m512d)hidden, static_cast<__mmask8>(all), p));
+#else
+          store_raw(p, all ? load_raw<V>(p) : hidden);
+#endif
         }
       }
     }
