@@ -28,7 +28,7 @@ def test_forward(sample, dtype, isa):
 
 @each_dtype
 @each_sample
-def test_backward(sample, dtype):
+def test_backward(sample, dtype, isa):
     contract.backward(sample, dtype, "cpu")
 
 

@@ -6,6 +6,7 @@
 namespace fastdit::cpu::FASTDIT_ISA {
 
 typedef int64_t vl __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t vul __attribute__((vector_size(kVectorBytes)));
 
 // Query vectors in a tile: with 8 rows, 3 x 8 accumulators, 3 operands and a broadcast fill 32 registers, 1 x 8
 // fill 16.
@@ -14,6 +15,9 @@ constexpr int kTileVectors = 3;
 #else
 constexpr int kTileVectors = 1;
 #endif
+// Times 8 rows that a kernel of NV vectors takes at once: 24 accumulators hide the latency of a product, 8 don't.
+template <int NV>
+constexpr int kRowGroups = NV == 1 && kTileVectors == 3 ? 3 : 1;
 
 // The larger one; b where either is NaN. (A vector a > b ? a : b is not turned into one vmaxps.)
 template <class V>
@@ -51,11 +55,20 @@ struct Fp32Math {
   using S = float;
   using V = vf;
   using I = vi;
+  using U = vu;
   using Index = int32_t;
   using Word = float;
   static constexpr int lanes = W;
   static constexpr int pair = 1;  // channels (QK) or keys (PV) in a word
-  static FASTDIT_INLINE V multiply_add(V acc, Word a, V b) { return acc + splat(a) * b; }
+  static FASTDIT_INLINE V multiply_add(V acc, Word a, V b) {
+#if defined(__AVX512F__)
+    return (V)_mm512_fmadd_ps(_mm512_set1_ps(a), (__m512)b, (__m512)acc);
+#elif defined(__FMA__)
+    return (V)_mm256_fmadd_ps(_mm256_set1_ps(a), (__m256)b, (__m256)acc);  // -O1 would round twice
+#else
+    return acc + splat(a) * b;
+#endif
+  }
   // A weight is exp(s * c - shift) with c = scale * unit: base e keeps s - max exact where it is small.
   static constexpr double unit = 1.0;
   static FASTDIT_INLINE V power(V t) {
@@ -83,6 +96,7 @@ struct Fp64Math {
   using S = double;
   using V = vd;
   using I = vl;
+  using U = vul;
   using Index = int64_t;
   using Word = double;
   static constexpr int lanes = WD;
@@ -103,6 +117,7 @@ struct Bf16Math {
   using S = float;
   using V = vf;
   using I = vi;
+  using U = vu;
   using Index = int32_t;
   using Word = uint32_t;
   static constexpr int lanes = W;

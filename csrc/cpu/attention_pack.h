@@ -101,13 +101,37 @@ inline void pack_queries(typename M::Word* out, int pitch, int count, int64_t di
   }
 }
 
-// Keys 0 .. count -> out [group][steps][8]; the last group is filled up with zeros. out holds an even number of groups.
-template <class M, class T>
-inline void pack_keys(typename M::Word* out, const T* k, int64_t stride, int64_t count, int64_t dim, int64_t steps) {
-  const auto row_of = [&](int64_t i) { return k + i * stride; };
+// Row i of `count` -> out [query word][pitch]: rows side by side in pairs, channels from dim to pitch are zeros.
+template <class M, class T, class RowOf>
+inline void pack_rows(typename M::Word* out, int64_t pitch, int count, int64_t dim, RowOf&& row_of) {
+  for (int i = 0; i < count; i += M::pair, out += pitch) {
+    const T *row = row_of(i), *next = M::pair == 2 && i + 1 < count ? row_of(i + 1) : nullptr;
+    for (int64_t c = 0; c < pitch; c += M::lanes) {
+#if defined(__AVX512BF16__)
+      if constexpr (M::pair == 2) {
+        const __m512i low = _mm512_cvtepu16_epi32(c < dim ? load_half_words(row, c, dim) : _mm256_setzero_si256());
+        const __m512i high =
+            _mm512_cvtepu16_epi32(next && c < dim ? load_half_words(next, c, dim) : _mm256_setzero_si256());
+        _mm512_storeu_si512(out + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        continue;
+      }
+#endif
+      if constexpr (M::pair == 1) {
+        const int64_t left = dim - c;
+        store_raw(out + c, left >= M::lanes ? load(row + c) : load_n(row + c, static_cast<int>(left)));
+      }
+    }
+    (void)next;
+  }
+}
+
+// Keys begin .. count -> out [group][steps][8]; the last group is filled up with zeros. out holds an even number of
+// groups, begin is a multiple of 16.
+template <class M, class T, class RowOf>
+inline void pack_keys(typename M::Word* out, int64_t begin, int64_t count, int64_t dim, int64_t steps, RowOf&& row_of) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(typename M::Word) == 4) {
-    for (int64_t key = 0; key < count; key += 16) {
+    for (int64_t key = begin; key < count; key += 16) {
       typename M::Word *lo = out + key * steps, *hi = lo + 8 * steps;
       for (int64_t step = 0; step < steps; step += 16) {
         __m512 r[16];
@@ -123,7 +147,7 @@ inline void pack_keys(typename M::Word* out, const T* k, int64_t stride, int64_t
     return;
   }
 #endif
-  for (int64_t key = 0; key < (count + 7) / 8 * 8; ++key) {
+  for (int64_t key = begin; key < (count + 7) / 8 * 8; ++key) {
     typename M::Word* to = out + key / 8 * 8 * steps + key % 8;
     for (int64_t step = 0; step < steps; ++step)
       to[step * 8] = key < count ? word_at<M>(row_of(key), step, dim) : typename M::Word{};
@@ -140,33 +164,34 @@ FASTDIT_INLINE int64_t value_offset(int64_t group, int64_t channel_tiles) {
   return (group / kBlockGroups * channel_tiles * kBlockGroups + group % kBlockGroups) * kValueWords<M>;
 }
 
-template <class M, class T>
-inline void pack_values(typename M::Word* out, const T* v, int64_t stride, int64_t count, int64_t dim) {
+template <class M, class T, class RowOf>
+inline void pack_values(typename M::Word* out, int64_t begin, int64_t count, int64_t dim, RowOf&& row_of) {
   const int64_t tiles = (dim + 7) / 8;
-  for (int64_t key = 0; key < (count + 7) / 8 * 8; key += M::pair) {
+  for (int64_t key = begin; key < (count + 7) / 8 * 8; key += M::pair) {
     typename M::Word* to = out + value_offset<M>(key / 8, tiles) + key % 8 / M::pair * 8;
-    const T* row = v + key * stride;
+    const T *row = key < count ? row_of(key) : nullptr, *next = key + 1 < count ? row_of(key + 1) : nullptr;
     for (int64_t t = 0; t < tiles; ++t, to += kBlockGroups * kValueWords<M>) {
       const int64_t c = t * 8;
 #if defined(__AVX512BF16__)
       if constexpr (M::pair == 2) {
         const __mmask8 mask = dim - c >= 8 ? 0xff : (1u << (dim - c)) - 1;
         const __m128i zero = _mm_setzero_si128();
-        const __m128i a = key < count ? _mm_maskz_loadu_epi16(mask, row + c) : zero;
-        const __m128i b = key + 1 < count ? _mm_maskz_loadu_epi16(mask, row + stride + c) : zero;
+        const __m128i a = row ? _mm_maskz_loadu_epi16(mask, row + c) : zero;
+        const __m128i b = next ? _mm_maskz_loadu_epi16(mask, next + c) : zero;
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi16(a, b));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 4), _mm_unpackhi_epi16(a, b));
         continue;
       }
 #endif
       if constexpr (M::pair == 1) {
-        if (key < count && c + 8 <= dim) {
+        if (row && c + 8 <= dim) {
           for (int e = 0; e < 8; ++e) to[e] = to_scalar(row[c + e]);
         } else {
-          for (int e = 0; e < 8; ++e) to[e] = key < count && c + e < dim ? to_scalar(row[c + e]) : 0;
+          for (int e = 0; e < 8; ++e) to[e] = row && c + e < dim ? to_scalar(row[c + e]) : 0;
         }
       }
     }
+    (void)next;
   }
 }
 

@@ -18,8 +18,11 @@ struct Sequence {
   int64_t frame;                    // tokens per frame, 0: no causality
   bool windowed;
   int64_t grid[3], window[3], stride[3];  // windows are cut to the grid
-  int64_t block[3], blocks[3];            // queries of a tile, and tiles, along each axis
-  int64_t tiles;
+  int64_t block[3], blocks[3];            // queries of a block, and blocks, along each axis
+  int64_t block_tiles;                    // tiles of a block
+  int64_t cube[3], cubes[3];              // keys of a group, and groups, along each axis
+  int64_t tiles, key_groups;
+  double cost;  // (query, key) pairs that are computed
 };
 
 // First visible index on one axis: NATTEN's shifted window.
@@ -28,34 +31,55 @@ FASTDIT_INLINE int64_t window_start(const Sequence& s, int axis, int64_t i) {
   return max64(0, min64(start, s.grid[axis] - s.window[axis]));
 }
 
-// The block of queries, at most `lanes` of them, whose windows together cost the fewest keys.
-inline void choose_block(Sequence& s, int64_t lanes) {
+constexpr int64_t kMostQueries = 16;  // of a block along an axis
+
+// Queries of a block of the grid, and the shape of the cubes of 8 keys: those whose tiles touch the fewest keys. A
+// block may hold several tiles: the queries of a stride's block share one window, however many they are.
+inline void choose_blocks(Sequence& s, int64_t lanes) {
+  constexpr int64_t kCubes[3][3] = {{1, 1, 8}, {1, 2, 4}, {2, 2, 2}};
+  // cover[axis][b][log2 of the cube's side] = cubes that the blocks of b queries touch, over the axis
+  int64_t cover[3][kMostQueries + 1][4];
+  for (int a = 0; a < 3; ++a) {
+    for (int64_t b = 1; b <= min64(kMostQueries, s.grid[a]); ++b) {
+      for (int side = 0; side < 4; ++side) cover[a][b][side] = 0;
+      for (int64_t first = 0; first < s.grid[a]; first += b) {
+        const int64_t begin = window_start(s, a, first);
+        const int64_t end = window_start(s, a, min64(first + b, s.grid[a]) - 1) + s.window[a];
+        for (int side = 0; side < 4; ++side) cover[a][b][side] += ((end - 1) >> side) - (begin >> side) + 1;
+      }
+    }
+  }
+  const int64_t most = 3 * kTileVectors * lanes;
+  // time of a last tile of 1 or 2 vectors, in vectors of a full one
+  constexpr double kRest[3] = {0, kTileVectors == 3 ? 1.3 : 1, 2.3};
   double best = -1;
-  for (int a = 0; a < 3; ++a) s.block[a] = 1;
-  for (int64_t t = 1; t <= min64(lanes, s.grid[0]); ++t) {
-    for (int64_t h = 1; h <= min64(lanes / t, s.grid[1]); ++h) {
-      for (int64_t w = 1; w <= min64(lanes / (t * h), s.grid[2]); ++w) {
-        const int64_t block[3] = {t, h, w};
-        double cost = 1;
-        for (int a = 0; a < 3; ++a) {
-          // starts move in steps of the stride; a block that divides it shares one window
-          const int64_t shift = s.stride[a] % block[a] == 0 ? 0 : ceil_div(block[a] - 1, s.stride[a]) * s.stride[a];
-          int64_t keys = min64(s.grid[a], s.window[a] + shift);
-          if (a == 2 && keys < s.grid[a]) keys += 7;  // keys travel in groups of 8
-          cost *= static_cast<double>(ceil_div(s.grid[a], block[a]) * keys);
-        }
-        if (best < 0 || cost < best) {
+  for (const auto& cube : kCubes) {
+    int side[3];
+    for (int a = 0; a < 3; ++a) side[a] = cube[a] == 8 ? 3 : static_cast<int>(cube[a]) / 2;
+    for (int64_t t = 1; t <= min64(kMostQueries, s.grid[0]); ++t) {
+      for (int64_t h = 1; h <= min64(kMostQueries, s.grid[1]) && t * h <= most; ++h) {
+        for (int64_t w = 1; w <= min64(kMostQueries, s.grid[2]) && t * h * w <= most; ++w) {
+          const int64_t vectors = ceil_div(t * h * w, lanes);
+          const double cost =
+              static_cast<double>(cover[0][t][side[0]]) * static_cast<double>(cover[1][h][side[1]]) *
+              static_cast<double>(cover[2][w][side[2]]) *
+              (static_cast<double>(vectors / kTileVectors * kTileVectors) + kRest[vectors % kTileVectors]);
+          if (best >= 0 && cost >= best) continue;
           best = cost;
-          for (int a = 0; a < 3; ++a) s.block[a] = block[a];
+          s.block[0] = t, s.block[1] = h, s.block[2] = w;
+          s.block_tiles = ceil_div(vectors, static_cast<int64_t>(kTileVectors));
+          for (int a = 0; a < 3; ++a) s.cube[a] = cube[a];
         }
       }
     }
   }
-  s.tiles = 1;
+  s.tiles = s.block_tiles, s.key_groups = 1;
   for (int a = 0; a < 3; ++a) {
     s.blocks[a] = ceil_div(s.grid[a], s.block[a]);
-    s.tiles *= s.blocks[a];
+    s.cubes[a] = ceil_div(s.grid[a], s.cube[a]);
+    s.tiles *= s.blocks[a], s.key_groups *= s.cubes[a];
   }
+  s.cost = best * 8 * static_cast<double>(lanes);
 }
 
 inline Sequence sequence_of(const AttentionParams& p, int64_t index, int lanes) {
@@ -70,17 +94,21 @@ inline Sequence sequence_of(const AttentionParams& p, int64_t index, int lanes) 
     s.position = p.k_len - p.q_len;
   }
   s.frame = p.frame_tokens_of ? p.frame_tokens_of[index] : p.frame_tokens;
-  s.windowed = p.grids != nullptr;
-  if (s.windowed) {
+  if (p.grids) {
     for (int a = 0; a < 3; ++a) {
       s.grid[a] = p.grids[index * 3 + a];
       s.window[a] = min64(p.window[a], s.grid[a]);
       s.stride[a] = p.window_stride[a];
+      s.windowed |= s.window[a] < s.grid[a];  // else every key is seen
     }
-    choose_block(s, static_cast<int64_t>(kTileVectors) * lanes);
+  }
+  if (s.windowed && s.n) {
+    choose_blocks(s, lanes);
   } else {
     const int64_t vectors = ceil_div(s.n, lanes);
     s.tiles = ceil_div(vectors, kTileVectors);
+    s.key_groups = ceil_div(s.m, 8);
+    s.cost = static_cast<double>(s.n) * static_cast<double>(s.m);
   }
   return s;
 }
@@ -100,89 +128,188 @@ FASTDIT_INLINE int64_t visible_end(const Sequence& s, int64_t query) {
   return position < 0 ? 0 : min64(s.m, (position / s.frame + 1) * s.frame);
 }
 
+// The queries of a tile, and what each of them sees.
 template <class M>
 struct Tile {
   int count;                               // queries
   int64_t query[kTileVectors * M::lanes];  // their index in the sequence
-  int64_t groups;                          // length of the group list
   TileView<M> view;
 };
 
-// A run of consecutive tokens: keys 0 .. common are seen by every lane, keys up to `most` by some.
+// A run of consecutive tokens.
 template <class M>
-inline void plan_plain(const Sequence& s, int64_t index, Tile<M>& tile, int64_t* groups) {
+inline void plain_tile(const Sequence& s, int64_t index, Tile<M>& tile) {
   const int64_t first = tile_vector(s, index, M::lanes) * M::lanes;
   const int64_t last = min64(s.n, tile_vector(s, index + 1, M::lanes) * M::lanes);
   tile.count = static_cast<int>(last - first);
-  int64_t common = s.m, most = 0;
   for (int lane = 0; lane < kTileVectors * M::lanes; ++lane) {
-    const int64_t query = min64(first + lane, last - 1), end = visible_end(s, query);
-    tile.query[lane] = query;
-    tile.view.end[lane] = static_cast<typename M::Index>(end);
-    common = min64(common, end);
-    most = max64(most, end);
+    tile.query[lane] = min64(first + lane, last - 1);
+    tile.view.end[lane] = static_cast<typename M::Index>(visible_end(s, tile.query[lane]));
   }
-  tile.view.height = 1, tile.view.width = max64(1, s.m), tile.view.windowed = false;
-  tile.groups = ceil_div(most, 8);
-  for (int64_t g = 0; g < tile.groups; ++g) groups[g] = 2 * g + (g * 8 + 8 > common);
+  tile.view.windowed = false;
 }
 
-// A block of queries: the groups that meet the union of their windows, row by row of the key grid.
-template <class M>
-inline void plan_window(const Sequence& s, int64_t index, Tile<M>& tile, int64_t* groups) {
-  int64_t first[3], union_start[3], union_end[3], common_start[3], common_end[3];
+// Groups in [begin, end) that a plain tile sees: keys up to the first query's end by every lane, up to the last's by
+// some.
+inline int64_t plain_groups(const Sequence& s, int64_t index, int lanes, int64_t begin, int64_t end, int64_t* groups) {
+  const int64_t common = visible_end(s, tile_vector(s, index, lanes) * lanes);
+  const int64_t most = visible_end(s, min64(s.n, tile_vector(s, index + 1, lanes) * lanes) - 1);
+  const int64_t last = min64(end, ceil_div(most, 8));
+  for (int64_t g = begin; g < last; ++g) groups[g - begin] = 2 * g + (g * 8 + 8 > common);
+  return max64(0, last - begin);
+}
+
+// A block of queries of the grid, and the unions and intersections of their windows along each axis.
+struct Block {
+  int64_t first[3], extent[3];
+  int64_t union_start[3], union_end[3], common_start[3], common_end[3];
+};
+
+inline Block block_of(const Sequence& s, int64_t index) {
+  Block b;
   const int64_t at[3] = {index / (s.blocks[1] * s.blocks[2]), index / s.blocks[2] % s.blocks[1], index % s.blocks[2]};
-  int64_t extent[3];
   for (int a = 0; a < 3; ++a) {
-    first[a] = at[a] * s.block[a];
-    extent[a] = min64(s.block[a], s.grid[a] - first[a]);
-    union_start[a] = window_start(s, a, first[a]);
-    common_start[a] = window_start(s, a, first[a] + extent[a] - 1);  // starts never decrease
-    union_end[a] = common_start[a] + s.window[a];
-    common_end[a] = union_start[a] + s.window[a];
-    tile.view.size[a] = s.window[a];
+    b.first[a] = at[a] * s.block[a];
+    b.extent[a] = min64(s.block[a], s.grid[a] - b.first[a]);
+    b.union_start[a] = window_start(s, a, b.first[a]);
+    b.common_start[a] = window_start(s, a, b.first[a] + b.extent[a] - 1);  // starts never decrease
+    b.union_end[a] = b.common_start[a] + s.window[a];
+    b.common_end[a] = b.union_start[a] + s.window[a];
   }
-  tile.count = static_cast<int>(extent[0] * extent[1] * extent[2]);
-  for (int lane = 0; lane < kTileVectors * M::lanes; ++lane) {
-    const int64_t i = lane < tile.count ? lane : tile.count - 1;
-    const int64_t token[3] = {first[0] + i / (extent[1] * extent[2]), first[1] + i / extent[2] % extent[1],
-                              first[2] + i % extent[2]};
-    tile.query[lane] = (token[0] * s.grid[1] + token[1]) * s.grid[2] + token[2];
-    for (int a = 0; a < 3; ++a) tile.view.start[a][lane] = static_cast<typename M::Index>(window_start(s, a, token[a]));
-    tile.view.end[lane] = static_cast<typename M::Index>(s.m);
+  return b;
+}
+
+// Queries of a tile of a block: whole tiles, then what is left; blocks at the end of an axis may leave some empty.
+inline int64_t window_queries(const Sequence& s, const Block& b, int64_t index, int lanes) {
+  const int64_t first = index % s.block_tiles * kTileVectors * lanes;
+  return max64(0, min64(b.extent[0] * b.extent[1] * b.extent[2] - first, kTileVectors * lanes));
+}
+
+template <class M>
+inline void window_tile(const Sequence& s, int64_t index, Tile<M>& tile) {
+  const Block b = block_of(s, index / s.block_tiles);
+  const int64_t before = index % s.block_tiles * kTileVectors * M::lanes;
+  tile.count = static_cast<int>(window_queries(s, b, index, M::lanes));
+  typename M::Index starts[3][kMostQueries];
+  for (int a = 0; a < 3; ++a) {
+    for (int64_t i = 0; i < b.extent[a]; ++i)
+      starts[a][i] = static_cast<typename M::Index>(window_start(s, a, b.first[a] + i));
   }
-  tile.view.height = s.grid[1], tile.view.width = s.grid[2], tile.view.windowed = true;
-  int64_t count = 0, previous = -1;
-  for (int64_t t = union_start[0]; t < union_end[0]; ++t) {
-    for (int64_t h = union_start[1]; h < union_end[1]; ++h) {
-      const bool whole_row = t >= common_start[0] && t < common_end[0] && h >= common_start[1] && h < common_end[1];
-      const int64_t row = (t * s.grid[1] + h) * s.grid[2];
-      const int64_t begin = row + union_start[2], end = row + union_end[2];
-      for (int64_t g = begin / 8; g * 8 < end; ++g) {
-        if (g == previous) {
-          groups[count - 1] |= 1;  // shared by two rows
-          continue;
-        }
-        const bool full = whole_row && g * 8 >= row + common_start[2] && g * 8 + 8 <= row + common_end[2];
-        groups[count++] = 2 * g + !full;
-        previous = g;
-      }
+  int64_t at[3] = {before / (b.extent[1] * b.extent[2]), before / b.extent[2] % b.extent[1], before % b.extent[2]};
+  for (int lane = 0; lane < kTileVectors * M::lanes && tile.count; ++lane) {
+    tile.query[lane] = ((b.first[0] + at[0]) * s.grid[1] + b.first[1] + at[1]) * s.grid[2] + b.first[2] + at[2];
+    for (int a = 0; a < 3; ++a) tile.view.start[a][lane] = starts[a][at[a]];
+    if (lane + 1 >= tile.count) continue;  // lanes without a query repeat the last one
+    if (++at[2] < b.extent[2]) continue;
+    at[2] = 0;
+    if (++at[1] < b.extent[1]) continue;
+    at[1] = 0, ++at[0];
+  }
+  for (int a = 0; a < 3; ++a)
+    tile.view.size[a] = s.window[a], tile.view.cube[a] = s.cube[a], tile.view.cubes[a] = s.cubes[a];
+  tile.view.windowed = true;
+}
+
+// Groups in [begin, end) that meet the union of the block's windows.
+inline int64_t window_groups(const Sequence& s, int64_t index, int lanes, int64_t begin, int64_t end, int64_t* groups) {
+  const Block b = block_of(s, index / s.block_tiles);
+  if (window_queries(s, b, index, lanes) == 0) return 0;
+  int64_t first[3], last[3], full_first[3], full_last[3];
+  for (int a = 0; a < 3; ++a) {
+    first[a] = b.union_start[a] / s.cube[a], last[a] = ceil_div(b.union_end[a], s.cube[a]);
+    full_first[a] = ceil_div(b.common_start[a], s.cube[a]), full_last[a] = b.common_end[a] / s.cube[a];
+  }
+  const int64_t plane = s.cubes[1] * s.cubes[2];
+  first[0] = max64(first[0], begin / plane), last[0] = min64(last[0], ceil_div(end, plane));
+  int64_t count = 0;
+  for (int64_t t = first[0]; t < last[0]; ++t) {
+    for (int64_t h = first[1]; h < last[1]; ++h) {
+      const bool full = t >= full_first[0] && t < full_last[0] && h >= full_first[1] && h < full_last[1];
+      const int64_t row = (t * s.cubes[1] + h) * s.cubes[2];
+      const int64_t w_end = min64(last[2], end - row);
+      for (int64_t w = max64(first[2], begin - row); w < w_end; ++w)
+        groups[count++] = 2 * (row + w) + !(full && w >= full_first[2] && w < full_last[2]);
     }
   }
-  tile.groups = count;
+  return count;
+}
+
+// The key at place i of the packed order; -1 where a cube reaches over the grid.
+inline int64_t key_at(const Sequence& s, int64_t i) {
+  if (!s.windowed) return i < s.m ? i : -1;
+  const int64_t group = i / 8, place = i % 8;
+  const int64_t t = group / (s.cubes[1] * s.cubes[2]) * s.cube[0] + place / (s.cube[1] * s.cube[2]);
+  const int64_t h = group / s.cubes[2] % s.cubes[1] * s.cube[1] + place / s.cube[2] % s.cube[1];
+  const int64_t w = group % s.cubes[2] * s.cube[2] + place % s.cube[2];
+  return t < s.grid[0] && h < s.grid[1] && w < s.grid[2] ? (t * s.grid[1] + h) * s.grid[2] + w : -1;
+}
+
+template <class M>
+inline void tile_of(const Sequence& s, int64_t index, Tile<M>& tile) {
+  s.windowed ? window_tile<M>(s, index, tile) : plain_tile<M>(s, index, tile);
+}
+// How many queries a tile has.
+inline int64_t queries_of(const Sequence& s, int64_t index, int lanes) {
+  if (s.windowed) return window_queries(s, block_of(s, index / s.block_tiles), index, lanes);
+  return min64(s.n, tile_vector(s, index + 1, lanes) * lanes) - tile_vector(s, index, lanes) * lanes;
+}
+// Groups in [begin, end) that the tile visits, as 2 * group + (1 if partly masked); returns how many.
+inline int64_t groups_of(const Sequence& s, int64_t index, int lanes, int64_t begin, int64_t end, int64_t* groups) {
+  return s.windowed ? window_groups(s, index, lanes, begin, end, groups)
+                    : plain_groups(s, index, lanes, begin, end, groups);
+}
+
+// All groups that a tile visits lie in [begin, end).
+inline void span_of(const Sequence& s, int64_t index, int lanes, int64_t& begin, int64_t& end) {
+  begin = 0;
+  if (!s.windowed) {
+    end = ceil_div(visible_end(s, min64(s.n, tile_vector(s, index + 1, lanes) * lanes) - 1), 8);
+    return;
+  }
+  const Block b = block_of(s, index / s.block_tiles);
+  const int64_t plane = s.cubes[1] * s.cubes[2];
+  begin = b.union_start[0] / s.cube[0] * plane + b.union_start[1] / s.cube[1] * s.cubes[2];
+  end = window_queries(s, b, index, lanes) == 0
+            ? begin
+            : (ceil_div(b.union_end[0], s.cube[0]) - 1) * plane + ceil_div(b.union_end[1], s.cube[1]) * s.cubes[2];
+}
+
+// Row (batch, token, head) of a tensor whose channels are contiguous.
+template <class T>
+const T* row(const void* base, const int64_t (&stride)[3], int64_t batch, int64_t token, int64_t head) {
+  return static_cast<const T*>(base) + batch * stride[0] + token * stride[1] + head * stride[2];
+}
+template <class T>
+T* row(void* base, const int64_t (&stride)[3], int64_t batch, int64_t token, int64_t head) {
+  return static_cast<T*>(base) + batch * stride[0] + token * stride[1] + head * stride[2];
+}
+
+// Indices 0 .. count, the most expensive first: shell sort.
+inline void sort_by_cost(const double* costs, int64_t* order, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) order[i] = i;
+  for (int64_t gap = count / 2; gap > 0; gap /= 2) {
+    for (int64_t i = gap; i < count; ++i) {
+      const int64_t index = order[i];
+      int64_t j = i;
+      for (; j >= gap && costs[order[j - gap]] < costs[index]; j -= gap) order[j] = order[j - gap];
+      order[j] = index;
+    }
+  }
 }
 
 struct Task {
   int64_t sequence, first_tile, last_tile;
 };
 
-// Cuts the sequences into at most `capacity` tasks of similar cost, the longest sequences first; returns how many.
-// A task packs its keys anew, so it holds at least kTaskTiles tiles.
+// Cuts a sequence into tasks of similar cost. A task packs its keys anew, so it holds at least kTaskTiles tiles, and
+// with a window, where a tile sees few of the keys, enough of them to see every key often.
 constexpr int64_t kTaskTiles = 16;
-inline int64_t tasks_in(const Sequence& s, double cost_of_task) {
-  const double cost = static_cast<double>(s.n) * static_cast<double>(s.m);
-  const int64_t most = max64(1, s.tiles / kTaskTiles);
-  return s.tiles == 0 ? 0 : max64(1, min64(most, static_cast<int64_t>(cost / cost_of_task) + 1));
+inline int64_t tasks_in(const Sequence& s, double cost_of_task, int64_t idle) {
+  if (s.tiles == 0) return 0;
+  int64_t most = max64(1, s.tiles / kTaskTiles);
+  if (s.windowed)
+    most = max64(min64(most, idle), min64(most, static_cast<int64_t>(s.cost / (2048.0 * static_cast<double>(s.m)))));
+  return max64(1, min64(most, static_cast<int64_t>(s.cost / cost_of_task) + 1));
 }
 
 }  // namespace fastdit::cpu::FASTDIT_ISA

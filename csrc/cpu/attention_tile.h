@@ -11,14 +11,14 @@
 
 namespace fastdit::cpu::FASTDIT_ISA {
 
-// What the queries of a tile see. Keys lie on a grid (t, h, w) with w fastest; a plain sequence is the grid (1, 1, M).
+// What the queries of a tile see. Keys of a windowed sequence lie on a grid (t, h, w), a group of them in a cube.
 template <class M>
 struct TileView {
   static constexpr int lanes = kTileVectors * M::lanes;
   alignas(64) typename M::Index end[lanes];       // plain sequence: first key not seen
   alignas(64) typename M::Index start[3][lanes];  // window: first visible index of each axis
   int64_t size[3];                                // of the window, the same for all lanes
-  int64_t height, width;                          // of the key grid
+  int64_t cube[3], cubes[3];                      // keys of a group, and groups, along each axis
   bool windowed;
 };
 
@@ -29,61 +29,142 @@ struct TileBuffers {
   int64_t* groups;              // key groups to visit: 2 * group + (1 if partly masked)
 };
 
-// acc[r][n] += sum_t a[t][r] * b[t][n]: the kernel of both products.
-template <class M, int NV>
-FASTDIT_INLINE void multiply(typename M::V (&acc)[8][NV], const typename M::Word* a, const typename M::Word* b,
-                             int64_t steps) {
-  for (int64_t t = 0; t < steps; ++t, a += 8, b += NV * M::lanes) {
+// acc[r][n] += sum_t a[r / 8][t][r % 8] * b[t][n]: the kernel of every product whose lanes are queries.
+template <class M, int NV, int G, int PITCH = NV * M::lanes>
+FASTDIT_INLINE void multiply(typename M::V (&acc)[8 * G][NV], const typename M::Word* const (&a)[G],
+                             const typename M::Word* b, int64_t steps) {
+  for (int64_t t = 0; t < steps; ++t, b += PITCH) {
     typename M::V bv[NV];
 #pragma GCC unroll 3
     for (int n = 0; n < NV; ++n) bv[n] = load_raw<typename M::V>(b + n * M::lanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < 8; ++r) {
 #pragma GCC unroll 3
-      for (int n = 0; n < NV; ++n) acc[r][n] = M::multiply_add(acc[r][n], a[r], bv[n]);
+    for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 8
+      for (int r = 0; r < 8; ++r) {
+#pragma GCC unroll 3
+        for (int n = 0; n < NV; ++n) acc[8 * g + r][n] = M::multiply_add(acc[8 * g + r][n], a[g][t * 8 + r], bv[n]);
+      }
     }
   }
 }
 
-// Sets invisible scores of one group to -inf.
-template <class M, int NV>
-FASTDIT_INLINE void mask_group(typename M::S* s, int64_t group, const TileView<M>& view) {
+#if defined(__FMA__)
+constexpr int64_t kScoreChain = 32, kGradChain = 16;
+#else  // every product rounds, too
+constexpr int64_t kScoreChain = 16, kGradChain = 8;
+#endif
+
+// multiply() in chains of at most CHAIN products, whose sums meet in memory: fp32 shows the rounding of long ones. The
+// backward takes its scores in the very chains of the forward, so that what lse holds of their rounding cancels.
+template <class M, int NV, int G, int64_t CHAIN>
+FASTDIT_INLINE void multiply_in_chains(typename M::V (&acc)[8 * G][NV], const typename M::Word* const (&a)[G],
+                                       const typename M::Word* b, int64_t steps) {
+  using V = typename M::V;
+  if (M::pair == 2 || steps <= CHAIN) return multiply<M, NV, G>(acc, a, b, steps);
+  alignas(64) typename M::S sums[8 * G * NV * M::lanes];
+  for (int64_t at = 0; at < steps; at += CHAIN) {
+    V part[8 * G][NV] = {};
+    const typename M::Word* from[G];
+    for (int g = 0; g < G; ++g) from[g] = a[g] + at * 8;
+    multiply<M, NV, G>(part, from, b + at * NV * M::lanes, steps - at < CHAIN ? steps - at : CHAIN);
+#pragma GCC unroll 24
+    for (int r = 0; r < 8 * G; ++r) {
+#pragma GCC unroll 3
+      for (int n = 0; n < NV; ++n) {
+        typename M::S* to = sums + (r * NV + n) * M::lanes;
+        store_raw(to, at ? load_raw<V>(to) + part[r][n] : part[r][n]);
+      }
+    }
+  }
+#pragma GCC unroll 24
+  for (int r = 0; r < 8 * G; ++r) {
+#pragma GCC unroll 3
+    for (int n = 0; n < NV; ++n) acc[r][n] = load_raw<V>(sums + (r * NV + n) * M::lanes);
+  }
+}
+
+// Sets what belongs to invisible keys of one group to `value`.
+template <class M, int NV, int PITCH = NV * M::lanes>
+inline void mask_group(typename M::S* s, int64_t group, const TileView<M>& view, typename M::S value) {
   using V = typename M::V;
   using I = typename M::I;
-  const V hidden = V{} - static_cast<typename M::S>(__builtin_inff());
-  for (int r = 0; r < 8; ++r) {
-    const int64_t key = group * 8 + r;
-    const int64_t index[3] = {key / (view.height * view.width), key / view.width % view.height, key % view.width};
+  using Index = typename M::Index;
+  const V hidden = V{} + value;
+  if (!view.windowed) {
+    for (int r = 0; r < 8; ++r) {
 #pragma GCC unroll 3
-    for (int n = 0; n < NV; ++n) {
-      I seen = load_raw<I>(view.end + n * M::lanes) > (I{} + static_cast<typename M::Index>(key));
-      if (view.windowed) {
+      for (int n = 0; n < NV; ++n) {
+        const I seen = load_raw<I>(view.end + n * M::lanes) > (I{} + static_cast<Index>(group * 8 + r));
+        typename M::S* p = s + r * PITCH + n * M::lanes;
+        store_raw(p, seen ? load_raw<V>(p) : hidden);
+      }
+    }
+    return;
+  }
+  const int64_t at[3] = {group / (view.cubes[1] * view.cubes[2]), group / view.cubes[2] % view.cubes[1],
+                         group % view.cubes[2]};
+  // by axis and place in the cube: start <= index < start + size, in one unsigned comparison
+#if defined(__AVX512F__)
+  using Seen = uint16_t;
+#else
+  using Seen = I;
+#endif
+  Seen seen[3][8][NV];
+  for (int axis = 0; axis < 3; ++axis) {
+    const I size = I{} + static_cast<Index>(view.size[axis]);
+    for (int64_t i = 0; i < view.cube[axis]; ++i) {
+      const I index = I{} + static_cast<Index>(at[axis] * view.cube[axis] + i);
 #pragma GCC unroll 3
-        for (int axis = 0; axis < 3; ++axis) {
-          const I offset =
-              I{} + static_cast<typename M::Index>(index[axis]) - load_raw<I>(view.start[axis] + n * M::lanes);
-          seen &= (offset >= 0) & (offset < static_cast<typename M::Index>(view.size[axis]));
+      for (int n = 0; n < NV; ++n) {
+        const I offset = index - load_raw<I>(view.start[axis] + n * M::lanes);
+#if defined(__AVX512F__)
+        if constexpr (sizeof(Index) == 4)
+          seen[axis][i][n] = _mm512_cmplt_epu32_mask((__m512i)offset, (__m512i)size);
+        else
+          seen[axis][i][n] = _mm512_cmplt_epu64_mask((__m512i)offset, (__m512i)size);
+#else
+        seen[axis][i][n] = (I)((typename M::U)offset < (typename M::U)size);
+#endif
+      }
+    }
+  }
+  int r = 0;
+  for (int64_t t = 0; t < view.cube[0]; ++t) {
+    for (int64_t h = 0; h < view.cube[1]; ++h) {
+      for (int64_t w = 0; w < view.cube[2]; ++w, ++r) {
+#pragma GCC unroll 3
+        for (int n = 0; n < NV; ++n) {
+          typename M::S* p = s + r * PITCH + n * M::lanes;
+          const Seen all = seen[0][t][n] & seen[1][h][n] & seen[2][w][n];
+#if defined(__AVX512F__)
+          if constexpr (sizeof(Index) == 4)
+            store_raw(p, _mm512_mask_loadu_ps((__m512)hidden, all, p));
+          else
+            store_raw(p, _mm512_mask_loadu_pd((__m512d)hidden, static_cast<__mmask8>(all), p));
+#else
+          store_raw(p, all ? load_raw<V>(p) : hidden);
+#endif
         }
       }
-      typename M::S* p = s + (r * NV + n) * M::lanes;
-      store_raw(p, seen ? load_raw<V>(p) : hidden);
     }
   }
 }
 
-// Scores of one group of 8 keys, and the running maximum of each lane. Not inlined: its 24 accumulators, operands and
+// Scores of G groups of 8 keys, and the running maximum of each lane. Not inlined: its 24 accumulators, operands and
 // broadcast need all registers for themselves.
-template <class M, int NV>
-__attribute__((noinline)) void score_group(const typename M::Word* k, const typename M::Word* q, int64_t steps,
-                                           typename M::S* s, typename M::S* max) {
+template <class M, int NV, int G>
+__attribute__((noinline)) void score_groups(const typename M::Word* k, const int64_t* groups, const typename M::Word* q,
+                                            int64_t steps, typename M::S* s, typename M::S* max) {
   using V = typename M::V;
-  V acc[8][NV] = {};
-  multiply<M, NV>(acc, k, q, steps);
+  V acc[8 * G][NV] = {};
+  const typename M::Word* from[G];
+  for (int g = 0; g < G; ++g) from[g] = k + (groups[g] >> 1) * 8 * steps;
+  multiply_in_chains<M, NV, G, kScoreChain>(acc, from, q, steps);
 #pragma GCC unroll 3
   for (int n = 0; n < NV; ++n) {
     V top = load_raw<V>(max + n * M::lanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < 8; ++r) {
+#pragma GCC unroll 24
+    for (int r = 0; r < 8 * G; ++r) {
       store_raw(s + (r * NV + n) * M::lanes, acc[r][n]);
       top = higher(top, acc[r][n]);
     }
@@ -91,24 +172,38 @@ __attribute__((noinline)) void score_group(const typename M::Word* k, const type
   }
 }
 
+// Scores of G groups with their masks.
+template <class M, int NV, int G>
+inline void score_some(const TileBuffers<M>& buf, const TileView<M>& view, const int64_t* groups, int64_t steps,
+                       typename M::S* s, typename M::S* max) {
+  using V = typename M::V;
+  alignas(64) typename M::S unused[NV * M::lanes];
+  bool masked = false;
+  for (int g = 0; g < G; ++g) masked |= groups[g] & 1;
+  if (masked) __builtin_memcpy(unused, max, sizeof(unused));
+  score_groups<M, NV, G>(buf.k, groups, buf.q, steps, s, masked ? unused : max);
+  if (!masked) return;
+  for (int g = 0; g < G; ++g) {
+    if (groups[g] & 1)
+      mask_group<M, NV>(s + g * 8 * NV * M::lanes, groups[g] >> 1, view, -static_cast<typename M::S>(__builtin_inff()));
+  }
+  for (int n = 0; n < NV; ++n) {
+    V top = load_raw<V>(max + n * M::lanes);
+    for (int r = 0; r < 8 * G; ++r) top = higher(top, load_raw<V>(s + (r * NV + n) * M::lanes));
+    store_raw(max + n * M::lanes, top);
+  }
+}
+
 template <class M, int NV>
 inline void score_block(const TileBuffers<M>& buf, const TileView<M>& view, const int64_t* groups, int64_t count,
                         int64_t steps, typename M::S* max) {
-  using V = typename M::V;
-  alignas(64) typename M::S unused[NV * M::lanes];
-  typename M::S* s = buf.s;
-  for (int64_t i = 0; i < count; ++i, s += 8 * NV * M::lanes) {
-    const int64_t group = groups[i] >> 1;
-    const bool masked = groups[i] & 1;
-    if (masked) __builtin_memcpy(unused, max, sizeof(unused));
-    score_group<M, NV>(buf.k + group * 8 * steps, buf.q, steps, s, masked ? unused : max);
-    if (!masked) continue;
-    mask_group<M, NV>(s, group, view);
-    for (int n = 0; n < NV; ++n) {
-      V top = load_raw<V>(max + n * M::lanes);
-      for (int r = 0; r < 8; ++r) top = higher(top, load_raw<V>(s + (r * NV + n) * M::lanes));
-      store_raw(max + n * M::lanes, top);
-    }
+  constexpr int G = kRowGroups<NV>;
+  constexpr int64_t size = 8 * NV * M::lanes;
+  int64_t i = 0;
+  for (; i + G <= count; i += G) score_some<M, NV, G>(buf, view, groups + i, steps, buf.s + i * size, max);
+  if constexpr (G == 3) {
+    if (count - i == 2) score_some<M, NV, 2>(buf, view, groups + i, steps, buf.s + i * size, max), i += 2;
+    if (i < count) score_some<M, NV, 1>(buf, view, groups + i, steps, buf.s + i * size, max);
   }
 }
 
@@ -142,19 +237,38 @@ inline void weigh_block(typename M::S* s, int64_t rows, typename M::S c, const t
   }
 }
 
-// 8 channels of O^T = O^T * keep + V^T P^T; the block is summed apart first, which keeps the rounding of long sums
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+// fn(Count<G>, first tile) over all tiles of 8 channels, G at a time and what is left.
+template <int G, class F>
+FASTDIT_INLINE void each_channel_tile(int64_t tiles, F&& fn) {
+  int64_t tile = 0;
+  for (; tile + G <= tiles; tile += G) fn(Count<G>(), tile);
+  if constexpr (G == 3) {
+    if (tiles - tile == 2) fn(Count<2>(), tile), tile += 2;
+    if (tile < tiles) fn(Count<1>(), tile);
+  }
+}
+
+// 8 * G channels of O^T = O^T * keep + V^T P^T; the block is summed apart first, which keeps the rounding of long sums
 // small.
-template <class M, int NV>
+template <class M, int NV, int G>
 __attribute__((noinline)) void value_tile(const typename M::Word* v, const typename M::Word* p, const int64_t* groups,
                                           int64_t count, int64_t channel_tiles, typename M::S* o,
                                           const typename M::S* keep) {
   using V = typename M::V;
   constexpr int64_t steps = 8 / M::pair;
-  V acc[8][NV] = {};
-  for (int64_t i = 0; i < count; ++i, p += steps * NV * M::lanes)
-    multiply<M, NV>(acc, v + value_offset<M>(groups[i] >> 1, channel_tiles), p, steps);
-#pragma GCC unroll 8
-  for (int r = 0; r < 8; ++r) {
+  V acc[8 * G][NV] = {};
+  for (int64_t i = 0; i < count; ++i, p += steps * NV * M::lanes) {
+    const typename M::Word* from[G];
+    for (int g = 0; g < G; ++g)
+      from[g] = v + g * kBlockGroups * kValueWords<M> + value_offset<M>(groups[i] >> 1, channel_tiles);
+    multiply<M, NV, G>(acc, from, p, steps);
+  }
+#pragma GCC unroll 24
+  for (int r = 0; r < 8 * G; ++r) {
 #pragma GCC unroll 3
     for (int n = 0; n < NV; ++n, o += M::lanes)
       store_raw(o, keep ? load_raw<V>(o) * load_raw<V>(keep + n * M::lanes) + acc[r][n] : acc[r][n]);
@@ -192,14 +306,52 @@ inline void attend_tile(const TileBuffers<M>& buf, const TileView<M>& view, int6
     }
     weigh_block<M, NV>(buf.s, block * 8, c, shift, sum);
     for (int n = 0; n < NV; ++n) total[n] += sum[n];
-    for (int64_t tile = 0; tile < channel_tiles; ++tile)
-      value_tile<M, NV>(buf.v + tile * kBlockGroups * kValueWords<M>, reinterpret_cast<typename M::Word*>(buf.s),
-                        groups, block, channel_tiles, buf.o + tile * 8 * pitch, at ? keep : nullptr);
+    each_channel_tile<kRowGroups<NV>>(channel_tiles, [&](auto tiles, int64_t tile) {
+      value_tile<M, NV, decltype(tiles)::value>(buf.v + tile * kBlockGroups * kValueWords<M>,
+                                                reinterpret_cast<typename M::Word*>(buf.s), groups, block,
+                                                channel_tiles, buf.o + tile * 8 * pitch, at ? keep : nullptr);
+    });
   }
   if (count == 0) __builtin_memset(buf.o, 0, channel_tiles * 8 * pitch * sizeof(S));
   for (int n = 0; n < NV; ++n) {
     store_raw(sums + n * M::lanes, total[n]);
     store_raw(shifts + n * M::lanes, shift[n]);
+  }
+}
+
+// Columns [dim][pitch] times one factor per column -> rows of T.
+template <class M, class T, class RowOf>
+inline void store_columns(const typename M::S* from, int pitch, int count, int64_t dim, const typename M::S* factors,
+                          RowOf&& row_of) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(typename M::S) == 4) {
+    for (int first = 0; first < count; first += 16) {
+      const __m512 factor = _mm512_loadu_ps(factors + first);
+      for (int64_t c = 0; c < dim; c += 16) {
+        __m512 r[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i)
+          r[i] = c + i < dim ? _mm512_mul_ps(_mm512_loadu_ps(from + (c + i) * pitch + first), factor)
+                             : _mm512_setzero_ps();
+        transpose16(r);
+        const int64_t left = dim - c;
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+          if (first + i >= count) break;
+          T* to = row_of(first + i) + c;
+          if (left >= 16)
+            store(to, (vf)r[i]);
+          else
+            store_left(to, (vf)r[i], left);
+        }
+      }
+    }
+    return;
+  }
+#endif
+  for (int lane = 0; lane < count; ++lane) {
+    T* row = row_of(lane);
+    for (int64_t c = 0; c < dim; ++c) row[c] = from_scalar<T>(from[c * pitch + lane] * factors[lane]);
   }
 }
 
@@ -220,35 +372,7 @@ inline void store_tile(const typename M::S* o, int pitch, int count, int64_t dim
       store_raw(lse + n, load_raw<V>(shifts + n) * static_cast<S>(1 / M::unit) + M::log(load_raw<V>(sums + n)));
     for (int lane = 0; lane < count; ++lane) *lse_of(lane) = lse[lane];
   }
-#if defined(__AVX512F__)
-  if constexpr (sizeof(S) == 4) {
-    for (int first = 0; first < count; first += 16) {
-      const __m512 scale = _mm512_loadu_ps(inverse + first);
-      for (int64_t c = 0; c < dim; c += 16) {
-        __m512 r[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i)
-          r[i] = c + i < dim ? _mm512_mul_ps(_mm512_loadu_ps(o + (c + i) * pitch + first), scale) : _mm512_setzero_ps();
-        transpose16(r);
-        const int64_t left = dim - c;
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) {
-          if (first + i >= count) break;
-          T* to = row_of(first + i) + c;
-          if (left >= 16)
-            store(to, (vf)r[i]);
-          else
-            store_left(to, (vf)r[i], left);
-        }
-      }
-    }
-    return;
-  }
-#endif
-  for (int lane = 0; lane < count; ++lane) {
-    T* row = row_of(lane);
-    for (int64_t c = 0; c < dim; ++c) row[c] = from_scalar<T>(o[c * pitch + lane] * inverse[lane]);
-  }
+  store_columns<M, T>(o, pitch, count, dim, inverse, row_of);
 }
 
 }  // namespace fastdit::cpu::FASTDIT_ISA

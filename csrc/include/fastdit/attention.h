@@ -26,6 +26,15 @@ struct AttentionParams {
   int dtype, threads;
 };
 
+// dq, dk, dv of the forward whose o and lse stand in AttentionParams.
+struct AttentionGradParams : AttentionParams {
+  const void* d_o;                                                  // as q
+  const void* d_lse;                                                // (B, H, N) or (H, N), dtype of lse, or null
+  void *dq, *dk, *dv;                                               // as q, k, v; null where not asked for
+  int64_t d_o_stride[3], dq_stride[3], dk_stride[3], dv_stride[3];  // batch, token, head
+  int64_t d_lse_stride[3];                                          // batch, token, head
+};
+
 struct MergeAttentionParams {
   const void *o1, *o2;  // (B, N, H, D)
   void* o;
@@ -37,9 +46,18 @@ struct MergeAttentionParams {
   int dtype, threads;
 };
 
+struct MergeAttentionGradParams : MergeAttentionParams {  // o and lse are not read
+  const void *d_o, *d_lse;                                // d_lse or null
+  void *d_o1, *d_o2, *d_lse1, *d_lse2;                    // null where not asked for
+  int64_t d_o_stride[3], d_o1_stride[3], d_o2_stride[3];
+  int64_t d_lse_stride[3], d_lse1_stride[3], d_lse2_stride[3];
+};
+
 namespace cpu {
 FASTDIT_ENTRY(attention_forward, AttentionParams)
+FASTDIT_ENTRY(attention_backward, AttentionGradParams)
 FASTDIT_ENTRY(merge_attention_forward, MergeAttentionParams)
+FASTDIT_ENTRY(merge_attention_backward, MergeAttentionGradParams)
 }  // namespace cpu
 
 }  // namespace fastdit

@@ -5,35 +5,62 @@ from __future__ import annotations
 import torch
 
 from ... import _cpu
-from ..reference import attention as reference
 from ..registry import Impl, register as _register
 from ._abi import DTYPE, on_cpu, pointer
 
 _NO_WINDOW = (0, 0, 0)
 
 
+def _empty(t):
+    # half the cost of torch.empty(t.shape, dtype=t.dtype)
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
 def _strides(t):
     """(batch, token, head) of (B, N, H, D), or of packed (N, H, D)."""
-    return (t.stride(0), t.stride(1), t.stride(2)) if t.dim() == 4 else (0, t.stride(0), t.stride(1))
+    strides = t.stride()
+    return strides[:3] if len(strides) == 4 else (0, *strides[:2])
 
 
 def _dense_index(t):
     return None if t is None else t.contiguous()
 
 
+def _lse_dtype(q):
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+# ---- dense and packed: what the kernel is told, forward and backward -----------------------------------
+def _dense(q, k, v, o, lse, indices, frame_tokens, scale):
+    (batch, tokens, heads, dim), (keys, kv_heads) = q.shape, k.shape[1:3]
+    kv_len, frame_tokens_of = indices
+    return (
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), lse.data_ptr(),
+        q.stride(), k.stride(), v.stride(), o.stride(), (heads * tokens, tokens),
+        batch, tokens, keys, heads, kv_heads, dim, 0, 0, pointer(kv_len),
+        pointer(frame_tokens_of), frame_tokens, 0, _NO_WINDOW, _NO_WINDOW,
+        scale, DTYPE[q.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _packed(q, k, v, o, lse, indices, frame_tokens, window, window_stride, scale):
+    tokens, heads, dim = q.shape
+    cu_q, cu_k, frame_tokens_of, grids = indices
+    return (
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), lse.data_ptr(),
+        _strides(q), _strides(k), _strides(v), _strides(o), (0, tokens),
+        cu_q.shape[0] - 1, tokens, k.shape[0], heads, k.shape[1], dim, cu_q.data_ptr(), cu_k.data_ptr(), 0,
+        pointer(frame_tokens_of), frame_tokens, pointer(grids), tuple(window or _NO_WINDOW),
+        tuple(window_stride), scale, DTYPE[q.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def attention(q, k, v, kv_len, frame_tokens_of, frame_tokens, scale, return_lse, deterministic):
-    batch, tokens, heads, dim = q.shape
-    o = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty((batch, heads, tokens), dtype=torch.promote_types(q.dtype, torch.float32))
+    batch, tokens, heads, _ = q.shape
+    o, lse = _empty(q), torch.empty((batch, heads, tokens), dtype=_lse_dtype(q))
     if lse.numel():
-        kv_len, frame_tokens_of = _dense_index(kv_len), _dense_index(frame_tokens_of)
-        _cpu.attention_forward(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), lse.data_ptr(),
-            _strides(q), _strides(k), _strides(v), _strides(o), (heads * tokens, tokens),
-            batch, tokens, k.shape[1], heads, k.shape[2], dim, 0, 0, pointer(kv_len),
-            pointer(frame_tokens_of), frame_tokens, 0, _NO_WINDOW, _NO_WINDOW,
-            scale, DTYPE[q.dtype], torch.get_num_threads(),
-        )  # fmt: skip
+        indices = _dense_index(kv_len), _dense_index(frame_tokens_of)
+        _cpu.attention_forward(_dense(q, k, v, o, lse, indices, frame_tokens, scale))
     return o, lse
 
 
@@ -41,47 +68,105 @@ def attention_varlen(
     q, k, v, cu_seqlens_q, cu_seqlens_k, frame_tokens_of, grids, max_seqlen_q, max_seqlen_k, frame_tokens,
     window, window_stride, scale, return_lse, deterministic,
 ):  # fmt: skip
-    tokens, heads, dim = q.shape
-    o = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty((heads, tokens), dtype=torch.promote_types(q.dtype, torch.float32))
+    o, lse = _empty(q), torch.empty((q.shape[1], q.shape[0]), dtype=_lse_dtype(q))
     if lse.numel():
-        cu_q, cu_k, frame_tokens_of, grids = map(_dense_index, (cu_seqlens_q, cu_seqlens_k, frame_tokens_of, grids))
-        _cpu.attention_forward(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), lse.data_ptr(),
-            _strides(q), _strides(k), _strides(v), _strides(o), (0, tokens),
-            cu_q.shape[0] - 1, tokens, k.shape[0], heads, k.shape[1], dim, cu_q.data_ptr(), cu_k.data_ptr(), 0,
-            pointer(frame_tokens_of), frame_tokens, pointer(grids), tuple(window or _NO_WINDOW),
-            tuple(window_stride), scale, DTYPE[q.dtype], torch.get_num_threads(),
-        )  # fmt: skip
+        indices = tuple(map(_dense_index, (cu_seqlens_q, cu_seqlens_k, frame_tokens_of, grids)))
+        _cpu.attention_forward(_packed(q, k, v, o, lse, indices, frame_tokens, window, window_stride, scale))
     return o, lse
 
 
-def _lse_strides(lse):
-    return lse.stride() if lse.dim() == 3 else (0, *lse.stride())
+def _gradients(do, dlse, q, k, v, o, lse, needs, tell):
+    """tell(o, lse) gives the shared parameters; a gradient that nobody asked for is not computed."""
+    grads = [_empty(t) if need else None for t, need in zip((q, k, v), needs, strict=True)]
+    if q.numel() == 0 or k.numel() == 0 or (do is None and dlse is None):
+        return tuple(None if g is None else g.zero_() for g in grads)
+    if do is None:
+        do = torch.zeros_like(o)
+    elif do.stride(-1) != 1:  # autograd may hand over an expanded one
+        do = do.contiguous()
+    o, lse = o.contiguous(), lse.contiguous()
+    _cpu.attention_backward(
+        tell(o, lse), (do.data_ptr(), _strides(do)), _rows(dlse),
+        *(None if g is None else (g.data_ptr(), _strides(g)) for g in grads),
+    )  # fmt: skip
+    return tuple(grads)
+
+
+def _rows(lse):
+    """Address and (batch, token, head) strides of (B, H, N) or (H, N)."""
+    if lse is None:
+        return None
+    *batch, heads, tokens = lse.stride()
+    return lse.data_ptr(), (*(batch or (0,)), tokens, heads)
+
+
+def attention_backward(
+    do, dlse, q, k, v, kv_len, frame_tokens_of, frame_tokens, scale, return_lse, deterministic, o, lse, needs
+):
+    indices = _dense_index(kv_len), _dense_index(frame_tokens_of)
+    return _gradients(
+        *(do, dlse, q, k, v, o, lse, needs),
+        lambda o, lse: _dense(q, k, v, o, lse, indices, frame_tokens, scale),
+    )
+
+
+def attention_varlen_backward(
+    do, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, frame_tokens_of, grids, max_seqlen_q, max_seqlen_k, frame_tokens,
+    window, window_stride, scale, return_lse, deterministic, o, lse, needs,
+):  # fmt: skip
+    indices = tuple(map(_dense_index, (cu_seqlens_q, cu_seqlens_k, frame_tokens_of, grids)))
+    return _gradients(
+        *(do, dlse, q, k, v, o, lse, needs),
+        lambda o, lse: _packed(q, k, v, o, lse, indices, frame_tokens, window, window_stride, scale),
+    )
+
+
+# ---- merge ----------------------------------------------------------------------------------------------
+def _lse_layout(lse):
+    """(batch, head, token) strides."""
+    strides = lse.stride()
+    return strides if len(strides) == 3 else (0, *strides)
+
+
+def _two(o1, lse1, o2, lse2):
+    batch, tokens = (1, o1.shape[0]) if o1.dim() == 3 else o1.shape[:2]
+    return (
+        o1.data_ptr(), lse1.data_ptr(), o2.data_ptr(), lse2.data_ptr(),
+        _strides(o1), _lse_layout(lse1), _strides(o2), _lse_layout(lse2),
+        batch, tokens, *o1.shape[-2:], DTYPE[o1.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _of_o(t):
+    return None if t is None else (t.data_ptr(), _strides(t))
+
+
+def _of_lse(t):
+    return None if t is None else (t.data_ptr(), _lse_layout(t))
 
 
 def merge_attention(o1, lse1, o2, lse2):
-    o = torch.empty(o1.shape, dtype=o1.dtype)
-    lse = torch.empty(lse1.shape, dtype=lse1.dtype)
+    o, lse = _empty(o1), _empty(lse1)
     if lse.numel():
-        batch, tokens = (1, o1.shape[0]) if o1.dim() == 3 else o1.shape[:2]
-        _cpu.merge_attention_forward(
-            o1.data_ptr(), lse1.data_ptr(), o2.data_ptr(), lse2.data_ptr(), o.data_ptr(), lse.data_ptr(),
-            _strides(o1), _lse_strides(lse1), _strides(o2), _lse_strides(lse2), _strides(o), _lse_strides(lse),
-            batch, tokens, *o1.shape[-2:], DTYPE[o1.dtype], torch.get_num_threads(),
-        )  # fmt: skip
+        _cpu.merge_attention_forward(_two(o1, lse1, o2, lse2), _of_o(o), _of_lse(lse))
     return o, lse
+
+
+def merge_attention_backward(do, dlse, o1, lse1, o2, lse2, needs):
+    grads = [_empty(t) if need else None for t, need in zip((o1, lse1, o2, lse2), needs, strict=True)]
+    if lse1.numel() == 0 or (do is None and dlse is None):
+        return tuple(None if g is None else g.zero_() for g in grads)
+    if do is None:
+        do = torch.zeros_like(o1)
+    elif do.stride(-1) != 1:
+        do = do.contiguous()
+    d_o1, d_lse1, d_o2, d_lse2 = grads
+    _cpu.merge_attention_backward(
+        _two(o1, lse1, o2, lse2), _of_o(do), _of_lse(dlse), _of_o(d_o1), _of_lse(d_lse1), _of_o(d_o2), _of_lse(d_lse2)
+    )
+    return tuple(grads)
 
 
 def register() -> None:
     for name in ("attention", "attention_varlen", "merge_attention"):
-        _register(
-            Impl(
-                name,
-                "cpu",
-                lambda x, *_: on_cpu(x),
-                globals()[name],
-                getattr(reference, f"{name}_backward"),
-                backward_backend="reference",
-            )
-        )
+        _register(Impl(name, "cpu", lambda x, *_: on_cpu(x), globals()[name], globals()[f"{name}_backward"]))

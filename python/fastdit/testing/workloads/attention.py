@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -145,15 +146,84 @@ SAMPLES = (
 
 
 # ---- the models' shapes -----------------------------------------------------------------------------------
-def _bench_self(B: int, N: int, H: int, D: int):
+def _plain_sdpa(q, k, v):
+    qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(qt, kt, vt, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+
+
+class _Prepared:
+    """A peer that needs a mask: made at the first call, outside the clock, as a model would keep it."""
+
+    def __init__(self, prepare, run) -> None:
+        self._prepare, self._run, self._made = prepare, run, None
+
+    def __call__(self, *args, **kwargs):
+        if self._made is None:
+            self._made = self._prepare(*args, **kwargs)
+        return self._run(self._made, *args)
+
+
+def _mask(q, k, v, *, kv_len=None, frame_tokens=None, window=None, window_stride=(1, 1, 1), grids=None, **_):
+    """bool, broadcastable to (B, H, N, M)."""
+    n, m = q.shape[-3], k.shape[-3]
+    if window is None:
+        return reference.visible_dense(n, m, kv_len, frame_tokens, q.device)
+    one = torch.tensor([n], device=q.device)
+    return reference.visible_varlen(one, one, n, m, None, window, window_stride, grids)[:, None]
+
+
+def _masked_sdpa(mask, q, k, v):
+    packed = q.dim() == 3
+    q, k, v = ((x[None] if packed else x).transpose(1, 2) for x in (q, k, v))
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    return o[0] if packed else o
+
+
+def _prepare_flex(q, k, v, **masks):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    mask, block = _mask(q, k, v, **masks), None
+    if mask is not None:
+        batch = mask.shape[0] if mask.shape[0] > 1 else None
+        mask = mask.expand(-1, 1, q.shape[-3], k.shape[-3]).contiguous()
+
+        def visible(b, h, i, j):
+            return mask[b, 0, i, j]
+
+        block = create_block_mask(visible, batch, None, q.shape[-3], k.shape[-3], device=q.device.type)
+    return torch.compile(flex_attention, dynamic=False), block
+
+
+def _flex(prepared, q, k, v):
+    call, block = prepared
+    packed = q.dim() == 3
+    q, k, v = ((x[None] if packed else x).transpose(1, 2) for x in (q, k, v))
+    o = call(q, k, v, block_mask=block, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+    return o[0] if packed else o
+
+
+def _self_inputs(B: int, N: int, H: int, D: int, **extra):
     def make(m: Maker):
-        return tuple(m.randn(B, N, 3, H, D, dtype=m.dtype).unbind(2)), {}
+        return tuple(m.randn(B, N, 3, H, D, dtype=m.dtype).unbind(2)), dict(extra)
 
     return make
 
 
-def _plain_sdpa(q, k, v):
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+def _cross_inputs(N: int, M: int, H: int, Hkv: int, D: int):
+    def make(m: Maker):
+        return (m.randn(1, N, H, D), *m.randn(1, M, 2, Hkv, D).unbind(2)), {}
+
+    return make
+
+
+def _row(
+    model: str, shape: str, make, tokens: int, flops: int, *, op="attention", flex=False, masked=False
+) -> Workload:
+    """tokens: elements of q, k, v and o. flops: of the visible pairs, forward."""
+    peers: dict[str, Any] = {"sdpa": _Prepared(_mask, _masked_sdpa) if masked else _plain_sdpa}
+    if flex:
+        peers["flex"] = _Prepared(_prepare_flex, _flex)
+    return Workload(op, model, shape, make, lambda dtype: tokens * dtype.itemsize, flops=flops, peers=peers)
 
 
 # name, batch, tokens, heads, head dim; long videos keep their head shape and lose tokens and heads
@@ -165,17 +235,44 @@ _SHAPES = (
 )
 
 
-def _workload(shape: tuple[str, int, int, int, int]) -> Workload:
-    name, B, N, H, D = shape
-    return Workload(
-        "attention",
-        name,
-        f"{B}x{N}x{H}x{D}",
-        _bench_self(B, N, H, D),
-        lambda dtype: 4 * B * N * H * D * dtype.itemsize,
-        flops=4 * B * H * N * N * D,
-        peers={"sdpa": _plain_sdpa},
-    )
+def _dense_row(name: str, B: int, N: int, H: int, D: int) -> Workload:
+    make, flops = _self_inputs(B, N, H, D), 4 * B * H * N * N * D
+    return _row(name, f"{B}x{N}x{H}x{D}", make, 4 * B * N * H * D, flops, flex=N == 4429)
+
+
+def _cross_row(name: str, N: int, M: int, H: int, Hkv: int, D: int) -> Workload:
+    shape = f"{N}x{M}x{H}x{D}" if H == Hkv else f"{N}x{M}x{H}/{Hkv}x{D}"
+    return _row(name, shape, _cross_inputs(N, M, H, Hkv, D), 2 * D * (N * H + M * Hkv), 4 * H * N * M * D)
+
+
+def _text_padded():
+    """Video and text in one sequence, the text padded to its longest: 77 of 256 keys are there."""
+    N, H, D, keys = 3600 + 256, 2, 128, 3600 + 77
+
+    def make(m: Maker):
+        q, k, v = m.randn(1, N, 3, H, D).unbind(2)
+        return (q, k, v), dict(kv_len=m.index([keys]))
+
+    return _row("HunyuanVideo-joint/8", f"{N}x{H}x{D}", make, 4 * N * H * D, 4 * H * N * keys * D, masked=True)
+
+
+def _frame_causal(frames: int = 4, tokens: int = 1560, H: int = 2, D: int = 128) -> Workload:
+    N, pairs = frames * tokens, tokens * tokens * frames * (frames + 1) // 2
+    make = _self_inputs(1, N, H, D, frame_tokens=tokens)
+    name = f"{frames}x{tokens}x{H}x{D}"
+    return _row("Wan2.1-480p-frame-causal", name, make, 4 * N * H * D, 4 * H * D * pairs, masked=True, flex=True)
+
+
+def _windowed(name: str, grid, window, stride, H: int, D: int) -> Workload:
+    N, seen = math.prod(grid), math.prod(window)
+
+    def make(m: Maker):
+        kwargs = dict(cu_seqlens_q=m.index([0, N]), max_seqlen_q=N, grids=m.index([grid]))
+        return m.randn(N, 3, H, D).unbind(1), kwargs | dict(window=window, window_stride=stride)
+
+    shape = f"{'x'.join(map(str, grid))}x{H}x{D} w{'x'.join(map(str, window))}"
+    flops = 4 * H * D * N * seen
+    return _row(name, shape, make, 4 * N * H * D, flops, op="attention_varlen", masked=True, flex=True)
 
 
 _LENGTHS = (1024, 256, 640, 96, 900, 400, 333, 512)  # ragged 8-way
@@ -196,7 +293,11 @@ def _padded(q, k, v, *, cu_seqlens_q, max_seqlen_q):
 
 
 BENCH = (
-    *map(_workload, _SHAPES),
+    *(_dense_row(*shape) for shape in _SHAPES),
+    _cross_row("Wan2.1-1.3B-text", 4095, 512, 4, 4, 128),
+    _cross_row("Cosmos3-gqa", 2048, 2048, 8, 2, 128),
+    _text_padded(),
+    _frame_causal(),
     Workload(
         "attention_varlen",
         "DiT-XL/2-ragged",
@@ -206,4 +307,7 @@ BENCH = (
         flops=sum(4 * 4 * n * n * 72 for n in _LENGTHS),
         peers={"padded": _padded},
     ),
+    # sliding tiles: all queries of a tile share three tiles of keys along h and w; and NATTEN's own window
+    _windowed("HunyuanVideo-tiles/20", (6, 32, 32), (3, 24, 24), (3, 8, 8), 2, 128),
+    _windowed("window-stride-1", (4, 30, 40), (3, 15, 15), (1, 1, 1), 2, 64),
 )
