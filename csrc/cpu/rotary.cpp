@@ -39,7 +39,8 @@ struct Worker : Operand<T> {
                    mean.get(),
                    rstd.get(),
                    p.all_heads ? 0 : 1,
-                   stream};
+                   stream,
+                   n + 1 < o.tokens ? o.x_stride[1] : 0};
     this->statistics(heads.x);
     if (this->rotates(n) && this->rows_per_head()) {
       heads.count = 1;

@@ -32,6 +32,7 @@ struct GradHeads {
   int64_t stat_stride;
   S scale;  // 1 / count of a statistic
   bool stream;
+  int64_t next_x = 0, next_g = 0;  // how far the next token is
 
   void advance() {
     x += x_stride, g += g_stride;
@@ -85,6 +86,8 @@ struct Kernel {
         return (g - n * mean_gn) * rstd;
       };
       walk<T, kInterleaved>(o.channels, r, [&](auto site) {
+        if constexpr (kNorm != RotaryNorm::none) site.ahead(o.x + o.next_x);
+        site.ahead(o.g + o.next_g);
         Pair<V> g = site.turn_back(site.get(o.g), r);
         if constexpr (kNorm != RotaryNorm::none) {
           Pair<V> n = site.get(o.x);
@@ -267,10 +270,11 @@ struct GradWorker : Operand<T> {
 
   // row: as in the forward. Returns it.
   const Rotation<S>* token(int64_t b, int64_t n, Stage<S>& stage, const Rotation<S>* row, S* dw, S* db) const {
-    const GradHeads<T> all =
+    GradHeads<T> all =
         heads(static_cast<const T*>(o.x) + b * o.x_stride[0] + n * o.x_stride[1],
               static_cast<const T*>(d.grad) + b * d.grad_stride[0] + n * d.grad_stride[1],
               o.out ? static_cast<T*>(o.out) + b * o.out_stride[0] + n * o.out_stride[1] : nullptr, dw, db);
+    if (n + 1 < o.tokens) all.next_x = o.x_stride[1], all.next_g = d.grad_stride[1];
     this->statistics(all.x);
     if (!row && !(this->rotates(n) && this->rows_per_head())) row = this->row(b, n, stage);
     if (kernels.sums) {

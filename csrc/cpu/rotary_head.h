@@ -17,6 +17,7 @@ struct Normed {
   const S* weight;
   const S* bias;
   V mean, rstd;
+  const T* next;  // the same head of the next token
 
   FASTDIT_INLINE V finish(V v, V w, V b) const {
     if constexpr (kNorm == RotaryNorm::none) return v;
@@ -59,6 +60,8 @@ FASTDIT_INLINE void interleaved(const Head& x, T* y, int64_t channels, const Rot
   constexpr int width = simd<T>::width, block = 2 * width;
   int64_t i = 0;
   for (; i + block <= r.rotated; i += block) {
+    fetch(x.next + i);
+    if constexpr (sizeof(T) > 2) fetch(x.next + i + width);
     store_pairs(y + i, rotate<T, kRound>(x.pairs(i), load(r.c + i / 2), load(r.s + i / 2)), stream);
   }
   if (i < r.rotated) {  // a block with a tail, or with channels that do not rotate
@@ -88,6 +91,8 @@ FASTDIT_INLINE void half(const Head& x, T* y, int64_t channels, const Rotation<S
     const int64_t pairs = r.pairs[section], hi = lo + pairs;
     int64_t i = 0;
     for (; i + width <= pairs; i += width) {
+      fetch(x.next + lo + i);
+      fetch(x.next + hi + i);
       const Pair<V> v = rotate<T, kRound>(Pair<V>{x.at(lo + i), x.at(hi + i)}, load(c + i), load(s + i));
       put(y + lo + i, v.a, stream);
       put(y + hi + i, v.b, stream);
@@ -125,6 +130,7 @@ struct Heads {
   const S* rstd;
   int64_t stat_stride;  // 0: one for all heads
   bool stream;          // store past the caches
+  int64_t next;         // how far x of the next token is; 0: there is none
 };
 template <class T>
 using HeadsFn = void (*)(const Heads<T>& heads, const Rotation<typename simd<T>::S>& r);
@@ -132,9 +138,12 @@ using HeadsFn = void (*)(const Heads<T>& heads, const Rotation<typename simd<T>:
 template <class T, RotaryNorm kNorm, int kAffine, bool kNative, bool kInterleaved>
 void process(const Heads<T>& o, const Rotation<typename simd<T>::S>& r) {
   for (int64_t h = 0; h < o.count; ++h) {
-    const Normed<T, kNorm, kAffine, kNative> x{o.x + h * o.x_stride, o.weight + h * o.affine_stride,
-                                               o.bias + h * o.affine_stride, splat(o.mean[h * o.stat_stride]),
-                                               splat(o.rstd[h * o.stat_stride])};
+    const Normed<T, kNorm, kAffine, kNative> x{o.x + h * o.x_stride,
+                                               o.weight + h * o.affine_stride,
+                                               o.bias + h * o.affine_stride,
+                                               splat(o.mean[h * o.stat_stride]),
+                                               splat(o.rstd[h * o.stat_stride]),
+                                               o.x + h * o.x_stride + o.next};
     T* y = o.y + h * o.y_stride;
     if constexpr (kInterleaved) {
       kNative&& r.round_products ? interleaved<T, kNative>(x, y, o.channels, r, o.stream)

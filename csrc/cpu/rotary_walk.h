@@ -36,6 +36,10 @@ struct Site {
       FASTDIT_ISA::put(y + b, v.b, stream);
     }
   }
+  FASTDIT_INLINE void ahead(const T* x) const {
+    fetch(x + a);
+    if constexpr (!kInterleaved || sizeof(T) > 2) fetch(x + b);
+  }
   // Vectors in Affine's order, padded to whole blocks for the interleaved layout.
   FASTDIT_INLINE Pair<V> vectors(const S* w) const {
     if constexpr (kTail && !kInterleaved) return {load_n(w + a, na), load_n(w + b, nb)};
