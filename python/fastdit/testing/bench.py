@@ -79,7 +79,7 @@ class Measured:
     def rate(self) -> tuple[float, str]:
         if self.workload.flops:
             return self.workload.flops * _work(self.pass_) / self.ours.p50 / 1e9, "GFLOP/s"
-        return self.workload.bytes(self.dtype) * _work(self.pass_) / self.ours.p50 / 1e9, "GB/s"
+        return self.workload.moved(self.dtype, self.pass_) / self.ours.p50 / 1e9, "GB/s"
 
     def rows(self) -> list[Row]:
         """One per peer, as `fastdit bench --json` writes them; ratio = peer_ms / time_ms, above 1 is faster."""
@@ -246,7 +246,7 @@ def _call(function: Callable, workload: Workload, args: tuple, kwargs: dict, pas
 
 
 def _work(pass_: str) -> int:
-    """Bytes and FLOPs of a pass in units of the forward's: a backward moves and computes about twice as much."""
+    """FLOPs of a pass in units of the forward's: a backward computes about twice as much."""
     return {"fwd": 1, "bwd": 2, "fwd+bwd": 3}[pass_]
 
 
@@ -256,8 +256,9 @@ def _ceiling(workload: Workload, dtype: torch.dtype, pass_: str, device: str) ->
         n = _GEMM_SIZE[torch.device(device).type]
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         return "gemm", lambda: a @ b, workload.flops * _work(pass_) / (2 * n**3)
-    source = torch.zeros(max(workload.bytes(dtype) // 2 // dtype.itemsize, 1), dtype=dtype, device=device)
-    return "copy", source.clone, float(_work(pass_))
+    size = workload.moved(dtype, pass_) // 2 // dtype.itemsize
+    source = torch.zeros(max(size, 1), dtype=dtype, device=device)
+    return "copy", source.clone, 1.0
 
 
 def _name(dtype: torch.dtype) -> str:

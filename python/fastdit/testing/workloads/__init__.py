@@ -58,6 +58,7 @@ class Sample:
 class Workload:
     """A benchmark row: one op at one model's shape. `bytes` and `flops` are the least that the op must move and do.
 
+    bytes_bwd: likewise of its backward alone; twice `bytes` unless told.
     peers: name -> function of the same (args, kwargs); "eager", "compile", "sdpa", "padded", "conv_ndhwc", ... .
     """
 
@@ -70,6 +71,13 @@ class Workload:
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
     peers: dict[str, Callable] | None = None
     fixed: tuple[str, ...] = ()
+    bytes_bwd: Callable[[torch.dtype], int] | None = None
+
+    def moved(self, dtype: torch.dtype, pass_: str) -> int:
+        """Bytes of a pass: fwd, bwd or fwd+bwd."""
+        forward = self.bytes(dtype)
+        backward = 2 * forward if self.bytes_bwd is None else self.bytes_bwd(dtype)
+        return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[pass_]
 
     def __str__(self) -> str:
         return f"{self.op}-{self.model}"
