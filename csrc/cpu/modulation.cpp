@@ -1,10 +1,9 @@
-// Modulation forward, one row at a time:
+// Modulation forward:
 //   r = residual + act(gate) * [rms](y)
 //   h = n(r) * (1 + scale) + shift
 //
-// Three passes over a row that stays in L1 in its own dtype: its sum, its centred squares, h. So memory sees each
-// tensor exactly once. Table rows are widened when the row map moves to another row: N / M tokens share one, and a
-// per-token table costs one more pass over L1.
+// A few rows at a time stay in L1 in their own dtype from their statistics to h, so memory sees each tensor exactly
+// once. The lines of the rows after them are asked for meanwhile.
 #include "modulation_row.h"
 
 namespace fastdit::cpu::FASTDIT_ISA {
@@ -15,42 +14,56 @@ struct Forward : Row<T, TR, native> {
   using Base = Row<T, TR, native>;
   using S = typename Base::S;
   using V = typename Base::V;
-  static constexpr int w = Base::w;
-  using Base::Base, Base::p, Base::C, Base::value, Base::affine, Base::offset, Base::scale, Base::shift, Base::rounded,
-      Base::stream;
+  using L = typename Base::L;
+  using Base::Base, Base::p, Base::C, Base::value, Base::mean, Base::root, Base::affine, Base::offset, Base::scale,
+      Base::shift, Base::rounded, Base::stream, Base::at;
 
-  // h = n(value) * (1 + scale) + shift
-  void norm_modulate(int64_t b, int64_t n) {
-    this->move_norm_tables(b, n);
-    S mean, root;
-    this->statistics(mean, root);
-    T* out = static_cast<T*>(p.h) + (b * p.N + n) * C;
+  // h = n(value) * (1 + scale) + shift for `count` tokens from i.
+  template <int count>
+  void norm_modulate(int64_t i) {
+    T* out = static_cast<T*>(p.h) + i * C;
     const bool has_weight = p.weight.data || p.weight_offset != 0, has_bias = p.bias.data;
     const bool has_scale = p.scale.data, has_shift = p.shift.data;
     const bool rms = p.norm == Norm::rms;
-    auto run = [&](auto&& element) {
-      int64_t c = 0;
-      for (; c + w <= C; c += w) put(out + c, element(c, load(value + c)), stream);
-      if (const int tail = static_cast<int>(C - c); tail) store_n(out + c, element(c, load_n(value + c, tail)), tail);
-    };
+    const T* next[count];  // y is read here for the first time only where there is no residual
+    for (int k = 0; k < count; ++k)
+      next[k] = p.residual || i + k + count >= this->tokens ? nullptr : this->y(i + k + count);
+    const bool ahead = next[count - 1];
     if (!has_weight && !has_bias && has_scale && has_shift) {  // adaLN-Zero: the hot case, free of branches
-      run([&](int64_t c, V r) {
-        const V x = rounded((r - mean) * root);
-        return rounded(x * load(scale.values + c)) + load(shift.values + c);
+      V center[count], factor[count];
+      for (int k = 0; k < count; ++k) center[k] = splat(mean[k]), factor[k] = splat(root[k]);
+      L::sweep(C, [&](int64_t c, auto step) {
+        const Pair<V> s = at(scale.values, c), b = at(shift.values, c);
+        for (int k = 0; k < count; ++k) {
+          if (ahead) L::ahead(next[k] + c);
+          const Pair<V> r = L::get(value[k] + c, step);
+          const Pair<V> x{rounded((r.a - center[k]) * factor[k]), rounded((r.b - center[k]) * factor[k])};
+          L::put(out + k * C + c, Pair<V>{rounded(x.a * s.a) + b.a, rounded(x.b * s.b) + b.b}, step, stream);
+        }
       });
       return;
     }
-    run([&](int64_t c, V r) {
-      V x = (r - mean) * root;
-      if (rms) x = rounded(x);  // eager RMSNorm rounds before its affine part, F.layer_norm only after it
-      if (has_weight) x = x * load(affine + c);
-      if (rms && has_weight) x = rounded(x);
-      if (has_bias) x = x + load(offset + c);
-      x = rounded(x);
-      if (has_scale) x = rounded(x * load(scale.values + c));
-      if (has_shift) x = x + load(shift.values + c);
-      return x;
-    });
+    for (int k = 0; k < count; ++k) {
+      const auto element = [&](V r, const S* weight, const S* bias, const S* one_scale, const S* one_shift) {
+        V x = (r - mean[k]) * root[k];
+        if (rms) x = rounded(x);  // eager RMSNorm rounds before its affine part, F.layer_norm only after it
+        if (has_weight) x = x * load(weight);
+        if (rms && has_weight) x = rounded(x);
+        if (has_bias) x = x + load(bias);
+        x = rounded(x);
+        if (has_scale) x = rounded(x * load(one_scale));
+        if (has_shift) x = x + load(one_shift);
+        return x;
+      };
+      L::sweep(C, [&](int64_t c, auto step) {
+        if (ahead) L::ahead(next[k] + c);
+        const Pair<V> r = L::get(value[k] + c, step);
+        const int64_t d = c + L::w;
+        const Pair<V> h{element(r.a, affine + c, offset + c, scale.values + c, shift.values + c),
+                        element(r.b, affine + d, offset + d, scale.values + d, shift.values + d)};
+        L::put(out + k * C + c, h, step, stream);
+      });
+    }
   }
 };
 
@@ -60,11 +73,12 @@ void run(const ModulationParams& p) {
   // below about 64 KB a second thread costs more than it saves
   const int threads = rows * p.C < 16384 ? 1 : p.threads;
   parallel_ranges(rows, threads, [&](int64_t begin, int64_t end, int) {
-    Forward<T, TR, native> row(p);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / p.N, n = i % p.N;
-      row.gate_residual(b, n);
-      if (p.norm != Norm::none) row.norm_modulate(b, n);
+    Forward<T, TR, native> row(p, Row<T, TR, native>::streams(p, p.r, p.h));
+    for (int64_t i = begin; i < end;) {
+      const int count = row.open(i, end);
+      for (int k = 0; k < count; ++k) row.read(i + k, k);
+      if (p.norm != Norm::none) count == 1 ? row.template norm_modulate<1>(i) : row.template norm_modulate<kRows>(i);
+      i += count;
     }
     if (row.stream) finish_streams();
   });

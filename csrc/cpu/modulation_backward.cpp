@@ -7,7 +7,8 @@
 //
 // Tokens go in chunks of kChunk consecutive rows whatever the thread count is. A chunk sums into one partial row per
 // run of tokens with the same table row; partial rows are added in token order afterwards. So the bits do not depend on
-// threads, and no two tokens of a row ever race.
+// threads, and no two tokens of a row ever race. Partial rows and tables are staged (modulation_row.h), and read and
+// written once for a group of rows.
 #include "modulation_row.h"
 
 namespace fastdit::cpu::FASTDIT_ISA {
@@ -15,38 +16,37 @@ namespace {
 
 constexpr int64_t kChunk = 64;
 
-FASTDIT_INLINE int64_t table_row(const Table& t, int64_t rows_b, int64_t i, int64_t N, const void* index, int is64) {
-  if (index) return is64 ? static_cast<const int64_t*>(index)[i] : static_cast<const int32_t*>(index)[i];
-  return i / N * rows_b + i % N / t.tokens_per_row;
-}
-
 // The runs of one table: run k of all chunks belongs to table row `row[k]`; chunk c owns runs first[c] .. first[c + 1].
 template <class S>
 struct Runs {
   const TableGrad& grad;
-  int64_t count = 0;
+  RowMap map;
+  int64_t count = 0, padded;
   Scratch<int64_t> row, first;
   S* partial = nullptr;
 
-  Runs(const TableGrad& g, const Table& t, int64_t tokens, int64_t N, const void* index, int is64, int64_t C)
-      : grad(g), row(g.data ? tokens + 1 : 1), first(tokens / kChunk + 2) {
+  Runs(const TableGrad& g, const RowMap& m, int64_t width)
+      : grad(g), map(m), padded(width), row(g.data ? m.tokens + 1 : 1), first(m.tokens / kChunk + 2) {
     if (!g.data) return;
-    for (int64_t i = 0; i < tokens; ++i) {
-      if (i % kChunk == 0) first.get()[i / kChunk] = count;
-      const int64_t r = table_row(t, g.rows_b, i, N, index, is64);
-      if (i % kChunk == 0 || r != row.get()[count - 1]) row.get()[count++] = r;
+    for (int64_t chunk = 0; chunk * kChunk < map.tokens; ++chunk) {
+      first.get()[chunk] = count;
+      const int64_t stop = (chunk + 1) * kChunk < map.tokens ? (chunk + 1) * kChunk : map.tokens;
+      for (int64_t i = chunk * kChunk; i < stop; i = map.end(i)) {
+        const int64_t r = map.row(i, g.rows_b);
+        if (count == first.get()[chunk] || r != row.get()[count - 1]) row.get()[count++] = r;
+      }
     }
-    partial = static_cast<S*>(std::aligned_alloc(64, (count * C * sizeof(S) + 127) / 64 * 64));
+    partial = static_cast<S*>(std::aligned_alloc(64, (count * padded * sizeof(S) + 127) / 64 * 64));
   }
   ~Runs() { std::free(partial); }
 };
 
 // out[row] = sum of the partial rows of that table row, in order.
-template <class T, class S>
+template <class T, bool paired, class S>
 void reduce_as(const Runs<S>& runs, int64_t C, int threads) {
   using V = typename simd<S>::V;
   constexpr int w = simd<S>::width;
-  const int64_t rows = runs.grad.rows;
+  const int64_t rows = runs.grad.rows, padded = runs.padded;
   Scratch<int64_t> start(rows + 2), place(runs.count + 1);  // runs by row, stable
   for (int64_t r = 0; r <= rows; ++r) start.get()[r] = 0;
   for (int64_t k = 0; k < runs.count; ++k) ++start.get()[runs.row.get()[k] + 1];
@@ -59,220 +59,267 @@ void reduce_as(const Runs<S>& runs, int64_t C, int threads) {
   T* out = static_cast<T*>(runs.grad.data);
   // strips of channels, so that a single shared row still feeds every thread
   constexpr int64_t kStrip = 256;
-  const int64_t strips = (C + kStrip - 1) / kStrip;
-  parallel_tasks(rows * strips, threads, [&](int64_t task, int) {
-    const int64_t r = task / strips, c0 = task % strips * kStrip, width = C - c0 < kStrip ? C - c0 : kStrip;
+  const int64_t strips = (padded + kStrip - 1) / kStrip;
+  const int helpers = (runs.count + rows) * padded < 65536 ? 1 : threads;
+  parallel_tasks(rows * strips, helpers, [&](int64_t task, int) {
+    const int64_t r = task / strips, c0 = task % strips * kStrip, width = padded - c0 < kStrip ? padded - c0 : kStrip;
     S total[kStrip] = {};
     for (int64_t s = start.get()[r]; s < start.get()[r + 1]; ++s) {
-      const S* from = runs.partial + place.get()[s] * C + c0;
-      int64_t c = 0;
-      for (; c + w <= width; c += w) store_raw(total + c, load_raw<V>(total + c) + load_raw<V>(from + c));
-      for (; c < width; ++c) total[c] += from[c];
+      const S* from = runs.partial + place.get()[s] * padded + c0;
+      for (int64_t c = 0; c < width; c += w) store_raw(total + c, load_raw<V>(total + c) + load_raw<V>(from + c));
     }
     for (int64_t c = 0; c < width; ++c) {
-      if constexpr (sizeof(typename simd<T>::S) == sizeof(S))
-        out[r * C + c0 + c] = from_scalar<T>(total[c]);
-      else
-        out[r * C + c0 + c] = static_cast<T>(total[c]);
+      const int64_t channel = Lanes<S, paired>::channel(c0 + c);
+      if (channel < C) out[r * C + channel] = from_scalar<T>(static_cast<typename simd<T>::S>(total[c]));
     }
   });
 }
 
-template <class S>
+template <bool paired, class S>
 void reduce(const Runs<S>& runs, int64_t C, int threads) {
   if (!runs.grad.data) return;
-  if constexpr (sizeof(S) == 8) {
-    reduce_as<double>(runs, C, threads);  // fp64 inputs have fp64 tables: promote() leaves nothing else
-  } else {
-    switch (static_cast<DType>(runs.grad.dtype)) {
-      case DType::f32:
-        return reduce_as<float>(runs, C, threads);
-      case DType::bf16:
-        return reduce_as<bf16>(runs, C, threads);
-      case DType::f16:
-        return reduce_as<f16>(runs, C, threads);
-      case DType::f64:
-        return;
-    }
-  }
+  FASTDIT_DTYPE_SWITCH(runs.grad.dtype, T, reduce_as<T, paired>(runs, C, threads))
 }
 
-// Where a chunk adds one table's contributions: the partial row of the current run.
+// Where a chunk adds one table's contributions: the partial row of the current run; null when nobody wants it.
 template <class S>
 struct Sink {
   Runs<S>& runs;
-  int64_t run, last = -1;
+  int64_t run, last = -1, end = 0;
   S* at = nullptr;
 
   Sink(Runs<S>& r, int64_t chunk) : runs(r), run(r.grad.data ? r.first.get()[chunk] - 1 : 0) {}
-  void move(const Table& t, int64_t i, int64_t N, const void* index, int is64, int64_t C) {
-    if (!runs.grad.data) return;
-    const int64_t r = table_row(t, runs.grad.rows_b, i, N, index, is64);
+  void move(int64_t i) {
+    if (!runs.grad.data || i < end) return;
+    end = runs.map.end(i);
+    const int64_t r = runs.map.row(i, runs.grad.rows_b);
     if (at && r == last) return;
     last = r;
-    at = runs.partial + ++run * C;
-    for (int64_t c = 0; c < C; ++c) at[c] = 0;
+    at = runs.partial + ++run * runs.padded;
+    __builtin_memset(at, 0, runs.padded * sizeof(S));
   }
 };
 
-template <class V, class S>
-FASTDIT_INLINE void add(S* at, int64_t c, V v) {
-  store_raw(at + c, load_raw<V>(at + c) + v);
-}
+template <class S>
+struct Sinks {
+  Sink<S> shift, scale, gate, weight, bias, post;
+
+  void move(int64_t i) {
+    for (Sink<S>* sink : {&shift, &scale, &gate, &weight, &bias, &post}) sink->move(i);
+  }
+};
 
 template <class T, class TR>
 struct Backward : Row<T, TR, false> {
   using Base = Row<T, TR, false>;
   using S = typename Base::S;
   using V = typename Base::V;
-  static constexpr int w = Base::w;
-  using Base::Base, Base::p, Base::C, Base::value, Base::affine, Base::offset, Base::scale, Base::gate, Base::post,
-      Base::post_root;
+  using L = typename Base::L;
+  using Base::p, Base::C, Base::value, Base::mean, Base::root, Base::affine, Base::offset, Base::scale, Base::gate,
+      Base::post, Base::post_root, Base::stream, Base::padded, Base::at, Base::row_of;
 
-  // Calls body(c, width) per vector of the row; the last may be narrower.
-  template <class F>
-  static FASTDIT_INLINE void sweep(int64_t C, F&& body) {
-    int64_t c = 0;
-    for (; c + w <= C; c += w) body(c, w);
-    if (c < C) body(c, static_cast<int>(C - c));
+  const ModulationGradParams& q;
+  Scratch<S> d;  // dyn of a row, where the rms of y follows
+
+  explicit Backward(const ModulationGradParams& params)
+      : Base(params.forward, Base::streams(params.forward, params.d_residual, params.d_y)), q(params), d(padded) {}
+
+  const T* grad_h(int64_t i) const {
+    return row_of(static_cast<const T*>(q.grad_h), q.grad_h_stride_b, q.grad_h_stride_n, p.N, i);
   }
-  template <class P>
-  static FASTDIT_INLINE V get(const P* from, int64_t c, int width) {
-    return width == w ? load(from + c) : load_n(from + c, width);
-  }
-  template <class P>
-  static FASTDIT_INLINE void put(P* to, int64_t c, V v, int width) {
-    if (width == w)
-      store(to + c, v);
-    else
-      store_n(to + c, v, width);
-  }
-  static FASTDIT_INLINE void accumulate(S* at, int64_t c, V v, int width) {
-    if (width == w) return add(at, c, v);
-    for (int i = 0; i < width; ++i) at[c + i] += v[i];
+  const TR* grad_r(int64_t i) const {
+    return row_of(static_cast<const TR*>(q.grad_r), q.grad_r_stride_b, q.grad_r_stride_n, p.N, i);
   }
 
-  // d (scratch of C): gradient of r. Returns with dresidual and dy written.
-  void row(const ModulationGradParams& q, int64_t b, int64_t n, S* d, Sink<S>& shift_sink, Sink<S>& scale_sink,
-           Sink<S>& gate_sink, Sink<S>& weight_sink, Sink<S>& bias_sink, Sink<S>& post_sink) {
-    const int64_t i = b * p.N + n;
-    shift_sink.move(p.shift, i, p.N, p.row_index, p.index_is_64, C);
-    scale_sink.move(p.scale, i, p.N, p.row_index, p.index_is_64, C);
-    gate_sink.move(p.gate, i, p.N, p.gate_row_index, p.index_is_64, C);
-    weight_sink.move(p.weight, 0, 1, nullptr, 0, C);
-    bias_sink.move(p.bias, 0, 1, nullptr, 0, C);
-    post_sink.move(p.post_weight, 0, 1, nullptr, 0, C);
-    this->gate_residual(b, n);
+  static FASTDIT_INLINE Pair<V> times(Pair<V> a, Pair<V> b) { return {a.a * b.a, a.b * b.b}; }
+  static FASTDIT_INLINE Pair<V> plus(Pair<V> a, Pair<V> b) { return {a.a + b.a, a.b + b.b}; }
+  static FASTDIT_INLINE void keep(S* to, int64_t c, Pair<V> v) {
+    store_raw(to + c, v.a);
+    store_raw(to + c + Base::w, v.b);
+  }
 
-    const TR* grad_r =
-        q.grad_r ? static_cast<const TR*>(q.grad_r) + b * q.grad_r_stride_b + n * q.grad_r_stride_n : nullptr;
-    if (q.grad_h) {
-      this->move_norm_tables(b, n);
-      S mean, root;
-      this->statistics(mean, root);
-      const T* dh = static_cast<const T*>(q.grad_h) + b * q.grad_h_stride_b + n * q.grad_h_stride_n;
-      const bool weighted = p.weight.data || p.weight_offset != 0, biased = p.bias.data, scaled = p.scale.data;
-      V sum_g{}, sum_gn{};
-      sweep(C, [&](int64_t c, int width) {
-        V g = get(dh, c, width);
-        const V x = (get(value, c, width) - mean) * root;
-        if (shift_sink.at) accumulate(shift_sink.at, c, g, width);
-        if (scale_sink.at) {
-          V a = x;
-          if (weighted) a = a * load(affine + c);
-          if (biased) a = a + load(offset + c);
-          accumulate(scale_sink.at, c, g * a, width);
+  // What the gradient of r takes from the norm, for a row: root * (g - mean_g) - x * slope with x = r - mean.
+  struct Means {
+    S mean_g, slope;
+  };
+
+  // Sums over h's gradient of `count` rows from i, and its table gradients. adaln: scale and shift alone, both wanted.
+  template <int count, bool adaln>
+  void sums(int64_t i, const Sinks<S>& sinks, Means* means) {
+    const bool weighted = !adaln && (p.weight.data || p.weight_offset != 0), biased = !adaln && p.bias.data;
+    const bool scaled = adaln || p.scale.data, to_shift = adaln || sinks.shift.at, to_scale = adaln || sinks.scale.at;
+    const bool to_weight = !adaln && sinks.weight.at, to_bias = !adaln && sinks.bias.at;
+    V sum_g[count] = {}, sum_gn[count] = {};
+    const T* dh[count];
+    for (int k = 0; k < count; ++k) dh[k] = grad_h(i + k);
+    L::sweep(C, [&](int64_t c, auto step) {
+      Pair<V> shift{}, scales{}, weights{}, biases{}, one{}, w{}, b{};
+      if (to_shift) shift = at(sinks.shift.at, c);
+      if (to_scale) scales = at(sinks.scale.at, c);
+      if (to_weight) weights = at(sinks.weight.at, c);
+      if (to_bias) biases = at(sinks.bias.at, c);
+      if (scaled) one = at(scale.values, c);
+      if (weighted) w = at(affine, c);
+      if (biased) b = at(offset, c);
+      for (int k = 0; k < count; ++k) {
+        Pair<V> g = L::get(dh[k] + c, step);
+        const Pair<V> r = L::get(value[k] + c, step);
+        const Pair<V> x{(r.a - mean[k]) * root[k], (r.b - mean[k]) * root[k]};
+        if (to_shift) shift = plus(shift, g);
+        if (to_scale) {
+          Pair<V> a = x;
+          if (weighted) a = times(a, w);
+          if (biased) a = plus(a, b);
+          scales = plus(scales, times(g, a));
         }
-        if (scaled) g = g * load(scale.values + c);
-        if (weight_sink.at) accumulate(weight_sink.at, c, g * x, width);
-        if (bias_sink.at) accumulate(bias_sink.at, c, g, width);
-        if (weighted) g = g * load(affine + c);
-        sum_g += g;  // zero beyond the row: dh is
-        sum_gn += g * x;
-        store_raw(d + c, g);
-      });
-      const S mean_g = p.norm == Norm::layer ? sum(sum_g) / static_cast<S>(C) : S(0);
-      const S mean_gn = sum(sum_gn) / static_cast<S>(C);
-      sweep(C, [&](int64_t c, int width) {
-        const V x = (get(value, c, width) - mean) * root;
-        V v = (load(d + c) - mean_g - x * mean_gn) * root;
-        if (grad_r) v = v + get(grad_r, c, width);
-        store_raw(d + c, v);
-      });
-    } else {
-      sweep(C, [&](int64_t c, int width) { store_raw(d + c, get(grad_r, c, width)); });
-    }
-
-    T* dy = q.d_y ? static_cast<T*>(q.d_y) + i * C : nullptr;
-    if (!p.residual) {
-      if (dy) sweep(C, [&](int64_t c, int width) { put(dy, c, load(d + c), width); });
-      return;
-    }
-    if (q.d_residual) {
-      TR* out = static_cast<TR*>(q.d_residual) + i * C;
-      sweep(C, [&](int64_t c, int width) { put(out, c, load(d + c), width); });
-    }
-    const T* y = static_cast<const T*>(p.y) + b * p.y_stride_b + n * p.y_stride_n;
-    const bool gated = p.gate.data, tanh_gate = p.gate_act == GateAct::tanh, normed = p.post_norm;
-    const bool weighted = p.post_weight.data;
-    V sum_dy{};
-    sweep(C, [&](int64_t c, int width) {
-      V g = load(d + c), yn = get(y, c, width);
-      if (normed) yn = yn * post_root;
-      const V unit = yn;
-      if (weighted) yn = yn * load(post + c);
-      if (gate_sink.at) {
-        V dgate = g * yn;
-        if (tanh_gate) dgate = dgate * (S(1) - load(gate.values + c) * load(gate.values + c));
-        accumulate(gate_sink.at, c, dgate, width);
+        if (scaled) g = times(g, one);
+        if (to_weight) weights = plus(weights, times(g, x));
+        if (to_bias) biases = plus(biases, g);
+        if (weighted) g = times(g, w);
+        sum_g[k] += g.a + g.b;  // zero beyond the row: dh is
+        sum_gn[k] += g.a * x.a + g.b * x.b;
       }
-      if (gated) g = g * load(gate.values + c);
-      if (post_sink.at) accumulate(post_sink.at, c, g * unit, width);
-      if (weighted) g = g * load(post + c);
-      if (normed) {
-        sum_dy += g * unit;  // zero beyond the row: y is
-        store_raw(d + c, g);
-      } else if (dy) {
-        put(dy, c, g, width);
-      }
+      if (to_shift) keep(sinks.shift.at, c, shift);
+      if (to_scale) keep(sinks.scale.at, c, scales);
+      if (to_weight) keep(sinks.weight.at, c, weights);
+      if (to_bias) keep(sinks.bias.at, c, biases);
     });
-    if (normed && dy) {
-      const S mean_dy = sum(sum_dy) / static_cast<S>(C);
-      sweep(C, [&](int64_t c, int width) {
-        const V unit = get(y, c, width) * post_root;
-        put(dy, c, (load(d + c) - unit * mean_dy) * post_root, width);
-      });
+    for (int k = 0; k < count; ++k) {
+      means[k].mean_g = p.norm == Norm::layer ? sum(sum_g[k]) / static_cast<S>(C) : S(0);
+      means[k].slope = root[k] * root[k] * (sum(sum_gn[k]) / static_cast<S>(C));
     }
+  }
+
+  // dresidual and dy of `count` rows from i, and what gate and post_weight get. plain: no post norm, no tanh.
+  template <int count, bool plain>
+  void outputs(int64_t i, const Sinks<S>& sinks, const Means* means) {
+    const bool normed = q.grad_h, weighted = p.weight.data || p.weight_offset != 0, scaled = p.scale.data;
+    const bool gated = p.gate.data, tanh_gate = !plain && p.gate_act == GateAct::tanh,
+               post_norm = !plain && p.post_norm;
+    const bool post_weighted = post_norm && p.post_weight.data, to_gate = sinks.gate.at;
+    const bool to_post = !plain && sinks.post.at, has_residual = p.residual;
+    const T *dh[count], *next_dh[count], *y[count], *next_y[count];
+    const TR *dr[count], *next_dr[count];
+    T* dy[count];
+    TR* d_residual[count];
+    V sum_dy[count] = {};
+    for (int k = 0; k < count; ++k) {
+      const int64_t j = i + k, ahead = j + count < this->tokens ? j + count : j;
+      dh[k] = normed ? grad_h(j) : nullptr, next_dh[k] = normed ? grad_h(ahead) : nullptr;
+      dr[k] = q.grad_r ? grad_r(j) : nullptr, next_dr[k] = q.grad_r ? grad_r(ahead) : nullptr;
+      y[k] = this->y(j), next_y[k] = this->y(ahead);
+      dy[k] = q.d_y ? static_cast<T*>(q.d_y) + j * C : nullptr;
+      d_residual[k] = q.d_residual ? static_cast<TR*>(q.d_residual) + j * C : nullptr;
+    }
+    L::sweep(C, [&](int64_t c, auto step) {
+      Pair<V> one{}, g0{}, gates{}, posts{}, pw{};
+      if (scaled) one = at(scale.values, c);
+      if (weighted) one = scaled ? times(one, at(affine, c)) : at(affine, c);
+      const bool factor = scaled || weighted;
+      if (gated) g0 = at(gate.values, c);
+      if (to_gate) gates = at(sinks.gate.at, c);
+      if (to_post) posts = at(sinks.post.at, c);
+      if (post_weighted) pw = at(post, c);
+      for (int k = 0; k < count; ++k) {
+        Pair<V> v{};
+        if (normed) {
+          L::ahead(next_dh[k] + c);
+          v = L::get(dh[k] + c, step);
+          if (factor) v = times(v, one);
+          const Pair<V> r = L::get(value[k] + c, step);
+          const S m = means[k].mean_g, s = means[k].slope;
+          v = {(v.a - m) * root[k] - (r.a - mean[k]) * s, (v.b - m) * root[k] - (r.b - mean[k]) * s};
+        }
+        if (dr[k]) {
+          L::ahead(next_dr[k] + c);
+          v = plus(v, L::get(dr[k] + c, step));
+        }
+        if (!has_residual) {
+          L::ahead(next_y[k] + c);
+          if (dy[k]) L::put(dy[k] + c, v, step, stream);
+          continue;
+        }
+        if (d_residual[k]) L::put(d_residual[k] + c, v, step, stream);
+        Pair<V> unit = L::get(y[k] + c, step);
+        if (post_norm) unit = {unit.a * post_root[k], unit.b * post_root[k]};
+        if (to_gate) {
+          Pair<V> dg = times(v, post_weighted ? times(unit, pw) : unit);
+          if (tanh_gate) dg = {dg.a * (S(1) - g0.a * g0.a), dg.b * (S(1) - g0.b * g0.b)};
+          gates = plus(gates, dg);
+        }
+        if (gated) v = times(v, g0);
+        if (to_post) posts = plus(posts, times(v, unit));
+        if (post_weighted) v = times(v, pw);
+        if (post_norm) {
+          sum_dy[k] += v.a * unit.a + v.b * unit.b;  // zero beyond the row: y is
+          keep(d.get(), c, v);
+        } else if (dy[k]) {
+          L::put(dy[k] + c, v, step, stream);
+        }
+      }
+      if (to_gate) keep(sinks.gate.at, c, gates);
+      if (to_post) keep(sinks.post.at, c, posts);
+    });
+    if (!post_norm || !dy[0]) return;
+    static_assert(plain || count == 1, "d holds one row");
+    const S mean_dy = sum(sum_dy[0]) / static_cast<S>(C), unit_root = post_root[0];
+    L::sweep(C, [&](int64_t c, auto step) {
+      const Pair<V> unit = L::get(y[0] + c, step), g = at(d.get(), c);
+      const Pair<V> v{(g.a - unit.a * unit_root * mean_dy) * unit_root,
+                      (g.b - unit.b * unit_root * mean_dy) * unit_root};
+      L::put(dy[0] + c, v, step, stream);
+    });
+  }
+
+  // The tokens i .. i + count - 1.
+  template <int count>
+  void group(int64_t i, const Sinks<S>& sinks) {
+    for (int k = 0; k < count; ++k) this->read(i + k, k);
+    Means means[count];
+    if (q.grad_h) {
+      const bool vectors = p.weight.data || p.weight_offset != 0 || p.bias.data;
+      const bool adaln = !vectors && p.scale.data && sinks.shift.at && sinks.scale.at;
+      adaln ? sums<count, true>(i, sinks, means) : sums<count, false>(i, sinks, means);
+    }
+    if (!q.d_y && !q.d_residual && !sinks.gate.at && !sinks.post.at) return;
+    if (!p.post_norm && p.gate_act == GateAct::none) return outputs<count, true>(i, sinks, means);
+    if constexpr (count == 1) outputs<1, false>(i, sinks, means);
   }
 };
 
 template <class T, class TR>
 void run(const ModulationGradParams& q) {
   using S = typename simd<T>::S;
-  constexpr int w = simd<T>::width;
+  constexpr int step = 2 * simd<T>::width;
+  constexpr bool paired = Row<T, TR, false>::paired;
   const ModulationParams& p = q.forward;
   const int64_t tokens = p.B * p.N, chunks = (tokens + kChunk - 1) / kChunk, C = p.C;
-  Runs<S> shift(q.shift, p.shift, tokens, p.N, p.row_index, p.index_is_64, C);
-  Runs<S> scale(q.scale, p.scale, tokens, p.N, p.row_index, p.index_is_64, C);
-  Runs<S> gate(q.gate, p.gate, tokens, p.N, p.gate_row_index, p.index_is_64, C);
+  const int64_t padded = (C + step - 1) / step * step;
+  const RowMap by_row{p.shift, p.N, tokens, p.row_index, p.index_is_64};
+  const RowMap by_scale{p.scale, p.N, tokens, p.row_index, p.index_is_64};
+  const RowMap by_gate{p.gate, p.N, tokens, p.gate_row_index, p.index_is_64};
   Table vector = p.weight;  // a vector is a table of one row
   vector.tokens_per_row = tokens;
-  Runs<S> weight(q.weight, vector, tokens, tokens, nullptr, 0, C);
-  Runs<S> bias(q.bias, vector, tokens, tokens, nullptr, 0, C);
-  Runs<S> post(q.post_weight, vector, tokens, tokens, nullptr, 0, C);
+  const RowMap all_tokens{vector, tokens, tokens, nullptr, 0};
+  Runs<S> shift(q.shift, by_row, padded), scale(q.scale, by_scale, padded), gate(q.gate, by_gate, padded);
+  Runs<S> weight(q.weight, all_tokens, padded), bias(q.bias, all_tokens, padded),
+      post(q.post_weight, all_tokens, padded);
+  const bool one_by_one = p.post_norm || p.gate_act != GateAct::none;
   parallel_ranges(chunks, p.threads, [&](int64_t begin, int64_t end, int) {
-    Backward<T, TR> row(p);
-    Scratch<S> d((C + w - 1) / w * w);
+    Backward<T, TR> row(q);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      Sink<S> shift_sink(shift, chunk), scale_sink(scale, chunk), gate_sink(gate, chunk);
-      Sink<S> weight_sink(weight, chunk), bias_sink(bias, chunk), post_sink(post, chunk);
+      Sinks<S> sinks{{shift, chunk}, {scale, chunk}, {gate, chunk}, {weight, chunk}, {bias, chunk}, {post, chunk}};
       const int64_t stop = (chunk + 1) * kChunk < tokens ? (chunk + 1) * kChunk : tokens;
-      for (int64_t i = chunk * kChunk; i < stop; ++i)
-        row.row(q, i / p.N, i % p.N, d.get(), shift_sink, scale_sink, gate_sink, weight_sink, bias_sink, post_sink);
+      for (int64_t i = chunk * kChunk; i < stop;) {
+        const int count = row.open(i, one_by_one ? i + 1 : stop);
+        sinks.move(i);
+        count == 1 ? row.template group<1>(i, sinks) : row.template group<kRows>(i, sinks);
+        i += count;
+      }
     }
+    if (row.stream) finish_streams();
   });
-  const Runs<S>* all[] = {&shift, &scale, &gate, &weight, &bias, &post};
-  for (const Runs<S>* runs : all) reduce(*runs, C, p.threads);
+  for (const Runs<S>* runs : {&shift, &scale, &gate, &weight, &bias, &post}) reduce<paired>(*runs, C, p.threads);
 }
 
 }  // namespace

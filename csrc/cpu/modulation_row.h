@@ -1,47 +1,155 @@
-// One row of modulation in L1: what the forward and the backward share.
+// A group of modulation rows in L1: what the forward and the backward share.
+//
+// A step takes two vectors of channels, of bf16 the even and the odd ones (pairs.h); tables are widened into the same
+// order once per table row. Rows that share their table rows go in groups, so that a step reads the tables once.
 #pragma once
 
 #include "fastdit/modulation.h"
-#include "simd.h"
+#include "pairs.h"
 
 namespace fastdit::cpu::FASTDIT_ISA {
 namespace {
 
-template <class T, class S>
-void widen_as(const void* from, S* to, int64_t C) {
+constexpr int kRows = 4;  // of a group
+
+template <class A, class B>
+constexpr bool same = false;
+template <class A>
+constexpr bool same<A, A> = true;
+
+// A step over all its channels, or over the first n of them.
+struct Full {
+  static constexpr bool tail = false;
+};
+struct Tail {
+  static constexpr bool tail = true;
+  int n;
+};
+
+// Two vectors of channels; paired: the even and the odd ones.
+template <class S, bool paired>
+struct Lanes {
+  using V = typename simd<S>::V;
+  static constexpr int w = simd<S>::width;
+
+  template <class P, class Step>
+  static FASTDIT_INLINE Pair<V> get(const P* p, Step step) {
+    if constexpr (paired && Step::tail) {
+      return load_pairs_n(p, step.n);
+    } else if constexpr (paired) {
+      return load_pairs(p);
+    } else if constexpr (Step::tail) {
+      return {load_n(p, first(step)), load_n(p + first(step), step.n - first(step))};
+    } else {
+      return {load(p), load(p + w)};
+    }
+  }
+  template <class P, class Step>
+  static FASTDIT_INLINE void put(P* p, Pair<V> v, Step step, bool stream = false) {
+    if constexpr (paired && Step::tail) {
+      store_pairs_n(p, v, step.n);
+    } else if constexpr (paired) {
+      store_pairs(p, v, stream);
+    } else if constexpr (Step::tail) {
+      store_n(p, v.a, first(step));
+      store_n(p + first(step), v.b, step.n - first(step));
+    } else {
+      FASTDIT_ISA::put(p, v.a, stream);
+      FASTDIT_ISA::put(p + w, v.b, stream);
+    }
+  }
+  template <class Step>
+  static FASTDIT_INLINE int first(Step step) {
+    return step.n < w ? step.n : w;
+  }
+  // Asks for the lines of a step of a row that comes later. The rows are too short, and the arrays too many, for the
+  // prefetcher of the machine.
+  template <class P>
+  static FASTDIT_INLINE void ahead(const P* p) {
+    constexpr int line = 64 / sizeof(P);
+    for (int i = 0; i < 2 * w; i += line) __builtin_prefetch(p + i, 0, 2);
+  }
+  // body(c, step) over C channels.
+  template <class F>
+  static FASTDIT_INLINE void sweep(int64_t C, F&& body) {
+    int64_t c = 0;
+    for (; c + 2 * w <= C; c += 2 * w) body(c, Full{});
+    if (c < C) body(c, Tail{static_cast<int>(C - c)});
+  }
+  // The channel at place i of a staged row.
+  static int64_t channel(int64_t i) {
+    const int64_t at = i % (2 * w);
+    return i - at + (paired ? at < w ? 2 * at : 2 * (at - w) + 1 : at);
+  }
+};
+
+// A table row as S, staged: padded with zeros to whole steps.
+template <class S, bool paired>
+void widen(const void* from, int64_t offset, int dtype, S* to, int64_t C) {
   using V = typename simd<S>::V;
   constexpr int w = simd<S>::width;
-  const T* p = static_cast<const T*>(from);
-  int64_t c = 0;
-  if constexpr (sizeof(typename simd<T>::S) == sizeof(S)) {
-    for (; c + w <= C; c += w) store_raw(to + c, static_cast<V>(load(p + c)));
+  FASTDIT_DTYPE_SWITCH(dtype, T, {
+    const T* p = static_cast<const T*>(from) + offset;
+    if constexpr (!same<typename simd<T>::S, S>) {
+      for (int64_t i = 0; i < C; ++i)
+        to[i] = static_cast<S>(to_scalar(p[i]));  // then S is double, or no such tables exist
+    } else {
+      Lanes<S, paired && same<T, bf16>>::sweep(C, [&](int64_t c, auto step) {
+        Pair<V> v = Lanes < S, paired && same < T, bf16 >> ::get(p + c, step);
+        if constexpr (paired && !same<T, bf16>) v = deinterleave(v.a, v.b, std::make_integer_sequence<int, w>{});
+        store_raw(to + c, v.a);
+        store_raw(to + c + w, v.b);
+      });
+    }
+  })
+}
+
+// Which row of a table a token reads.
+struct RowMap {
+  const Table& t;
+  int64_t N, tokens;
+  const void* index;
+  int is64;
+
+  int64_t value(int64_t i) const {
+    return is64 ? static_cast<const int64_t*>(index)[i] : static_cast<const int32_t*>(index)[i];
   }
-  for (; c < C; ++c) to[c] = static_cast<S>(to_scalar(p[c]));
-}
+  int64_t offset(int64_t i) const {
+    return index ? value(i) * t.stride_m : i / N * t.stride_b + i % N / t.tokens_per_row * t.stride_m;
+  }
+  int64_t row(int64_t i, int64_t rows_b) const { return index ? value(i) : i / N * rows_b + i % N / t.tokens_per_row; }
+  // Tokens i .. end - 1 read one row; with an index there may be more of them.
+  int64_t end(int64_t i) const {
+    constexpr int64_t kFar = 64;
+    if (index) {
+      const int64_t last = i + kFar < tokens ? i + kFar : tokens;
+      int64_t e = i + 1;
+      while (e < last && value(e) == value(i)) ++e;
+      return e;
+    }
+    const int64_t n = i % N, stop = (n / t.tokens_per_row + 1) * t.tokens_per_row;
+    return i - n + (stop < N ? stop : N);
+  }
+};
 
-template <class S>
-void widen(const void* from, int64_t offset, int dtype, S* to, int64_t C) {
-  FASTDIT_DTYPE_SWITCH(dtype, T, widen_as<T>(static_cast<const T*>(from) + offset, to, C));
-}
-
-// One table's current row, widened; `row` reports whether it moved.
-template <class S>
+// One table's current row, staged.
+template <class S, bool paired>
 struct Cursor {
   S* values;
-  int64_t offset = -1;
+  int64_t at = -1, end = 0;
 
-  bool move(const Table& t, int64_t b, int64_t n, int64_t N, const void* index, int is64, int64_t C) {
-    if (!t.data) return false;
-    int64_t at;
-    if (index) {
-      const int64_t i = b * N + n;
-      at = (is64 ? static_cast<const int64_t*>(index)[i] : static_cast<const int32_t*>(index)[i]) * t.stride_m;
-    } else {
-      at = b * t.stride_b + (n / t.tokens_per_row) * t.stride_m;
+  // Whether values changed. Afterwards they serve tokens i .. end - 1.
+  bool move(const RowMap& map, int64_t i, int64_t C) {
+    if (i < end) return false;
+    if (!map.t.data) {
+      end = map.tokens;
+      return false;
     }
-    if (at == offset) return false;
-    offset = at;
-    widen(t.data, at, t.dtype, values, C);
+    end = map.end(i);
+    const int64_t offset = map.offset(i);
+    if (offset == at) return false;
+    at = offset;
+    widen<S, paired>(map.t.data, offset, map.t.dtype, values, C);
     return true;
   }
 };
@@ -51,27 +159,71 @@ FASTDIT_INLINE S inverse_root(S x) {
   return S(1) / (sizeof(S) == 8 ? static_cast<S>(__builtin_sqrt(x)) : static_cast<S>(__builtin_sqrtf(x)));
 }
 
+template <class P, class S = typename simd<P>::S>
+S sum_row(const P* row, int64_t C) {
+  using V = typename simd<S>::V;
+  constexpr int w = simd<S>::width;
+  V acc[4] = {};
+  int64_t c = 0;
+  for (; c + 4 * w <= C; c += 4 * w)
+    for (int k = 0; k < 4; ++k) acc[k] += load(row + c + k * w);
+  for (; c + w <= C; c += w) acc[0] += load(row + c);
+  S tail = 0;
+  for (; c < C; ++c) tail += to_scalar(row[c]);
+  return sum((acc[0] + acc[1]) + (acc[2] + acc[3])) + tail;
+}
 template <class P, class S>
 S sum_squares(const P* row, S mean, int64_t C) {
   using V = typename simd<S>::V;
   constexpr int w = simd<S>::width;
-  V a{}, b{}, d{}, e{};
+  V acc[4] = {};
   int64_t c = 0;
   for (; c + 4 * w <= C; c += 4 * w) {
-    const V u = load(row + c) - mean, v = load(row + c + w) - mean;
-    const V x = load(row + c + 2 * w) - mean, y = load(row + c + 3 * w) - mean;
-    a += u * u;
-    b += v * v;
-    d += x * x;
-    e += y * y;
+    for (int k = 0; k < 4; ++k) {
+      const V u = load(row + c + k * w) - mean;
+      acc[k] += u * u;
+    }
   }
   for (; c + w <= C; c += w) {
     const V u = load(row + c) - mean;
-    a += u * u;
+    acc[0] += u * u;
   }
   S tail = 0;
   for (; c < C; ++c) tail += (to_scalar(row[c]) - mean) * (to_scalar(row[c]) - mean);
-  return sum((a + b) + (d + e)) + tail;
+  return sum((acc[0] + acc[1]) + (acc[2] + acc[3])) + tail;
+}
+
+// Mean (0 unless centred) and mean square about it.
+template <class P, class S>
+FASTDIT_INLINE void moments(const P* row, int64_t C, bool centred, S& mean, S& square) {
+  const S scale = S(1) / static_cast<S>(C);
+#if defined(__AVX512BF16__)
+  if constexpr (same<P, bf16>) {
+    // Sum and squares in one reading: exact products, summed in fp32. Cancellation in their difference costs at most
+    // 6 bits here, far below bf16; a row further from its mean than that takes the two readings below.
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+    __m512 s0{}, s1{}, q0{}, q1{};
+    int64_t c = 0;
+    for (; c + 64 <= C; c += 64) {
+      const __m512bh u = load_raw<__m512bh>(row + c), v = load_raw<__m512bh>(row + c + 32);
+      s0 = _mm512_dpbf16_ps(s0, u, ones);
+      s1 = _mm512_dpbf16_ps(s1, v, ones);
+      q0 = _mm512_dpbf16_ps(q0, u, u);
+      q1 = _mm512_dpbf16_ps(q1, v, v);
+    }
+    for (; c < C; c += 32) {
+      const __mmask32 some = C - c >= 32 ? ~__mmask32{0} : (__mmask32{1} << (C - c)) - 1;
+      const __m512bh u = (__m512bh)_mm512_maskz_loadu_epi16(some, row + c);
+      s0 = _mm512_dpbf16_ps(s0, u, ones);
+      q0 = _mm512_dpbf16_ps(q0, u, u);
+    }
+    mean = centred ? _mm512_reduce_add_ps(_mm512_add_ps(s0, s1)) * scale : 0.0f;
+    square = _mm512_reduce_add_ps(_mm512_add_ps(q0, q1)) * scale - mean * mean;
+    if (square * 64 > mean * mean) return;
+  }
+#endif
+  mean = centred ? sum_row(row, C) * scale : S(0);
+  square = sum_squares(row, mean, C) * scale;
 }
 
 template <class T, class TR, bool native>
@@ -79,18 +231,30 @@ struct Row {
   using S = typename simd<T>::S;
   using V = typename simd<T>::V;
   static constexpr int w = simd<T>::width;
+  static constexpr bool paired = same<T, bf16> && same<TR, bf16>;
+  using L = Lanes<S, paired>;
 
   const ModulationParams& p;
-  int64_t C, padded;
+  int64_t C, padded, tokens;
   bool stream;  // outputs larger than the caches bypass them
+  bool grouped;
   Scratch<S> memory;
-  Scratch<TR> stored;         // r of this token
-  const TR* value = nullptr;  // what the norm reads: r as stored, or y where there is no residual
-  S *post, *affine, *offset;  // affine = weight_offset + weight, offset = bias
-  Cursor<S> gate, scale, shift;
+  Scratch<TR> stored;           // r of the group
+  const TR* value[kRows] = {};  // what the norm reads: r as stored, or y where there is no residual
+  S mean[kRows], root[kRows];   // of value
+  S post_root[kRows];           // rsqrt(mean(y^2) + post_eps)
+  S *post, *affine, *offset;    // affine = weight_offset + weight, offset = bias
+  Cursor<S, paired> gate, scale, shift;
 
-  explicit Row(const ModulationParams& params)
-      : p(params), C(p.C), padded((p.C + w - 1) / w * w), stream(streams(params)), memory(6 * padded), stored(padded) {
+  Row(const ModulationParams& params, bool streams)
+      : p(params),
+        C(p.C),
+        padded((p.C + 2 * w - 1) / (2 * w) * (2 * w)),
+        tokens(p.B * p.N),
+        stream(streams),
+        grouped(kRows * p.C * int64_t{sizeof(TR)} <= 24 * 1024),
+        memory(6 * padded),
+        stored(kRows * padded) {
     S* m = memory.get();
     for (int64_t i = 0; i < 6 * padded; ++i) m[i] = 0;
     post = m;
@@ -99,19 +263,21 @@ struct Row {
     gate.values = m + 3 * padded;
     scale.values = m + 4 * padded;
     shift.values = m + 5 * padded;
-    if (p.post_weight.data) widen(p.post_weight.data, 0, p.post_weight.dtype, post, C);
-    if (p.weight.data) widen(p.weight.data, 0, p.weight.dtype, affine, C);
+    if (p.post_weight.data) widen<S, paired>(p.post_weight.data, 0, p.post_weight.dtype, post, C);
+    if (p.weight.data) widen<S, paired>(p.weight.data, 0, p.weight.dtype, affine, C);
     if (p.weight_offset != 0)
-      for (int64_t c = 0; c < C; ++c) affine[c] = to_scalar(round_scalar(affine[c] + static_cast<S>(p.weight_offset)));
-    if (p.bias.data) widen(p.bias.data, 0, p.bias.dtype, offset, C);
+      for (int64_t c = 0; c < padded; ++c)
+        affine[c] = to_scalar(round_scalar(affine[c] + static_cast<S>(p.weight_offset)));
+    if (p.bias.data) widen<S, paired>(p.bias.data, 0, p.bias.dtype, offset, C);
   }
 
-  static bool streams(const ModulationParams& p) {
+  // Whether outputs of `rows` rows of T and TR are to be streamed; every store of theirs must be aligned.
+  static bool streams(const ModulationParams& p, const void* r, const void* h) {
     const auto aligned = [&](const void* out, int64_t item) {
       return reinterpret_cast<uintptr_t>(out) % 64 == 0 && p.C * item % 64 == 0;
     };
-    const int64_t bytes = p.B * p.N * p.C * ((p.r ? sizeof(TR) : 0) + (p.h ? sizeof(T) : 0));
-    return aligned(p.r, sizeof(TR)) && aligned(p.h, sizeof(T)) && 2 * bytes > last_level_cache();
+    const int64_t bytes = p.B * p.N * p.C * ((r ? sizeof(TR) : 0) + (h ? sizeof(T) : 0));
+    return aligned(r, sizeof(TR)) && aligned(h, sizeof(T)) && 2 * bytes > last_level_cache();
   }
   static auto round_scalar(S x) {
     if constexpr (native)
@@ -125,68 +291,89 @@ struct Row {
     else
       return v;
   }
+  // A staged row at step c.
+  static FASTDIT_INLINE Pair<V> at(const S* staged, int64_t c) {
+    return {load_raw<V>(staged + c), load_raw<V>(staged + c + w)};
+  }
 
-  S total = 0;      // sum of value
-  S post_root = 1;  // rsqrt(mean(y^2) + post_eps)
+  RowMap map(const Table& t, const void* index) const { return {t, p.N, tokens, index, p.index_is_64}; }
+  template <class U>
+  static U* row_of(U* base, int64_t stride_b, int64_t stride_n, int64_t N, int64_t i) {
+    return base + i / N * stride_b + i % N * stride_n;
+  }
+  const T* y(int64_t i) const { return row_of(static_cast<const T*>(p.y), p.y_stride_b, p.y_stride_n, p.N, i); }
+  const TR* residual(int64_t i) const {
+    return row_of(static_cast<const TR*>(p.residual), p.residual_stride_b, p.residual_stride_n, p.N, i);
+  }
 
-  // value = y, or residual + act(gate) * [rms](y) rounded as stored in r.
-  void gate_residual(int64_t b, int64_t n) {
-    const T* y = static_cast<const T*>(p.y) + b * p.y_stride_b + n * p.y_stride_n;
-    V sum_a{}, sum_b{};
-    int64_t c = 0;
-    if (!p.residual) {
-      if constexpr (sizeof(T) == sizeof(TR)) value = reinterpret_cast<const TR*>(y);  // then T is TR
-      if (p.norm != Norm::layer) return;
-      for (; c + 2 * w <= C; c += 2 * w) {
-        sum_a += load(y + c);
-        sum_b += load(y + c + w);
-      }
-      for (; c < C; c += w) sum_a += c + w <= C ? load(y + c) : load_n(y + c, static_cast<int>(C - c));
-      total = sum(sum_a + sum_b);
-      return;
-    }
-    if (gate.move(p.gate, b, n, p.N, p.gate_row_index, p.index_is_64, C) && p.gate_act == GateAct::tanh)
+  // Moves the tables to token i; how many tokens, 1 or kRows, can go together from there.
+  int open(int64_t i, int64_t stop) {
+    if (gate.move(map(p.gate, p.gate_row_index), i, C) && p.gate_act == GateAct::tanh)
       for (int64_t c = 0; c < padded; c += w) store_raw(gate.values + c, rounded(tanh(load(gate.values + c))));
-    const bool gated = p.gate.data;
-    const TR* residual = static_cast<const TR*>(p.residual) + b * p.residual_stride_b + n * p.residual_stride_n;
-    TR* out = p.r ? static_cast<TR*>(p.r) + (b * p.N + n) * C : nullptr;  // the backward only wants value
-    value = stored.get();
-    if (p.post_norm) post_root = inverse_root(sum_squares(y, S(0), C) / static_cast<S>(C) + static_cast<S>(p.post_eps));
-    const bool post = p.post_norm, weighted = p.post_weight.data;
-    auto element = [&](int64_t c, V from, V res) {
-      V v = from;
-      if (post) {
-        v = rounded(v * post_root);
-        if (weighted) v = rounded(v * load(this->post + c));
-      }
-      if (gated) v = rounded(v * load(gate.values + c));
-      return res + v;
-    };
-    for (; c + w <= C; c += w) {
-      const V v = element(c, load(y + c), load(residual + c));
-      if (out) put(out + c, v, stream);
-      store(stored.get() + c, v);
-      sum_a += round_to<TR>(v);
-    }
-    if (const int tail = static_cast<int>(C - c); tail) {
-      const V v = element(c, load_n(y + c, tail), load_n(residual + c, tail));
-      if (out) store_n(out + c, v, tail);
-      store(stored.get() + c, v);
-      sum_a += round_to<TR>(v);  // zero beyond the row: y, residual and gate are
-    }
-    total = sum(sum_a + sum_b);
-  }
-
-  // Statistics of value, as the norm takes them.
-  void statistics(S& mean, S& root) const {
-    mean = p.norm == Norm::layer ? total / static_cast<S>(C) : S(0);
-    root = inverse_root(sum_squares(value, mean, C) / static_cast<S>(C) + static_cast<S>(p.eps));
-  }
-
-  void move_norm_tables(int64_t b, int64_t n) {
-    if (scale.move(p.scale, b, n, p.N, p.row_index, p.index_is_64, C))
+    if (scale.move(map(p.scale, p.row_index), i, C))
       for (int64_t c = 0; c < padded; c += w) store_raw(scale.values + c, rounded(load(scale.values + c) + S(1)));
-    shift.move(p.shift, b, n, p.N, p.row_index, p.index_is_64, C);
+    shift.move(map(p.shift, p.row_index), i, C);
+    const int64_t last = i + kRows;
+    return grouped && last <= stop && last <= gate.end && last <= scale.end && last <= shift.end ? kRows : 1;
+  }
+
+  // value[k] = y, or residual + act(gate) * [rms](y) rounded as stored in r; and its statistics.
+  void read(int64_t i, int k) {
+    const T* from = y(i);
+    if (!p.residual) {
+      if constexpr (same<T, TR>) value[k] = from;
+    } else {
+      gate_residual(i, k, from);
+    }
+    if (p.norm == Norm::none) return;
+    S square;
+    moments(value[k], C, p.norm == Norm::layer, mean[k], square);
+    root[k] = inverse_root(square + static_cast<S>(p.eps));
+  }
+
+  void gate_residual(int64_t i, int k, const T* from) {
+    const TR* res = residual(i);
+    TR* out = p.r ? static_cast<TR*>(p.r) + i * C : nullptr;  // the backward only wants value
+    TR* kept = stored.get() + k * padded;
+    const bool keep = p.norm != Norm::none && (!out || stream), gated = p.gate.data;
+    const bool last = i + kRows >= tokens;  // lines of the next group
+    const T* next_y = last ? from : y(i + kRows);
+    const TR* next_res = last ? res : residual(i + kRows);
+    value[k] = keep ? kept : out;
+    const auto run = [&](auto&& element) {
+      L::sweep(C, [&](int64_t c, auto step) {
+        L::ahead(next_y + c);
+        L::ahead(next_res + c);
+        const Pair<V> v = element(c, L::get(from + c, step)), r = L::get(res + c, step);
+        const Pair<V> sum{r.a + v.a, r.b + v.b};
+        if (out) L::put(out + c, sum, step, stream);
+        if (keep) L::put(kept + c, sum, step);
+      });
+    };
+    if (gated && !p.post_norm) {  // the hot case, free of branches
+      return run([&](int64_t c, Pair<V> v) -> Pair<V> {
+        const Pair<V> g = at(gate.values, c);
+        return {rounded(v.a * g.a), rounded(v.b * g.b)};
+      });
+    }
+    const bool weighted = p.post_weight.data;
+    if (p.post_norm) {
+      S zero, square;
+      moments(from, C, false, zero, square);
+      post_root[k] = inverse_root(square + static_cast<S>(p.post_eps));
+    }
+    run([&](int64_t c, Pair<V> v) -> Pair<V> {
+      if (p.post_norm) v = {rounded(v.a * post_root[k]), rounded(v.b * post_root[k])};
+      if (p.post_norm && weighted) {
+        const Pair<V> u = at(post, c);
+        v = {rounded(v.a * u.a), rounded(v.b * u.b)};
+      }
+      if (gated) {
+        const Pair<V> g = at(gate.values, c);
+        v = {rounded(v.a * g.a), rounded(v.b * g.b)};
+      }
+      return v;
+    });
   }
 };
 

@@ -1,98 +1,10 @@
-// The heads of one token: norm by given statistics, rotation, store. Include only from csrc/cpu/rotary.cpp.
-//
-// Interleaved pairs are taken apart on load (bf16: a shift and a mask), so that the rotation is four products on whole
-// vectors with the tables as they lie in memory, and put together again on store.
+// The heads of one token, forward: norm by given statistics, rotation, store. Include only from csrc/cpu/rotary.cpp.
 #pragma once
 
-#include <utility>
-
-#include "fastdit/rotary.h"
-#include "simd.h"
+#include "rotary_row.h"
 
 namespace fastdit::cpu::FASTDIT_ISA {
 namespace {
-
-// ---- pairs of neighbouring channels ---------------------------------------------------------------------
-
-template <class V>
-struct Pair {
-  V a, b;  // channels 2i and 2i + 1
-};
-
-template <int... I, class V>
-FASTDIT_INLINE V shuffle(V x, V y, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(x, y, I...);
-}
-template <class V, int... I>
-FASTDIT_INLINE Pair<V> deinterleave(V x, V y, std::integer_sequence<int, I...>) {
-  return {shuffle(x, y, std::integer_sequence<int, 2 * I...>{}),
-          shuffle(x, y, std::integer_sequence<int, 2 * I + 1 ...>{})};
-}
-template <class V, int... I>
-FASTDIT_INLINE Pair<V> interleave(V x, V y, std::integer_sequence<int, I...>) {
-  constexpr int n = sizeof...(I);
-  return {shuffle(x, y, std::integer_sequence<int, I / 2 + I % 2 * n...>{}),
-          shuffle(x, y, std::integer_sequence<int, n / 2 + I / 2 + I % 2 * n...>{})};
-}
-
-// 2 * width channels from p. bf16 pairs are 32-bit words: a shift and a mask take them apart.
-template <class T, class V = typename simd<T>::V>
-FASTDIT_INLINE Pair<V> load_pairs(const T* p) {
-  constexpr int width = simd<T>::width;
-  return deinterleave(load(p), load(p + width), std::make_integer_sequence<int, width>{});
-}
-template <>
-FASTDIT_INLINE Pair<vf> load_pairs<bf16, vf>(const bf16* p) {
-  const vu words = load_raw<vu>(p);
-  return {(vf)(words << 16), (vf)(words & 0xffff0000u)};
-}
-template <class T, class V = typename simd<T>::V>
-FASTDIT_INLINE void store_pairs(T* p, Pair<V> v, bool stream = false) {
-  constexpr int width = simd<T>::width;
-  const Pair<V> rows = interleave(v.a, v.b, std::make_integer_sequence<int, width>{});
-  put(p, rows.a, stream);
-  put(p + width, rows.b, stream);
-}
-FASTDIT_INLINE vu bf16_bits(vf v) {  // in the upper halves, rounded to nearest even; the lower halves are rubbish
-  const vu u = (vu)v;
-  const vu nan = (vu)((u & 0x7fffffffu) > 0x7f800000u);
-  return (nan & (u | 0x400000u)) | (~nan & (u + 0x7fffu + ((u >> 16) & 1u)));
-}
-template <>
-FASTDIT_INLINE void store_pairs<bf16, vf>(bf16* p, Pair<vf> v, bool stream) {
-#if defined(__AVX512BF16__)
-  const __m512i merge = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  put_raw(p, _mm512_permutexvar_epi16(merge, (__m512i)_mm512_cvtne2ps_pbh((__m512)v.b, (__m512)v.a)), stream);
-#else
-  put_raw(p, (bf16_bits(v.a) >> 16) | (bf16_bits(v.b) & 0xffff0000u), stream);
-#endif
-}
-template <class T, class V = typename simd<T>::V>
-FASTDIT_INLINE Pair<V> load_pairs_n(const T* p, int64_t n) {
-  T padded[2 * simd<T>::width] = {};
-  for (int64_t i = 0; i < n; ++i) padded[i] = p[i];
-  return load_pairs(padded);
-}
-template <class T, class V = typename simd<T>::V>
-FASTDIT_INLINE void store_pairs_n(T* p, Pair<V> v, int64_t n) {
-  T padded[2 * simd<T>::width];
-  store_pairs(padded, v);
-  for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
-}
-
-// ---- one head -----------------------------------------------------------------------------------------
-
-// What rotates the heads of a token: R/2 cosines and sines. half: for `sections` runs of `pairs` pairs.
-template <class S>
-struct Rotation {
-  int64_t rotated = 0;          // R, 0 for a token outside the slice
-  bool round_products = false;  // tables of x's dtype under the native law
-  int sections = 1;
-  int64_t pairs[3] = {0, 0, 0};
-  const S* c = nullptr;
-  const S* s = nullptr;
-};
 
 // Channel vectors of one head after its norm. For the interleaved layout weight and bias are staged per block of two
 // vectors: the even channels, then the odd ones.
@@ -105,6 +17,7 @@ struct Normed {
   const S* weight;
   const S* bias;
   V mean, rstd;
+  const T* next;  // the same head of the next token
 
   FASTDIT_INLINE V finish(V v, V w, V b) const {
     if constexpr (kNorm == RotaryNorm::none) return v;
@@ -147,6 +60,8 @@ FASTDIT_INLINE void interleaved(const Head& x, T* y, int64_t channels, const Rot
   constexpr int width = simd<T>::width, block = 2 * width;
   int64_t i = 0;
   for (; i + block <= r.rotated; i += block) {
+    fetch(x.next + i);
+    if constexpr (sizeof(T) > 2) fetch(x.next + i + width);
     store_pairs(y + i, rotate<T, kRound>(x.pairs(i), load(r.c + i / 2), load(r.s + i / 2)), stream);
   }
   if (i < r.rotated) {  // a block with a tail, or with channels that do not rotate
@@ -176,6 +91,8 @@ FASTDIT_INLINE void half(const Head& x, T* y, int64_t channels, const Rotation<S
     const int64_t pairs = r.pairs[section], hi = lo + pairs;
     int64_t i = 0;
     for (; i + width <= pairs; i += width) {
+      fetch(x.next + lo + i);
+      fetch(x.next + hi + i);
       const Pair<V> v = rotate<T, kRound>(Pair<V>{x.at(lo + i), x.at(hi + i)}, load(c + i), load(s + i));
       put(y + lo + i, v.a, stream);
       put(y + hi + i, v.b, stream);
@@ -213,6 +130,7 @@ struct Heads {
   const S* rstd;
   int64_t stat_stride;  // 0: one for all heads
   bool stream;          // store past the caches
+  int64_t next;         // how far x of the next token is; 0: there is none
 };
 template <class T>
 using HeadsFn = void (*)(const Heads<T>& heads, const Rotation<typename simd<T>::S>& r);
@@ -220,9 +138,12 @@ using HeadsFn = void (*)(const Heads<T>& heads, const Rotation<typename simd<T>:
 template <class T, RotaryNorm kNorm, int kAffine, bool kNative, bool kInterleaved>
 void process(const Heads<T>& o, const Rotation<typename simd<T>::S>& r) {
   for (int64_t h = 0; h < o.count; ++h) {
-    const Normed<T, kNorm, kAffine, kNative> x{o.x + h * o.x_stride, o.weight + h * o.affine_stride,
-                                               o.bias + h * o.affine_stride, splat(o.mean[h * o.stat_stride]),
-                                               splat(o.rstd[h * o.stat_stride])};
+    const Normed<T, kNorm, kAffine, kNative> x{o.x + h * o.x_stride,
+                                               o.weight + h * o.affine_stride,
+                                               o.bias + h * o.affine_stride,
+                                               splat(o.mean[h * o.stat_stride]),
+                                               splat(o.rstd[h * o.stat_stride]),
+                                               o.x + h * o.x_stride + o.next};
     T* y = o.y + h * o.y_stride;
     if constexpr (kInterleaved) {
       kNative&& r.round_products ? interleaved<T, kNative>(x, y, o.channels, r, o.stream)

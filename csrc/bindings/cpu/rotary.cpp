@@ -4,6 +4,7 @@
 
 using fastdit::QkNormRopeParams;
 using fastdit::RotaryAxes;
+using fastdit::RotaryGrad;
 using fastdit::RotaryOperand;
 using fastdit::RotaryTable;
 
@@ -25,7 +26,7 @@ T* pointer(const py::handle& t, py::ssize_t i) {
 
 // (address, shape, strides, address of the output); a shape (N, H, D) is a batch of one. The output is contiguous,
 // or x itself.
-RotaryOperand operand(const py::tuple& t) {
+RotaryOperand operand(const py::handle& t) {
   RotaryOperand o{};
   o.x = pointer(t, 0);
   o.out = pointer(t, 3);
@@ -75,7 +76,7 @@ RotaryAxes axes(const py::handle& t) {
   a.segments = item(t, 2);
   a.packed = item(t, 3) != 0;
   a.count = static_cast<int>(size(t) - 4);
-  if (a.count > 3) throw py::value_error("qk_norm_rope_forward: at most three axes");
+  if (a.count > 3) throw py::value_error("qk_norm_rope: at most three axes");
   for (int i = 0; i < a.count; ++i) {
     const py::handle axis = part(t, 4 + i);
     a.cos[i] = pointer(axis, 0);
@@ -85,41 +86,72 @@ RotaryAxes axes(const py::handle& t) {
   return a;
 }
 
+// What forward and backward share: (dtype, q, k, their weights, biases, tables, axes, norm, all heads, eps, layout,
+// pairs, rope_start, rope_len, native, threads).
+QkNormRopeParams parameters(const py::tuple& a) {
+  QkNormRopeParams p{};
+  const py::handle q = part(a, 1), q_table = part(a, 7), k_table = part(a, 8), shape = part(q, 1);
+  p.dtype = static_cast<int>(item(a, 0));
+  p.q = operand(q);
+  p.k = operand(part(a, 2));
+  p.batch = size(shape) == 4 ? item(shape, 0) : 1;
+  p.head_dim = item(shape, size(shape) - 1);
+  vector(part(a, 3), p.q.weight, p.q.weight_dtype);
+  vector(part(a, 4), p.k.weight, p.k.weight_dtype);
+  vector(part(a, 5), p.q.bias, p.q.bias_dtype);
+  vector(part(a, 6), p.k.bias, p.k.bias_dtype);
+  p.q.table = table(q_table);
+  p.k.table = k_table.is_none() ? p.q.table : table(k_table);
+  p.axes = axes(part(a, 9));
+  p.q.use_axes = p.axes.count > 0;
+  p.k.use_axes = p.axes.count > 0 && k_table.is_none();
+  p.norm = static_cast<fastdit::RotaryNorm>(item(a, 10));
+  p.all_heads = item(a, 11) != 0;
+  p.eps = part(a, 12).cast<double>();
+  p.layout = static_cast<fastdit::RotaryLayout>(item(a, 13));
+  p.rotated = 2 * item(a, 14);
+  p.rope_start = item(a, 15);
+  p.rope_len = item(a, 16);
+  p.native = item(a, 17) != 0;
+  p.threads = static_cast<int>(item(a, 18));
+  return p;
+}
+
+// None, or (address, strides, addresses of the gradients of weight and bias, table of gradients) for an operand.
+RotaryGrad gradient(const py::handle& t) {
+  RotaryGrad g{};
+  if (t.is_none()) return g;
+  g.grad = pointer<const void>(t, 0);
+  const py::handle strides = part(t, 1);
+  const py::ssize_t rank = size(strides);
+  for (int i = 0; i < 3; ++i) g.grad_stride[i] = rank == 3 && i == 0 ? 0 : item(strides, rank - 4 + i);
+  g.weight = pointer(t, 2);
+  g.bias = pointer(t, 3);
+  g.table = table(part(t, 4));
+  return g;
+}
+
 }  // namespace
 
 void bind_rotary(py::module_& m) {
   m.def(
       "qk_norm_rope_forward",
-      [](int dtype, const py::tuple& q, const py::tuple& k, py::handle q_weight, py::handle k_weight, py::handle q_bias,
-         py::handle k_bias, py::handle q_table, py::handle k_table, py::handle compact, int norm, bool all_heads,
-         double eps, int layout, int64_t pairs, int64_t rope_start, int64_t rope_len, bool native, int threads) {
-        QkNormRopeParams p{};
-        p.dtype = dtype;
-        p.q = operand(q);
-        p.k = operand(k);
-        const py::handle shape = part(q, 1);
-        p.batch = size(shape) == 4 ? item(shape, 0) : 1;
-        p.head_dim = item(shape, size(shape) - 1);
-        vector(q_weight, p.q.weight, p.q.weight_dtype);
-        vector(k_weight, p.k.weight, p.k.weight_dtype);
-        vector(q_bias, p.q.bias, p.q.bias_dtype);
-        vector(k_bias, p.k.bias, p.k.bias_dtype);
-        p.q.table = table(q_table);
-        p.k.table = k_table.is_none() ? p.q.table : table(k_table);
-        p.axes = axes(compact);
-        p.q.use_axes = p.axes.count > 0;
-        p.k.use_axes = p.axes.count > 0 && k_table.is_none();
-        p.norm = static_cast<fastdit::RotaryNorm>(norm);
-        p.all_heads = all_heads;
-        p.eps = eps;
-        p.layout = static_cast<fastdit::RotaryLayout>(layout);
-        p.rotated = 2 * pairs;
-        p.rope_start = rope_start;
-        p.rope_len = rope_len;
-        p.native = native;
-        p.threads = threads;
+      [](const py::tuple& shared) {
+        const QkNormRopeParams p = parameters(shared);
         py::gil_scoped_release release;
         fastdit::cpu::qk_norm_rope_forward(p);
       },
       "rope(n(q)), rope(n(k)); without a table of its own k takes q's. See fastdit/rotary.h.");
+  m.def(
+      "qk_norm_rope_backward",
+      [](const py::tuple& shared, py::handle q, py::handle k, py::handle compact) {
+        fastdit::QkNormRopeGradParams g{};
+        g.forward = parameters(shared);
+        g.q = gradient(q);
+        g.k = gradient(k);
+        g.axes = axes(compact);
+        py::gil_scoped_release release;
+        fastdit::cpu::qk_norm_rope_backward(g);
+      },
+      "Every gradient of qk_norm_rope_forward; the outputs of the operands are the gradients of q and k.");
 }

@@ -60,8 +60,24 @@ struct QkNormRopeParams {
   int threads;
 };
 
+// Gradients of q or k. The gradient of x goes to the operand's `out`; null pointers: nobody wants it.
+struct RotaryGrad {
+  const void* grad;  // of the output, in its dtype
+  int64_t grad_stride[3];
+  void* weight;  // as the operand's weight and bias: dtype, contiguous
+  void* bias;
+  RotaryTable table;  // sums of cos and sin, contiguous, stride 0 where they broadcast; fp64, added to
+};
+
+struct QkNormRopeGradParams {
+  QkNormRopeParams forward;
+  RotaryGrad q, k;
+  RotaryAxes axes;  // likewise of the axes; count 0: nobody wants it
+};
+
 namespace cpu {
 FASTDIT_ENTRY(qk_norm_rope_forward, QkNormRopeParams)
+FASTDIT_ENTRY(qk_norm_rope_backward, QkNormRopeGradParams)
 }  // namespace cpu
 
 }  // namespace fastdit

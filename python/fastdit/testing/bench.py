@@ -57,9 +57,8 @@ class Subject(Protocol):
     def shape(self) -> str: ...
     @property
     def flops(self) -> int: ...
-    @property
-    def bytes(self) -> Callable[[torch.dtype], int]: ...
-    def work(self, pass_: str) -> float: ...
+    def moved(self, dtype: torch.dtype, pass_: str) -> int: ...
+    def computed(self, pass_: str) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,8 @@ class Measured:
     @property
     def rate(self) -> tuple[float, str]:
         if self.workload.flops:
-            return self.workload.flops * self.workload.work(self.pass_) / self.ours.p50 / 1e9, "GFLOP/s"
-        return self.workload.bytes(self.dtype) * self.workload.work(self.pass_) / self.ours.p50 / 1e9, "GB/s"
+            return self.workload.computed(self.pass_) / self.ours.p50 / 1e9, "GFLOP/s"
+        return self.workload.moved(self.dtype, self.pass_) / self.ours.p50 / 1e9, "GB/s"
 
     def rows(self) -> list[Row]:
         """One per peer, as `fastdit bench --json` writes them; ratio = peer_ms / time_ms, above 1 is faster."""
@@ -263,13 +262,13 @@ def _call(function: Callable, workload: Workload, args: tuple, kwargs: dict, pas
 
 def ceiling(workload: Subject, dtype: torch.dtype, pass_: str, device: str) -> tuple[str, timing.Call, float]:
     """Name, call, and the factor that turns the call's time into the time of this row's bytes or FLOPs."""
-    work = workload.work(pass_)
     if workload.flops:
         n = _GEMM_SIZE[torch.device(device).type]
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        return "gemm", lambda: a @ b, workload.flops * work / (2 * n**3)
-    source = torch.zeros(max(workload.bytes(dtype) // 2 // dtype.itemsize, 1), dtype=dtype, device=device)
-    return "copy", source.clone, work
+        return "gemm", lambda: a @ b, workload.computed(pass_) / (2 * n**3)
+    size = workload.moved(dtype, pass_) // 2 // dtype.itemsize
+    source = torch.zeros(max(size, 1), dtype=dtype, device=device)
+    return "copy", source.clone, 1.0
 
 
 def _name(dtype: torch.dtype) -> str:

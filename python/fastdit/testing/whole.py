@@ -45,11 +45,11 @@ class Whole:
     flops: int = 0
     op: str = OP
 
-    def work(self, pass_: str) -> float:
-        return 1.0
-
-    def bytes(self, dtype: torch.dtype) -> int:
+    def moved(self, dtype: torch.dtype, pass_: str) -> int:
         return 0
+
+    def computed(self, pass_: str) -> float:
+        return self.flops
 
     def __str__(self) -> str:
         return f"{self.op}-{self.model}"

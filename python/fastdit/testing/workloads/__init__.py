@@ -58,8 +58,8 @@ class Sample:
 class Workload:
     """A benchmark row: one op at one model's shape. `bytes` and `flops` are the least that the op must move and do.
 
+    bytes_bwd: likewise of its backward alone; twice `bytes` unless told. flops_bwd: in units of the forward's.
     peers: name -> function of the same (args, kwargs); "eager", "compile", "sdpa", "padded", "conv_ndhwc", ... .
-    backward: bytes or FLOPs of the backward in units of the forward's.
     """
 
     op: str
@@ -71,11 +71,18 @@ class Workload:
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
     peers: dict[str, Callable] | None = None
     fixed: tuple[str, ...] = ()
-    backward: float = 2.0
+    bytes_bwd: Callable[[torch.dtype], int] | None = None
+    flops_bwd: float = 2.0
 
-    def work(self, pass_: str) -> float:
-        """Bytes or FLOPs of a pass in units of the forward's."""
-        return {"fwd": 1.0, "bwd": self.backward, "fwd+bwd": 1.0 + self.backward}[pass_]
+    def moved(self, dtype: torch.dtype, pass_: str) -> int:
+        """Bytes of a pass: fwd, bwd or fwd+bwd."""
+        forward = self.bytes(dtype)
+        backward = 2 * forward if self.bytes_bwd is None else self.bytes_bwd(dtype)
+        return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[pass_]
+
+    def computed(self, pass_: str) -> float:
+        """FLOPs of a pass."""
+        return self.flops * {"fwd": 1.0, "bwd": self.flops_bwd, "fwd+bwd": 1.0 + self.flops_bwd}[pass_]
 
     def __str__(self) -> str:
         return f"{self.op}-{self.model}"

@@ -49,10 +49,10 @@ def _workload(model: str, rows: tuple[int, ...], C: int, act: str = "gelu_tanh",
         return (x, act), dict(up=up)
 
     elements = torch.Size((*rows, C)).numel()
-    passes = 3 if gated else 2
+    passes, passes_bwd = (3, 5) if gated else (2, 3)
     return Workload(
         "activation", model, "x".join(map(str, (*rows, C))), make, lambda dtype: passes * elements * dtype.itemsize,
-        peers={"eager": _eager}, backward=(5 if gated else 3) / passes,
+        peers={"eager": _eager}, bytes_bwd=lambda dtype: passes_bwd * elements * dtype.itemsize,
     )  # fmt: skip
 
 

@@ -150,16 +150,15 @@ _SHAPES = (
 )
 
 
-def _workload(op: str, make, eager, passes: int, shape: tuple[str, int, int, int]) -> Workload:
+def _workload(op: str, make, eager, tensors: tuple[int, int], shape: tuple[str, int, int, int]) -> Workload:
+    """tensors: how many of x's size the forward and the backward move."""
     name, B, N, C = shape
-
-    def moved(dtype: torch.dtype) -> int:
-        return passes * B * N * C * dtype.itemsize
-
-    return Workload(op, name, f"{B}x{N}x{C}", make(B, N, C), moved, peers={"eager": eager})
+    forward, backward = (lambda dtype, count=count: count * B * N * C * dtype.itemsize for count in tensors)
+    peers = {"eager": eager}
+    return Workload(op, name, f"{B}x{N}x{C}", make(B, N, C), forward, peers=peers, bytes_bwd=backward)
 
 
 BENCH = (
-    *(_workload("norm_modulate", _bench_norm, _eager_norm, 2, shape) for shape in _SHAPES),
-    *(_workload("gate_residual_norm_modulate", _bench_seam, _eager_seam, 4, shape) for shape in _SHAPES),
+    *(_workload("norm_modulate", _bench_norm, _eager_norm, (2, 3), shape) for shape in _SHAPES),
+    *(_workload("gate_residual_norm_modulate", _bench_seam, _eager_seam, (4, 6), shape) for shape in _SHAPES),
 )

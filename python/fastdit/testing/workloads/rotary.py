@@ -206,10 +206,13 @@ def _workload(model: str, B: int, N: int, H: int, D: int, text: int = 0, fused: 
         affine = _affine(m, H * D if options.get("scope") == "hidden" else D, bias=options["norm"] == "layer")
         return qk, options | affine | _table(m, N - text, D // 2, dtype=torch.float32)
 
-    def moved(dtype: torch.dtype) -> int:
-        return 4 * B * N * H * D * dtype.itemsize + 4 * (N - text) * D
+    def moved(tensors: int):  # of q's size, and one reading of the table
+        return lambda dtype: tensors * B * N * H * D * dtype.itemsize + 4 * (N - text) * D
 
-    return Workload("qk_norm_rope", model, f"{B}x{N}x{H}x{D}", make, moved, peers={"eager": _eager})
+    return Workload(
+        "qk_norm_rope", model, f"{B}x{N}x{H}x{D}", make, moved(4),
+        peers={"eager": _eager}, fixed=("cos", "sin"), bytes_bwd=moved(6),
+    )  # fmt: skip
 
 
 # N of the long videos is cut to what a CPU row can hold; "fused" reads q and k from one projection
