@@ -318,28 +318,51 @@ class WeightGrad : Input<T, M> {
     }
   }
 
-  // One rounding, and the store in the weight's layout.
+  // One rounding, and the store in the weight's layout: a vector of output channels is turned, by way of L1, into one
+  // run of taps per channel.
   template <class TW>
   void finish() const {
+    using SW = typename simd<TW>::S;
     const int64_t* stride = q_.d_weight_stride;
-    parallel_tasks(blocks_.vectors * inputs_, p_.threads, [&](int64_t task, int) {
-      const int64_t input = task % inputs_, vector = task / inputs_;
-      int64_t block = 0;
-      while (blocks_.begin(block + 1) <= vector) ++block;
-      const int64_t lanes = blocks_.size(block) * kLanes, skip = (vector - blocks_.begin(block)) * kLanes;
-      const int64_t channels = min(kLanes, p_.cout - vector * kLanes), width = min(kInputs, p_.cin - input * kInputs);
-      for (int64_t lane = 0; lane < channels; ++lane)
-        for (int64_t i = 0; i < width; ++i) {
-          TW* out =
-              static_cast<TW*>(q_.d_weight) + (vector * kLanes + lane) * stride[0] + (input * kInputs + i) * stride[1];
-          for (int64_t kt = 0; kt < p_.kernel[0]; ++kt) {
-            const S* from = sums(block, kt, input) + i * lanes + skip + lane;
-            for (int64_t kh = 0; kh < p_.kernel[1]; ++kh)
-              for (int64_t kw = 0; kw < p_.kernel[2]; ++kw, from += kInputs * lanes)
-                out[kt * stride[2] + kh * stride[3] + kw * stride[4]] =
-                    from_scalar<TW>(static_cast<typename simd<TW>::S>(*from));
-          }
+    const int64_t taps = p_.kernel[0] * taps_, run = kInputs * taps;
+    const bool dense = stride[4] == 1 && stride[3] == p_.kernel[2] && stride[2] == taps_ && stride[1] == taps;
+    parallel_ranges(blocks_.vectors * inputs_, p_.threads, [&](int64_t begin, int64_t end, int) {
+      Scratch<TW> turned(kLanes * run);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t input = task % inputs_, vector = task / inputs_;
+        int64_t block = 0;
+        while (blocks_.begin(block + 1) <= vector) ++block;
+        const int64_t lanes = blocks_.size(block) * kLanes, skip = (vector - blocks_.begin(block)) * kLanes;
+        const int64_t channels = min(kLanes, p_.cout - vector * kLanes);
+        const int64_t width = min(kInputs, p_.cin - input * kInputs);
+        for (int64_t kt = 0; kt < p_.kernel[0]; ++kt) {
+          const S* from = sums(block, kt, input) + skip;
+          for (int64_t tap = 0; tap < taps_; ++tap)
+            for (int64_t i = 0; i < kInputs; ++i, from += lanes) {
+              TW column[kLanes];
+              if constexpr (sizeof(SW) == sizeof(S)) {
+                store(column, load(from));
+              } else {
+                for (int64_t j = 0; j < kLanes; ++j) column[j] = from_scalar<TW>(static_cast<SW>(from[j]));
+              }
+              TW* to = turned.get() + i * taps + kt * taps_ + tap;
+              for (int64_t j = 0; j < kLanes; ++j) to[j * run] = column[j];
+            }
         }
+        for (int64_t j = 0; j < channels; ++j) {
+          TW* out = static_cast<TW*>(q_.d_weight) + (vector * kLanes + j) * stride[0] + input * kInputs * stride[1];
+          const TW* row = turned.get() + j * run;
+          if (dense) {
+            __builtin_memcpy(static_cast<void*>(out), row, width * taps * sizeof(TW));
+            continue;
+          }
+          for (int64_t i = 0; i < width; ++i)
+            for (int64_t kt = 0; kt < p_.kernel[0]; ++kt)
+              for (int64_t kh = 0; kh < p_.kernel[1]; ++kh)
+                for (int64_t kw = 0; kw < p_.kernel[2]; ++kw)
+                  out[i * stride[1] + kt * stride[2] + kh * stride[3] + kw * stride[4]] = *row++;
+        }
+      }
     });
   }
 
