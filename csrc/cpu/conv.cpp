@@ -19,6 +19,8 @@ namespace {
 
 constexpr int64_t kStripBytes = int64_t{3} << 19;  // activated rows in flight per thread: about its share of the caches
 constexpr int64_t kMaxChain = 160;                 // products summed in one register: short chains, small error
+constexpr int64_t kMaxGradChain =
+    64;  // what the norm's backward subtracts magnifies errors; bf16 rounds coarser anyway
 constexpr int64_t kRegionPixels = 128;
 constexpr int64_t kMinTasks = 32;
 
@@ -35,9 +37,10 @@ class Conv : Input<T, M> {
   explicit Conv(const ConvParams& p) : Base(p), blocks_(p.cout, M::lanes), rows_(packed_rows(p.kernel, p.winograd)) {
     runs_ = p.dilation[2] == 1 ? 1 : p.kernel[2];
     run_length_ = p.kernel[2] / runs_ * cp_;
-    cuts_ = (run_length_ + kMaxChain * M::step - 1) / (kMaxChain * M::step);
+    const int64_t chain = (p.gradient && M::step == 1 ? kMaxGradChain : kMaxChain) * M::step;
+    cuts_ = (run_length_ + chain - 1) / chain;
     piece_ = round_up((run_length_ + cuts_ - 1) / cuts_, M::step);
-    together_ = max(1, min(kMaxSegments, kMaxChain * M::step / piece_));
+    together_ = max(1, min(kMaxSegments, chain / piece_));
     group_pixels_ = p.winograd ? 2 : 1;
     plan();
   }
@@ -216,7 +219,7 @@ class Conv : Input<T, M> {
     return count;
   }
 
-  // Sums of one region. The taps, in the order (Winograd row, kt, kh, kw, ci), are cut into pieces of at most kMaxChain
+  // Sums of one region. The taps, in the order (Winograd row, kt, kh, kw, ci), are cut into pieces of at most so many
   // products; a group of pieces is one fresh sum in registers, through which all pixels of the region pass while its
   // weights are in cache.
   void convolve(const Region& r, int64_t* table) const {

@@ -14,7 +14,9 @@
 namespace fastdit::cpu::FASTDIT_ISA {
 namespace {
 
-constexpr int64_t kChunk = 128;
+constexpr int64_t kChunk = 128, kRun = 16;
+
+FASTDIT_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // n (<= width) elements `stride` apart, zeros after them.
 template <class P>
@@ -106,7 +108,7 @@ class ChannelBackward {
     const bool shared = q_.d_weight || q_.d_bias;
     Scratch<S> partials(shared ? chunks * 2 * padded_ : 1);
     parallel_ranges(chunks, p_.threads, [&](int64_t begin, int64_t end, int) {
-      Scratch<S> tmp(2 * padded_ * L * kTogether), lanes(2 * padded_ * L);
+      Scratch<S> tmp(2 * padded_ * max(L * kTogether, 2)), lanes(2 * padded_ * L);
       for (int64_t k = begin; k < end; ++k) {
         const int64_t row = k / pieces, w = k % pieces * kChunk;
         const int64_t count = pixels_.size[3] - w < kChunk ? pixels_.size[3] - w : kChunk;
@@ -142,8 +144,10 @@ class ChannelBackward {
   void channels_last(const T* x, const G* grad, T* d_x, int64_t count, S* tmp, S* partial) const {
     const S *weight = table_.get(), *bias = weight + padded_;
     const int64_t c = p_.c;
+    S* run = tmp + padded_;  // sums of kRun pixels
     if (partial) __builtin_memset(static_cast<void*>(partial), 0, 2 * padded_ * sizeof(S));
     for (int64_t w = 0; w < count; ++w) {
+      if (partial && w % kRun == 0) __builtin_memset(static_cast<void*>(run), 0, 2 * padded_ * sizeof(S));
       S scale = 1, pull = 0;
       if (norm_) {
         V squares = V{};
@@ -159,8 +163,8 @@ class ChannelBackward {
         const V unit = get(x + i, 1, n) * scale, factor = load(weight + i);
         V g = through_act<V>(get(grad + i, 1, n), unit * factor + load(bias + i), q_.silu);
         if (partial) {
-          store(partial + i, load(partial + i) + g * unit);
-          store(partial + padded_ + i, load(partial + padded_ + i) + g);
+          store(run + i, load(run + i) + g * unit);
+          store(run + padded_ + i, load(run + padded_ + i) + g);
         }
         g *= factor;
         dot += g * unit;
@@ -175,6 +179,8 @@ class ChannelBackward {
         }
         d_x += pixels_.stride[2][3];
       }
+      if (partial && (w % kRun == kRun - 1 || w == count - 1))
+        for (int64_t i = 0; i < 2 * padded_; i += L) store(partial + i, load(partial + i) + load(run + i));
       x += pixels_.stride[0][3];
       grad += pixels_.stride[1][3];
     }

@@ -13,9 +13,10 @@
 namespace fastdit::cpu::FASTDIT_ISA {
 namespace {
 
-constexpr int64_t kPanelBytes = int64_t{3} << 20;  // panels in flight per thread
-constexpr int64_t kChain = 128;                    // steps summed in one register
-constexpr int64_t kAddends = 16;                   // of dbias, likewise
+constexpr int64_t kPanelBytes = int64_t{6}
+                                << 20;  // panels in flight, however many threads: strips set the order of sums
+constexpr int64_t kChain = 128;         // steps summed in one register
+constexpr int64_t kAddends = 16;        // of dbias, likewise
 constexpr int64_t kTasks = 32;
 constexpr int kInputs = kPixels;  // input channels of a tile
 
@@ -92,8 +93,7 @@ class WeightGrad : Input<T, M> {
     pieces_ = (steps_ + kChain - 1) / kChain;
     piece_ = (steps_ + pieces_ - 1) / pieces_;
     chunk_rows_ = max(1, kChain / steps_);
-    const int64_t tasks = blocks_.count * p_.kernel[0];
-    groups_ = min(inputs_, (kTasks + tasks - 1) / tasks);
+    groups_ = min(inputs_, (kTasks + blocks_.count - 1) / blocks_.count);
     as_rows_ = p_;
     as_rows_.cin = p_.cout, as_rows_.w = p_.wo, as_rows_.pad_w = 0;
     as_rows_.space_pad = static_cast<int>(Pad::zeros);
@@ -130,14 +130,9 @@ class WeightGrad : Input<T, M> {
     row_bytes_ = row_bytes, tmp_bytes_ = tmp_bytes, per_thread_ = per_thread, threads_ = at;
     if (q_.d_bias)
       for (int64_t c = 0; c < p_.cout; ++c) q_.d_bias[c] = 0;
-    first_ = true;
     for (n_ = 0; n_ < p_.n; ++n_)
       for (t0_ = 0; t0_ < p_.to; t0_ += strip_frames_)
-        for (y0_ = 0; y0_ < p_.ho; y0_ += strip_rows_) {
-          strip();
-          first_ = false;
-        }
-    if (q_.d_weight) FASTDIT_DTYPE_SWITCH(q_.weight_dtype, TW, finish<TW>())
+        for (y0_ = 0; y0_ < p_.ho; y0_ += strip_rows_) strip();
     workspace.trim(kKeepBytes);
   }
 
@@ -148,7 +143,7 @@ class WeightGrad : Input<T, M> {
   }
   // Strips: as little activated twice as the budget allows.
   void plan() {
-    const int64_t budget = kPanelBytes * max(2, p_.threads) / int64_t(sizeof(A));
+    const int64_t budget = kPanelBytes / int64_t(sizeof(A));
     const auto size = [&](int64_t frames, int64_t rows) {
       return x_elements(frames, rows) + frames * rows * grad_row_;
     };
@@ -193,16 +188,25 @@ class WeightGrad : Input<T, M> {
       for (int64_t i = 0; i < of_grad; ++i)
         for (int64_t c = 0; c < p_.cout; ++c) q_.d_bias[c] += bias_rows_[i * bias_row() + c];
     if (!q_.d_weight) return;
-    parallel_tasks(blocks_.count * p_.kernel[0] * groups_, p_.threads, [&](int64_t i, int thread) {
-      const int64_t group = i % groups_, kt = i / groups_ % p_.kernel[0], block = i / (groups_ * p_.kernel[0]);
-      const int vectors = blocks_.size(block);
+    const bool first = n_ == 0 && t0_ == 0 && y0_ == 0;
+    const bool last = n_ == p_.n - 1 && t1_ == p_.to && y1_ == p_.ho;
+    parallel_tasks(blocks_.count * groups_, p_.threads, [&](int64_t i, int thread) {
+      const int64_t group = i % groups_, block = i / groups_;
       const Range inputs{inputs_ * group / groups_, inputs_ * (group + 1) / groups_};
-      if (vectors == 1)
-        multiply<1>(block, kt, inputs, thread_offsets(thread));
-      else if (vectors == 2)
-        multiply<2>(block, kt, inputs, thread_offsets(thread));
-      else
-        multiply<3>(block, kt, inputs, thread_offsets(thread));
+      if (first)
+        __builtin_memset(static_cast<void*>(sums(block, inputs.begin, 0)), 0,
+                         (sums(block, inputs.end, 0) - sums(block, inputs.begin, 0)) * sizeof(S));
+      switch (blocks_.size(block)) {
+        case 1:
+          multiply<1>(block, inputs, thread_offsets(thread));
+          break;
+        case 2:
+          multiply<2>(block, inputs, thread_offsets(thread));
+          break;
+        default:
+          multiply<3>(block, inputs, thread_offsets(thread));
+      }
+      if (last) FASTDIT_DTYPE_SWITCH(q_.weight_dtype, TW, finish<TW>(block, inputs))
     });
   }
 
@@ -270,87 +274,76 @@ class WeightGrad : Input<T, M> {
   }
 
   // ---- sums -----------------------------------------------------------------------------------------
-  // [block][kt][input block][kh][kw][kInputs][lanes]
-  S* sums(int64_t block, int64_t kt, int64_t input) const {
-    const int64_t lanes = blocks_.size(block) * kLanes, tile = inputs_ * taps_ * kInputs;
-    return sums_ + blocks_.begin(block) * kLanes * p_.kernel[0] * tile +
-           (kt * inputs_ + input) * taps_ * kInputs * lanes;
+  // [block][input block][kt][kh][kw][kInputs][lanes]
+  S* sums(int64_t block, int64_t input, int64_t kt) const {
+    const int64_t lanes = blocks_.size(block) * kLanes, frame = taps_ * kInputs, all = p_.kernel[0] * frame;
+    return sums_ + blocks_.begin(block) * kLanes * inputs_ * all + (input * all + kt * frame) * lanes;
   }
 
   template <int NV>
-  void multiply(int64_t block, int64_t kt, const Range& inputs, int64_t* offsets) const {
+  void multiply(int64_t block, const Range& inputs, int64_t* offsets) const {
     constexpr int64_t lanes = NV * kLanes;
-    if (first_)
-      __builtin_memset(static_cast<void*>(sums(block, kt, inputs.begin)), 0,
-                       inputs.size() * taps_ * kInputs * lanes * sizeof(S));
     int64_t *x_rows = offsets, *grad_rows = offsets + offsets_, *counts = offsets + 2 * offsets_;
-    for (int64_t t = t0_; t < t1_; ++t) {
-      const int64_t frame = frame_at(t, kt);
-      if (frame < 0) continue;
-      const A* grad = grad_panel(t - t0_, block);
-      for (int64_t y = y0_; y < y1_; y += chunk_rows_) {
-        const int64_t end = min(y1_, y + chunk_rows_);
-        for (int64_t kh = 0; kh < p_.kernel[1]; ++kh) {
-          int64_t count = 0;
-          for (int64_t i = y; i < end; ++i) {
-            const int64_t row = row_at(i, kh);
-            if (row < 0) continue;
-            x_rows[kh * chunk_rows_ + count] = (row - in_rows_.begin) * x_row_;
-            grad_rows[kh * chunk_rows_ + count++] = (i - y0_) * steps_ * kStep * lanes;
-          }
-          counts[kh] = count;
+    for (int64_t y = y0_; y < y1_; y += chunk_rows_) {
+      const int64_t end = min(y1_, y + chunk_rows_);
+      for (int64_t kh = 0; kh < p_.kernel[1]; ++kh) {
+        int64_t count = 0;
+        for (int64_t i = y; i < end; ++i) {
+          const int64_t row = row_at(i, kh);
+          if (row < 0) continue;
+          x_rows[kh * chunk_rows_ + count] = (row - in_rows_.begin) * x_row_;
+          grad_rows[kh * chunk_rows_ + count++] = (i - y0_) * steps_ * kStep * lanes;
         }
-        for (int64_t k = 0; k < steps_; k += piece_)
-          for (int64_t input = inputs.begin; input < inputs.end; ++input)
-            for (int64_t kh = 0; kh < p_.kernel[1]; ++kh) {
-              if (!counts[kh]) continue;
-              S* out = sums(block, kt, input) + kh * p_.kernel[2] * kInputs * lanes;
-              for (int64_t kw = 0; kw < p_.kernel[2]; ++kw, out += kInputs * lanes) {
-                const int64_t shift = kw * p_.dilation[2];
-                const int64_t copy = p_.stride[2] == 1 ? shift % kStep : kw;
-                const int64_t skip = p_.stride[2] == 1 ? shift / kStep : 0;
-                add_tile<M, NV>(x_panel(frame - frames_.begin, input, copy) + (k + skip) * kInputs * kStep,
-                                grad + k * kStep * lanes, x_rows + kh * chunk_rows_, grad_rows + kh * chunk_rows_,
-                                counts[kh], min(piece_, steps_ - k), out);
-              }
-            }
+        counts[kh] = count;
       }
+      for (int64_t t = t0_; t < t1_; ++t)
+        for (int64_t k = 0; k < steps_; k += piece_)
+          for (int64_t kt = 0; kt < p_.kernel[0]; ++kt) {
+            const int64_t frame = frame_at(t, kt);
+            if (frame < 0) continue;
+            for (int64_t input = inputs.begin; input < inputs.end; ++input)
+              for (int64_t kh = 0; kh < p_.kernel[1]; ++kh) {
+                if (!counts[kh]) continue;
+                S* out = sums(block, input, kt) + kh * p_.kernel[2] * kInputs * lanes;
+                for (int64_t kw = 0; kw < p_.kernel[2]; ++kw, out += kInputs * lanes) {
+                  const int64_t shift = kw * p_.dilation[2];
+                  const int64_t copy = p_.stride[2] == 1 ? shift % kStep : kw;
+                  const int64_t skip = p_.stride[2] == 1 ? shift / kStep : 0;
+                  add_tile<M, NV>(x_panel(frame - frames_.begin, input, copy) + (k + skip) * kInputs * kStep,
+                                  grad_panel(t - t0_, block) + k * kStep * lanes, x_rows + kh * chunk_rows_,
+                                  grad_rows + kh * chunk_rows_, counts[kh], min(piece_, steps_ - k), out);
+                }
+              }
+          }
     }
   }
 
   // One rounding, and the store in the weight's layout: a vector of output channels is turned, by way of L1, into one
   // run of taps per channel.
   template <class TW>
-  void finish() const {
+  void finish(int64_t block, const Range& inputs) const {
     using SW = typename simd<TW>::S;
     const int64_t* stride = q_.d_weight_stride;
-    const int64_t taps = p_.kernel[0] * taps_, run = kInputs * taps;
+    const int64_t taps = p_.kernel[0] * taps_, run = kInputs * taps, lanes = blocks_.size(block) * kLanes;
     const bool dense = stride[4] == 1 && stride[3] == p_.kernel[2] && stride[2] == taps_ && stride[1] == taps;
-    parallel_ranges(blocks_.vectors * inputs_, p_.threads, [&](int64_t begin, int64_t end, int) {
-      Scratch<TW> turned(kLanes * run);
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t input = task % inputs_, vector = task / inputs_;
-        int64_t block = 0;
-        while (blocks_.begin(block + 1) <= vector) ++block;
-        const int64_t lanes = blocks_.size(block) * kLanes, skip = (vector - blocks_.begin(block)) * kLanes;
-        const int64_t channels = min(kLanes, p_.cout - vector * kLanes);
-        const int64_t width = min(kInputs, p_.cin - input * kInputs);
-        for (int64_t kt = 0; kt < p_.kernel[0]; ++kt) {
-          const S* from = sums(block, kt, input) + skip;
-          for (int64_t tap = 0; tap < taps_; ++tap)
-            for (int64_t i = 0; i < kInputs; ++i, from += lanes) {
-              TW column[kLanes];
-              if constexpr (sizeof(SW) == sizeof(S)) {
-                store(column, load(from));
-              } else {
-                for (int64_t j = 0; j < kLanes; ++j) column[j] = from_scalar<TW>(static_cast<SW>(from[j]));
-              }
-              TW* to = turned.get() + i * taps + kt * taps_ + tap;
-              for (int64_t j = 0; j < kLanes; ++j) to[j * run] = column[j];
+    Scratch<TW> turned(kLanes * run);
+    for (int64_t input = inputs.begin; input < inputs.end; ++input)
+      for (int64_t skip = 0; skip < lanes; skip += kLanes) {
+        const S* from = sums(block, input, 0) + skip;
+        for (int64_t tap = 0; tap < taps; ++tap)
+          for (int64_t i = 0; i < kInputs; ++i, from += lanes) {
+            TW column[kLanes];
+            if constexpr (sizeof(SW) == sizeof(S)) {
+              store(column, load(from));
+            } else {
+              for (int64_t j = 0; j < kLanes; ++j) column[j] = from_scalar<TW>(static_cast<SW>(from[j]));
             }
-        }
+            for (int64_t j = 0; j < kLanes; ++j) turned.get()[j * run + i * taps + tap] = column[j];
+          }
+        const int64_t co = blocks_.begin(block) * kLanes + skip;
+        const int64_t channels = min(kLanes, p_.cout - co), width = min(kInputs, p_.cin - input * kInputs);
         for (int64_t j = 0; j < channels; ++j) {
-          TW* out = static_cast<TW*>(q_.d_weight) + (vector * kLanes + j) * stride[0] + input * kInputs * stride[1];
+          TW* out = static_cast<TW*>(q_.d_weight) + (co + j) * stride[0] + input * kInputs * stride[1];
           const TW* row = turned.get() + j * run;
           if (dense) {
             __builtin_memcpy(static_cast<void*>(out), row, width * taps * sizeof(TW));
@@ -363,7 +356,6 @@ class WeightGrad : Input<T, M> {
                   out[i * stride[1] + kt * stride[2] + kh * stride[3] + kw * stride[4]] = *row++;
         }
       }
-    });
   }
 
   const ConvWeightGradParams& q_;
@@ -379,7 +371,6 @@ class WeightGrad : Input<T, M> {
   S *bias_rows_ = nullptr, *sums_ = nullptr;
   char* threads_ = nullptr;
   int64_t row_bytes_ = 0, tmp_bytes_ = 0, per_thread_ = 0, offsets_ = 0;
-  bool first_ = true;
   int64_t n_ = 0, t0_ = 0, t1_ = 0, y0_ = 0, y1_ = 0;  // the strip at hand, and its input frames and rows
   Range frames_{0, 0}, in_rows_{0, 0};
 };

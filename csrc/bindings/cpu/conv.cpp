@@ -91,7 +91,7 @@ void bind_conv(py::module_& m) {
       "conv_forward",
       [](py::tuple shared, int64_t x, int64_t cache, int64_t packed, int64_t bias, int64_t norm_weight,
          int64_t residual, int64_t y, Five x_shape, Five y_shape, int64_t cache_t, Five x_stride, Five cache_stride,
-         Five y_stride, Five residual_stride, int bias_dtype, int wide) {
+         Five y_stride, Five residual_stride, int bias_dtype, int gradient, int wide) {
         fastdit::ConvParams p = conv_params(shared);
         p.x = ptr<void>(x), p.cache = ptr<void>(cache), p.packed = ptr<void>(packed), p.bias = ptr<void>(bias);
         p.norm_weight = ptr<void>(norm_weight), p.residual = ptr<void>(residual), p.y = ptr<void>(y);
@@ -101,7 +101,7 @@ void bind_conv(py::module_& m) {
         copy(cache_stride, p.cache_stride);
         copy(y_stride, p.y_stride);
         copy(residual_stride, p.residual_stride);
-        p.bias_dtype = bias_dtype, p.wide = wide;
+        p.bias_dtype = bias_dtype, p.gradient = gradient, p.wide = wide;
         py::gil_scoped_release release;
         fastdit::cpu::conv_forward(p);
       },

@@ -28,7 +28,8 @@ struct ConvParams {
   int norm;                 // Norm: none, channel_l2 or channel_rms
   int silu;
   int winograd;
-  int wide;  // y is stored in the arithmetic type, unrounded
+  int gradient;  // x is the gradient of an output, y that of an input: shorter sums
+  int wide;      // y is stored in the arithmetic type, unrounded
   int dtype, bias_dtype, norm_weight_dtype;
   int threads;
 };

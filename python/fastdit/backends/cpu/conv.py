@@ -10,7 +10,6 @@ import torch
 
 from ... import _cpu
 from ...reference.conv import NORM_EPS, memory_format, output_shape
-from ..reference import conv as reference
 from ..registry import Impl, register as _register
 from ._abi import DTYPE, on_cpu, pointer
 
@@ -134,7 +133,7 @@ def causal_conv3d(
             ),
             x.data_ptr(), pointer(cache), packed.data_ptr(), pointer(bias), pointer(norm_weight), pointer(residual),
             y.data_ptr(), x.shape, shape, 0 if cache is None else cache.shape[2],
-            x.stride(), _stride(cache), y.stride(), _stride(residual), _code(bias), False,
+            x.stride(), _stride(cache), y.stride(), _stride(residual), _code(bias), False, False,
         )  # fmt: skip
     return y
 
@@ -170,13 +169,10 @@ def _five(t):
 
 
 def register() -> None:
-    from . import conv_backward  # it packs weights with what is defined here
+    from . import conv_backward  # which needs what is defined here
 
-    for name in ("causal_conv3d", "norm_silu"):
+    for name in ("causal_conv3d", "next_cache", "norm_silu"):
         _register(Impl(name, "cpu", _supports, globals()[name], getattr(conv_backward, f"{name}_backward")))
-    # two slices: nothing that torch's own copies would not do as fast
-    backward = reference.next_cache_backward
-    _register(Impl("next_cache", "cpu", _supports, next_cache, backward, backward_backend="reference"))
 
 
 def _supports(x, *_):

@@ -20,7 +20,10 @@ _NONE = (0, 0, 0, 0, 0)
 
 
 def _zeros_or_none(tensors, needs):
-    return tuple(None if t is None or not need else torch.zeros_like(t) for t, need in zip(tensors, needs, strict=True))
+    return tuple(
+        conv._empty(t, t.shape).zero_() if need and t is not None else None
+        for t, need in zip(tensors, needs, strict=True)
+    )
 
 
 def causal_conv3d_backward(
@@ -65,7 +68,7 @@ def causal_conv3d_backward(
         if need_cache and d_cache is None:
             d_cache = torch.zeros_like(cache)
         d_x = finish(x, cached, need_x)
-        d_norm = sums.to(norm_weight.dtype) if need_norm else None
+        d_norm = None if sums is None else sums.to(norm_weight.dtype)
     return d_x, d_weight, d_bias, d_cache, d_norm, grad if need_residual else None
 
 
@@ -79,7 +82,7 @@ def _shared_gradients(shared, grad, x, weight, bias, cache, norm_weight, need_we
         x.shape, grad.shape, 0 if cache is None else cache.shape[2], x.stride(), conv._stride(cache), grad.stride(),
         conv._stride(d_weight), DTYPE[weight.dtype],
     )  # fmt: skip
-    return d_weight, sums.to(bias.dtype) if need_bias else None
+    return d_weight, None if sums is None else sums.to(bias.dtype)
 
 
 class _Transposed:
@@ -88,7 +91,7 @@ class _Transposed:
     def __init__(self, grad, weight, stride, dilation, winograd, dtype) -> None:
         self.grad, self.weight, self.stride, self.dilation = grad, weight, stride, dilation
         self.winograd, self.dtype = winograd, dtype
-        self._packed: dict[int, tuple] = {}
+        self._packed: dict[int, torch.Tensor] = {}
 
     def reach(self, axis: int) -> int:
         """Extent of the padded input that any output sees."""
@@ -119,11 +122,11 @@ class _Transposed:
             _cpu.conv_forward(
                 shared, grad.data_ptr() + skip * grad.stride(4) * grad.element_size(), 0, packed.data_ptr(), 0, 0, 0,
                 view.data_ptr(), (*grad.shape[:4], grad.shape[4] - skip), view.shape, 0, grad.stride(), _NONE,
-                view.stride(), _NONE, 0, out.dtype != self.dtype,
+                view.stride(), _NONE, 0, True, out.dtype != self.dtype,
             )  # fmt: skip
 
     def _taps(self, residue: int) -> tuple[int, int, int]:
-        """(first tap, how many, their distance in pixels of grad) along W whose input pixel is = residue (mod stride)."""
+        """(first, count, distance in pixels of grad) of the taps along W that meet input pixels of this residue."""
         step, d, count = self.stride[2], self.dilation[2], self.weight.shape[4]
         hits = [k for k in range(count) if (k * d - residue) % step == 0]
         return (hits[0] if hits else 0), len(hits), d // gcd(step, d)
@@ -157,7 +160,7 @@ def _folds(shape, cached, transposed, padding, time_pad, space_pad) -> list:
 
 
 def _folded(x, cached, transposed, padding, folds):
-    """Gradient of act(norm(cat(cache, x))), in the arithmetic type: what repeats a frame, row or column is added to it."""
+    """Gradient of act(norm(cat(cache, x))) in the arithmetic type: repeats of a frame or row are added to it."""
     extent = [n + (cached if axis == 0 else 0) for axis, n in enumerate(x.shape[2:])]
     before = [padding[2 * axis] - (cached if axis == 0 else 0) for axis in range(3)]
     shape, offset = [], []
@@ -207,5 +210,17 @@ def norm_silu_backward(grad, x, weight, bias, norm, groups, eps, needs):
         NORM_EPS[norm] if eps is None else eps, True,
         DTYPE[x.dtype], DTYPE[grad.dtype], conv._code(weight), conv._code(bias), torch.get_num_threads(),
     )  # fmt: skip
-    d_weight = sums[0].to(weight.dtype) if need_weight else None
-    return d_x, d_weight, sums[1].to(bias.dtype) if need_bias else None
+    d_weight = sums[0].to(weight.dtype) if need_weight and sums is not None else None
+    return d_x, d_weight, sums[1].to(bias.dtype) if need_bias and sums is not None else None
+
+
+def next_cache_backward(grad, x, cache, k_t, needs):
+    d_x, d_cache = _zeros_or_none((x, cache), needs)
+    if grad is not None:
+        new = min(k_t - 1, x.shape[2])
+        old = grad.shape[2] - new
+        if d_x is not None:
+            d_x[:, :, x.shape[2] - new :].copy_(grad[:, :, old:])
+        if d_cache is not None and cache is not None:
+            d_cache[:, :, cache.shape[2] - old :].copy_(grad[:, :, :old])
+    return d_x, d_cache
