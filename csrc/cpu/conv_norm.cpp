@@ -32,7 +32,10 @@ inline void channel_norm_silu(const NormSiluParams& p) {
 }
 
 template <class T>
-inline void group_norm_silu(const NormSiluParams& p) {
+inline void group_norm_silu(const NormSiluParams& given) {
+  NormSiluParams p = given;
+  int64_t* strides[] = {p.x_stride, p.y_stride};
+  even_rows(p, strides, 2);
   using S = typename simd<T>::S;
   using V = typename simd<T>::V;
   constexpr int L = simd<T>::width;

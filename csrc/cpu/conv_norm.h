@@ -51,17 +51,24 @@ inline void row_moments(const NormSiluParams& p, const T* x, typename simd<T>::S
         });
     } else {
       for (int64_t c = 0; c < p.c; ++c) {
-        V acc = V{};
-        for_vectors(x + c * p.x_stride[1], p.w, p.x_stride[4], [&](V v, int64_t, int count) {
-          V d = v;
-          if (centred) {
-            d = v - mean[c];
-            for (int j = count; j < L; ++j) d[j] = S(0);
-            d = d * d;
-          }
-          acc += d;
-        });
-        total[c] = sum(acc);
+        const T* from = x + c * p.x_stride[1];
+        const S shift = centred ? mean[c] : S(0);
+        const auto add = [&](V& acc, V v) {
+          v = v - shift;
+          acc += centred ? v * v : v;
+        };
+        V acc[4] = {};
+        int64_t w = 0;
+        if (p.x_stride[4] == 1) {
+          for (; w + 4 * L <= p.w; w += 4 * L)
+            for (int k = 0; k < 4; ++k) add(acc[k], load(from + w + k * L));
+        }
+        S rest = sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+        for (; w < p.w; ++w) {
+          const S v = static_cast<S>(to_scalar(from[w * p.x_stride[4]])) - shift;
+          rest += centred ? v * v : v;
+        }
+        total[c] = rest;
       }
     }
   };
@@ -81,6 +88,24 @@ inline void row_moments(const NormSiluParams& p, const T* x, typename simd<T>::S
     out[g].squares = 0;
     for (int64_t i = 0; i < per_group; ++i) out[g].squares += total[g * per_group + i];
   }
+}
+
+// Cuts the pixels of a sample anew, into rows of up to kRowPixels, where T, H and W lie one behind another in all
+// tensors: short rows of many channels far apart are what a memory likes least.
+inline void even_rows(NormSiluParams& p, int64_t* const* strides, int count) {
+  constexpr int64_t kRowPixels = 2048;
+  const int64_t all = p.t * p.h * p.w;
+  int64_t step[3];
+  for (int i = 0; i < count; ++i) {
+    const int64_t* s = strides[i];
+    step[i] = p.w > 1 ? s[4] : p.h > 1 ? s[3] : s[2];
+    if ((p.h > 1 && s[3] != p.w * step[i]) || (p.t > 1 && s[2] != p.h * p.w * step[i])) return;
+  }
+  int64_t width = kRowPixels < all ? kRowPixels : all;
+  while (all % width) --width;
+  if (width <= p.w) return;
+  p.t = 1, p.h = all / width, p.w = width;
+  for (int i = 0; i < count; ++i) strides[i][2] = 0, strides[i][3] = width * step[i], strides[i][4] = step[i];
 }
 
 // Row i of all (n, t, h) rows.

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kChunk = 128, kRun = 16;
 
+FASTDIT_INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTDIT_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // n (<= width) elements `stride` apart, zeros after them.
@@ -40,7 +41,7 @@ FASTDIT_INLINE void put(P* p, int64_t stride, typename simd<P>::V v, int n) {
 template <class V>
 FASTDIT_INLINE V through_act(V grad, V z, int silu) {
   if (!silu) return grad;
-  const V s = sigmoid(z);
+  const V s = quick_sigmoid(z);
   return grad * s * (1 + z * (1 - s));
 }
 
@@ -108,7 +109,7 @@ class ChannelBackward {
     const bool shared = q_.d_weight || q_.d_bias;
     Scratch<S> partials(shared ? chunks * 2 * padded_ : 1);
     parallel_ranges(chunks, p_.threads, [&](int64_t begin, int64_t end, int) {
-      Scratch<S> tmp(2 * padded_ * max(L * kTogether, 2)), lanes(2 * padded_ * L);
+      Scratch<S> tmp(2 * padded_ * max(L * kTogether, kRun)), lanes(2 * padded_ * L);
       for (int64_t k = begin; k < end; ++k) {
         const int64_t row = k / pieces, w = k % pieces * kChunk;
         const int64_t count = pixels_.size[3] - w < kChunk ? pixels_.size[3] - w : kChunk;
@@ -141,48 +142,51 @@ class ChannelBackward {
     }
   }
 
+  // kRun pixels at a time, so that their reductions do not wait for each other.
   void channels_last(const T* x, const G* grad, T* d_x, int64_t count, S* tmp, S* partial) const {
     const S *weight = table_.get(), *bias = weight + padded_;
-    const int64_t c = p_.c;
-    S* run = tmp + padded_;  // sums of kRun pixels
+    const int64_t c = p_.c, xs = pixels_.stride[0][3], gs = pixels_.stride[1][3], ds = pixels_.stride[2][3];
     if (partial) __builtin_memset(static_cast<void*>(partial), 0, 2 * padded_ * sizeof(S));
-    for (int64_t w = 0; w < count; ++w) {
-      if (partial && w % kRun == 0) __builtin_memset(static_cast<void*>(run), 0, 2 * padded_ * sizeof(S));
-      S scale = 1, pull = 0;
-      if (norm_) {
+    for (int64_t w = 0; w < count; w += kRun, x += kRun * xs, grad += kRun * gs, d_x += d_x ? kRun * ds : 0) {
+      const int pixels = static_cast<int>(min(kRun, count - w));
+      S scale[kRun], pull[kRun], back[kRun];
+      for (int j = 0; j < pixels; ++j) {
         V squares = V{};
-        for (int64_t i = 0; i < c; i += L) {
-          const V v = get(x + i, 1, static_cast<int>(c - i));
-          squares += v * v;
-        }
-        factors(sum(squares), scale, pull);
+        if (norm_)
+          for (int64_t i = 0; i < c; i += L) {
+            const V v = get(x + j * xs + i, 1, static_cast<int>(c - i));
+            squares += v * v;
+          }
+        back[j] = sum(squares);
       }
-      V dot = V{};
+      for (int j = 0; j < pixels; ++j) factors(back[j], scale[j], pull[j]);
+      V dot[kRun] = {};
       for (int64_t i = 0; i < c; i += L) {
         const int n = static_cast<int>(c - i);
-        const V unit = get(x + i, 1, n) * scale, factor = load(weight + i);
-        V g = through_act<V>(get(grad + i, 1, n), unit * factor + load(bias + i), q_.silu);
-        if (partial) {
-          store(run + i, load(run + i) + g * unit);
-          store(run + padded_ + i, load(run + padded_ + i) + g);
+        const V factor = load(weight + i), shift = load(bias + i);
+        V d_weight = V{}, d_bias = V{};
+        for (int j = 0; j < pixels; ++j) {
+          const V unit = get(x + j * xs + i, 1, n) * scale[j];
+          V g = through_act<V>(get(grad + j * gs + i, 1, n), unit * factor + shift, q_.silu);
+          d_weight += g * unit;
+          d_bias += g;
+          g *= factor;
+          dot[j] += g * unit;
+          store(tmp + j * padded_ + i, g);
         }
-        g *= factor;
-        dot += g * unit;
-        store(tmp + i, g);
+        if (partial) {
+          store(partial + i, load(partial + i) + d_weight);
+          store(partial + padded_ + i, load(partial + padded_ + i) + d_bias);
+        }
       }
-      if (d_x) {
-        const S back = sum(dot) * pull;
+      if (!d_x) continue;
+      for (int j = 0; j < pixels; ++j) back[j] = sum(dot[j]) * pull[j];
+      for (int j = 0; j < pixels; ++j)
         for (int64_t i = 0; i < c; i += L) {
           const int n = static_cast<int>(c - i);
-          const V unit = get(x + i, 1, n) * scale;
-          put(d_x + i, 1, scale * (load(tmp + i) - unit * back), n);
+          const V unit = get(x + j * xs + i, 1, n) * scale[j];
+          put(d_x + j * ds + i, 1, scale[j] * (load(tmp + j * padded_ + i) - unit * back[j]), n);
         }
-        d_x += pixels_.stride[2][3];
-      }
-      if (partial && (w % kRun == kRun - 1 || w == count - 1))
-        for (int64_t i = 0; i < 2 * padded_; i += L) store(partial + i, load(partial + i) + load(run + i));
-      x += pixels_.stride[0][3];
-      grad += pixels_.stride[1][3];
     }
   }
 
@@ -263,7 +267,7 @@ class GroupBackward {
  public:
   explicit GroupBackward(const NormSiluGradParams& q)
       : q_(q),
-        p_(q.forward),
+        p_(q_.forward),
         rows_(p_.t * p_.h),
         padded_((p_.c + L - 1) / L * L),
         tables_(3 * p_.n * padded_),
@@ -379,7 +383,7 @@ class GroupBackward {
     }
   }
 
-  const NormSiluGradParams& q_;
+  const NormSiluGradParams q_;
   const NormSiluParams& p_;
   const int64_t rows_, padded_;
   Scratch<S> tables_;  // per sample: mean, weight / deviation, bias
@@ -390,10 +394,11 @@ class GroupBackward {
 
 template <class T, class G>
 void backward(const NormSiluGradParams& q) {
-  if (q.forward.norm == static_cast<int>(Norm::group))
-    GroupBackward<T, G>(q).run();
-  else
-    ChannelBackward<T, G>(q).run();
+  if (q.forward.norm != static_cast<int>(Norm::group)) return ChannelBackward<T, G>(q).run();
+  NormSiluGradParams even = q;
+  int64_t* strides[] = {even.forward.x_stride, even.grad_stride, even.d_x_stride};
+  even_rows(even.forward, strides, q.d_x ? 3 : 2);
+  GroupBackward<T, G>(even).run();
 }
 
 }  // namespace

@@ -159,7 +159,7 @@ def _bench_conv(**shape):
 
 
 def _wan_chain(layout):
-    """The second half of a WanResidualBlock with its feat_cache, or a WanResample; what it has at hand costs no time."""
+    """The second half of a WanResidualBlock with its feat_cache, or a WanResample; its inputs stand ready."""
 
     def chain(
         x, weight, *, bias, norm_weight=None, residual=None, cache=None, stride=1, padding=_CAUSAL, norm=None, act=None,
