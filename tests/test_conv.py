@@ -4,11 +4,13 @@ import gc
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from fastdit import ops
 from fastdit.backends.cpu import conv as adapter
+from fastdit.reference.conv import output_shape
 from fastdit.testing import close, contract
-from fastdit.testing.workloads import Maker, samples
+from fastdit.testing.workloads import Maker, Sample, samples
 
 LAST = torch.channels_last_3d
 SAMPLES = [s for op in ("causal_conv3d", "next_cache", "norm_silu") for s in samples(op)]
@@ -28,7 +30,7 @@ def test_forward(sample, dtype, isa):
 
 @each_dtype
 @each_sample
-def test_backward(sample, dtype):
+def test_backward(sample, dtype, isa):
     contract.backward(sample, dtype, "cpu")
 
 
@@ -58,6 +60,131 @@ def test_compile(sample, backend):
 @each_sample
 def test_threads(sample):
     contract.threads_equal(sample, torch.float32, "cpu")
+
+
+def _draw_conv(draw, m):
+    """Any kernel, stride, dilation, padding, cache, layout and prologue whose windows fit."""
+    kernel, stride, dilation = ([draw(*values) for _ in range(3)] for values in ((1, 2, 3), (1, 1, 2, 3), (1, 1, 2)))
+    time_pad, space_pad = draw("zeros", "first"), draw("zeros", "replicate", "reflect")
+    sizes = [draw(1, 2, 3, 5), draw(1, 2, 4, 7), draw(1, 3, 6, 11)]
+    padding = []
+    for i in range(3):
+        reach = dilation[i] * (kernel[i] - 1)
+        most = sizes[i] - 1 if i and space_pad == "reflect" else 3
+        before, after = min(draw(0, 1, 2, reach), most), min(draw(0, 0, 1, 3), most)
+        sizes[i] = max(sizes[i], reach + 1 - before - after)
+        padding += [before, after]
+    cached = draw(0, 0, 1, 2)
+    cached = min(cached, padding[0])
+    if cached:
+        sizes[0] = -(-sizes[0] // stride[0]) * stride[0]
+    B, C, Cout = draw(1, 2), draw(1, 3, 8, 19, 34), draw(1, 7, 16, 50)
+
+    def video(channels, *size):
+        cut, last = draw(0, 0, 1), draw(True, False)  # a slice of something larger, in either layout
+        t = m.randn(B, channels + cut, *size[:2], size[2] + cut)
+        t = t.to(memory_format=LAST) if last else t
+        return t[:, cut:, :, :, : size[2]]
+
+    norm = draw(None, "channel_l2", "channel_rms")
+    kwargs = dict(stride=tuple(stride), dilation=tuple(dilation), padding=tuple(padding), time_pad=time_pad)
+    kwargs |= dict(space_pad=space_pad, norm=norm, act=draw(None, "silu"), algo="auto")
+    if cached:
+        kwargs["cache"] = video(C, cached, *sizes[1:])
+    if norm and draw(True, False):
+        kwargs["norm_weight"] = m.randn(C)
+    if draw(True, False):
+        kwargs["bias"] = m.randn(Cout)
+    x, weight = video(C, *sizes), m.randn(Cout, C, *kernel) * (C * kernel[0] * kernel[1] * kernel[2]) ** -0.5
+    if draw(True, False):
+        kwargs["residual"] = video(Cout, *output_shape(x.shape, weight.shape, stride, dilation, padding)[2:])
+    return (x, weight), kwargs
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_fuzz(data, isa):
+    draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
+    made = _draw_conv(draw, Maker(dtype := draw(*contract.DTYPES)))
+    sample = Sample("causal_conv3d", "fuzz", lambda _: made)
+    contract.forward(sample, dtype, "cpu")
+    contract.backward(sample, dtype, "cpu")
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_fuzz_norm_silu(data, isa):
+    draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
+    m = Maker(dtype := draw(*contract.DTYPES))
+    norm, groups = draw("channel_l2", "channel_rms", "group"), draw(1, 2, 3)
+    C = groups * draw(4, 8, 21)  # enough values for their rms to mean something
+    x = m.randn(*draw((33, C), (1, C, 40), (2, C, 9, 5), (1, C, 33, 2, 1), (2, C, 3, 1, 35), (1, C, 2, 7, 16)))
+    x = x.transpose(1, -1).contiguous().transpose(1, -1) if draw(True, False) else x
+    kwargs = dict(norm=norm, groups=groups, weight=draw(None, m.randn(C)), bias=draw(None, m.randn(C)))
+    sample = Sample("norm_silu", "fuzz", lambda _: ((x,), kwargs))
+    contract.forward(sample, dtype, "cpu")
+    contract.backward(sample, dtype, "cpu")
+
+
+def _gradients(threads, call, leaves, seed=0):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        y = call()
+        return torch.autograd.grad(y, leaves, Maker(y.dtype, seed=seed).randn(*y.shape))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@each_format
+def test_backward_threads(dtype, last):
+    """Bitwise the same for any thread count, over several strips."""
+    m = Maker(dtype)
+    x = m.randn(1, 40, 5, 90, 96).to(memory_format=LAST if last else torch.contiguous_format).requires_grad_()
+    cache = m.randn(1, 40, 2, 90, 96).requires_grad_()
+    weight, bias, norm_weight = (m.randn(*s).requires_grad_() for s in ((33, 40, 3, 3, 3), (33,), (40,)))
+    kwargs = dict(norm="channel_l2", norm_weight=norm_weight, act="silu", backend="cpu")
+    call = lambda: ops.causal_conv3d(x, weight, bias, cache=cache, **kwargs)  # noqa: E731
+    leaves = [x, cache, weight, bias, norm_weight]
+    first = _gradients(1, call, leaves)
+    for count in (2, 3):
+        for a, b in zip(_gradients(count, call, leaves), first, strict=True):
+            close.assert_bitwise(a, b)
+    for norm in ("channel_rms", "group"):
+        scale, shift = m.randn(40).requires_grad_(), m.randn(40).requires_grad_()
+        call = lambda: ops.norm_silu(x, norm=norm, groups=8, weight=scale, bias=shift, backend="cpu")  # noqa: B023, E731
+        first = _gradients(1, call, [x, scale, shift])
+        for count in (2, 3):
+            for a, b in zip(_gradients(count, call, [x, scale, shift]), first, strict=True):
+                close.assert_bitwise(a, b)
+
+
+@pytest.mark.parametrize("alone", range(6))
+def test_gradients_alone_equal_all_together(alone):
+    m = Maker(torch.float32)
+    x, cache, residual = m.randn(1, 9, 3, 5, 6), m.randn(1, 9, 1, 5, 6), m.randn(1, 20, 3, 5, 6)
+    tensors = [x, m.randn(20, 9, 3, 3, 3), m.randn(20), cache, m.randn(9), residual]
+
+    def gradients(wanted):
+        t = [v.detach().requires_grad_(i in wanted) for i, v in enumerate(tensors)]
+        y = ops.causal_conv3d(
+            *t[:3], cache=t[3], norm="channel_rms", norm_weight=t[4], act="silu", residual=t[5], backend="cpu"
+        )
+        return torch.autograd.grad(y, [t[i] for i in wanted], Maker(torch.float32, seed=1).randn(*y.shape))
+
+    close.assert_bitwise(gradients([alone])[0], gradients(range(6))[alone])
+
+
+def test_gradient_of_a_frame_does_not_see_the_past():
+    """Causal: what a frame's gradient gets comes from itself and later outputs, NaN or not."""
+    x, weight, kwargs = _wan(torch.float32, 4, last=True)
+    x.requires_grad_()
+    y = ops.causal_conv3d(x, weight, **kwargs, backend="cpu")
+    grad = torch.randn_like(y)
+    grad[:, :, 1] = float("nan")
+    bad = torch.isnan(torch.autograd.grad(y, x, grad)[0]).flatten(3).any(3).any(1)[0]
+    assert bad.tolist() == [True, True, False, False]
 
 
 def _wan(dtype, T, last, C=40, seed=0):

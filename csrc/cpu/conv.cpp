@@ -10,9 +10,8 @@
 // A sum's order depends on the output alone, never on strips, threads or chunks: chunked == whole, bitwise.
 #include "fastdit/conv.h"
 
+#include "conv_input.h"
 #include "conv_pack.h"
-#include "conv_rows.h"
-#include "conv_tile.h"
 #include "simd.h"
 
 namespace fastdit::cpu::FASTDIT_ISA {
@@ -20,67 +19,28 @@ namespace {
 
 constexpr int64_t kStripBytes = int64_t{3} << 19;  // activated rows in flight per thread: about its share of the caches
 constexpr int64_t kMaxChain = 160;                 // products summed in one register: short chains, small error
-constexpr int64_t kKeepBytes = int64_t{64} << 20;  // scratch kept between calls
+constexpr int64_t kMaxGradChain =
+    64;  // what the norm's backward subtracts magnifies errors; bf16 rounds coarser anyway
 constexpr int64_t kRegionPixels = 128;
 constexpr int64_t kMinTasks = 32;
 
-// The calling thread's scratch, kept between calls: fresh pages for every convolution cost more than its prologue.
-class Workspace {
- public:
-  ~Workspace() { std::free(data_); }
-  void* get(int64_t bytes) {
-    if (bytes > size_) {
-      std::free(data_);
-      size_ = (bytes + 4095) / 4096 * 4096;
-      data_ = std::aligned_alloc(64, size_);
-      if (!data_) size_ = 0;
-    }
-    return data_;
-  }
-  void trim(int64_t bytes) {
-    if (size_ <= bytes) return;
-    std::free(data_);
-    data_ = nullptr;
-    size_ = 0;
-  }
-
- private:
-  void* data_ = nullptr;
-  int64_t size_ = 0;
-};
-thread_local Workspace workspace;
-
-struct Range {
-  int64_t begin, end;  // end exclusive; empty: begin == end
-  int64_t size() const { return end - begin; }
-  void cover(int64_t i) {
-    if (i < 0) return;
-    if (begin == end) {
-      begin = i, end = i + 1;
-    } else {
-      begin = i < begin ? i : begin;
-      end = i + 1 > end ? i + 1 : end;
-    }
-  }
-};
-
 template <class T, class M>
-class Conv {
+class Conv : Input<T, M> {
+  using Base = Input<T, M>;
   using S = typename M::S;
   using A = typename M::A;
   using V = typename M::V;
+  using Base::p_, Base::cp_, Base::row_;
+  using Base::round_up, Base::min, Base::max, Base::frame_at, Base::row_at, Base::activate;
 
  public:
-  explicit Conv(const ConvParams& p)
-      : p_(p), blocks_(p.cout, M::lanes), cp_(padded_channels<M>(p.cin)), rows_(packed_rows(p.kernel, p.winograd)) {
-    const int64_t reach = (p.wo - 1) * p.stride[2] + (p.kernel[2] - 1) * p.dilation[2] + 1;
-    row_pixels_ = reach > p.pad_w + p.w ? reach : p.pad_w + p.w;
-    row_ = row_pixels_ * cp_;
+  explicit Conv(const ConvParams& p) : Base(p), blocks_(p.cout, M::lanes), rows_(packed_rows(p.kernel, p.winograd)) {
     runs_ = p.dilation[2] == 1 ? 1 : p.kernel[2];
     run_length_ = p.kernel[2] / runs_ * cp_;
-    cuts_ = (run_length_ + kMaxChain * M::step - 1) / (kMaxChain * M::step);
+    const int64_t chain = (p.gradient && M::step == 1 ? kMaxGradChain : kMaxChain) * M::step;
+    cuts_ = (run_length_ + chain - 1) / chain;
     piece_ = round_up((run_length_ + cuts_ - 1) / cuts_, M::step);
-    together_ = max(1, min(kMaxSegments, kMaxChain * M::step / piece_));
+    together_ = max(1, min(kMaxSegments, chain / piece_));
     group_pixels_ = p.winograd ? 2 : 1;
     plan();
   }
@@ -97,8 +57,7 @@ class Conv {
     const int64_t per_thread = round_up(max(region_ + tables, temp), 64);
     const int threads = p_.threads < 1 ? 1 : p_.threads;
     const int64_t rows = round_up(strip_elements_ * sizeof(A), 64), zero = round_up(row_ * sizeof(A), 64);
-    char* at = static_cast<char*>(
-        workspace.get(rows + zero + (table + bias + per_thread * threads) * int64_t(sizeof(S)) + 1024));
+    char* at = workspace.get(rows + zero + (table + bias + per_thread * threads) * int64_t(sizeof(S)) + 1024);
     strip_ = reinterpret_cast<A*>(at);
     zero_ = reinterpret_cast<A*>(at += rows);
     S* weight = reinterpret_cast<S*>(at += zero);
@@ -106,7 +65,7 @@ class Conv {
     temp_ = reinterpret_cast<S*>(at += round_up(bias * sizeof(S), 64));
     per_thread_ = per_thread;
     __builtin_memset(static_cast<void*>(zero_), 0, row_ * sizeof(A));
-    prologue(weight);
+    Base::prologue(weight);
     for (int64_t i = p_.cout; i < bias; ++i) bias_[i] = S(0);
     load_channels<S>(p_.bias, p_.bias_dtype, p_.cout, S(0), bias_);
     for (n_ = 0; n_ < p_.n; ++n_)
@@ -116,36 +75,9 @@ class Conv {
   }
 
  private:
-  static int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
-  static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-  static int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-
-  // ---- geometry -------------------------------------------------------------------------------------
-  // Frame of cat(cache, x) under tap kt of output frame t; -1: a zero frame.
-  int64_t frame_at(int64_t t, int64_t kt) const {
-    return map_index(t * p_.stride[0] + kt * p_.dilation[0] - (p_.pad_t - p_.cache_t), p_.cache_t + p_.t, p_.time_pad);
-  }
-  int64_t row_at(int64_t y, int64_t kh) const {
-    return map_index(y * p_.stride[1] + kh * p_.dilation[1] - p_.pad_h, p_.h, p_.space_pad);
-  }
-  Range frames_of(int64_t begin, int64_t end) const {
-    Range r{0, 0};
-    for (int64_t t = begin; t < end; ++t)
-      for (int64_t kt = 0; kt < p_.kernel[0]; ++kt) r.cover(frame_at(t, kt));
-    return r;
-  }
-  Range rows_of(int64_t begin, int64_t end) const {
-    Range r{0, 0};
-    for (int64_t y = begin; y < end; ++y)
-      for (int64_t kh = 0; kh < p_.kernel[1]; ++kh) r.cover(row_at(y, kh));
-    return r;
-  }
   int64_t strip_size(int64_t frames, int64_t rows) const {
-    const int64_t in_frames =
-        min(p_.cache_t + p_.t, (frames - 1) * p_.stride[0] + (p_.kernel[0] - 1) * p_.dilation[0] + 1);
-    const int64_t in_rows = p_.winograd
-                                ? round_up(rows, 2) * 2
-                                : min(p_.h, (rows - 1) * p_.stride[1] + (p_.kernel[1] - 1) * p_.dilation[1] + 1);
+    const int64_t in_frames = Base::frames_under(frames);
+    const int64_t in_rows = p_.winograd ? round_up(rows, 2) * 2 : Base::rows_under(rows);
     return in_frames * in_rows * row_;
   }
 
@@ -185,29 +117,20 @@ class Conv {
       region_rows_ = round_up(region_rows_ / 2, group_pixels_);
   }
 
-  void prologue(S* weight) {
-    fn_ = Prologue<S>{p_.norm, p_.silu, static_cast<S>(p_.norm_eps), S(1) / static_cast<S>(p_.cin), nullptr, nullptr};
-    if (!p_.norm) return;
-    load_channels<S>(p_.norm_weight, p_.norm_weight_dtype, p_.cin, S(1), weight);
-    const S root = p_.norm == static_cast<int>(Norm::channel_l2) ? __builtin_sqrt(static_cast<S>(p_.cin)) : S(1);
-    for (int64_t i = 0; i < p_.cin; ++i) weight[i] *= root;
-    fn_.weight = weight;
-  }
-
   // ---- one strip ------------------------------------------------------------------------------------
   void strip() {
     t1_ = min(p_.to, t0_ + strip_frames_);
     y1_ = min(p_.ho, y0_ + strip_rows_);
-    frames_ = frames_of(t0_, t1_);
+    frames_ = Base::frames_of(t0_, t1_);
     if (p_.winograd) {
       slots_ = (y1_ - y0_ + 1) / 2 * kWinogradRows;
       transform();
     } else {
-      in_rows_ = rows_of(y0_, y1_);
+      in_rows_ = Base::rows_of(y0_, y1_);
       slots_ = in_rows_.size();
       parallel_ranges(frames_.size() * slots_, p_.threads, [&](int64_t begin, int64_t end, int thread) {
         for (int64_t i = begin; i < end; ++i)
-          activate(frames_.begin + i / slots_, in_rows_.begin + i % slots_, temp_ + thread * per_thread_,
+          activate(n_, frames_.begin + i / slots_, in_rows_.begin + i % slots_, temp_ + thread * per_thread_,
                    strip_ + i * row_);
       });
     }
@@ -225,14 +148,6 @@ class Conv {
       convolve(r, reinterpret_cast<int64_t*>(r.out + region_));
       finish(r);
     });
-  }
-
-  void activate(int64_t frame, int64_t row, S* tmp, A* dst) const {
-    const bool cached = frame < p_.cache_t;
-    const int64_t* stride = cached ? p_.cache_stride : p_.x_stride;
-    const T* src = static_cast<const T*>(cached ? p_.cache : p_.x) + n_ * stride[0] +
-                   (cached ? frame : frame - p_.cache_t) * stride[2] + row * stride[3];
-    activate_row<T, M>(p_, src, stride, row_pixels_, fn_, tmp, dst);
   }
 
   // Winograd's data transform: slots (4 per pair of output rows) of every frame. Rows 2 and 3 of a pair are 0 and 1 of
@@ -256,7 +171,7 @@ class Conv {
           A* dst = ring + (2 * (pair % 2) + r) % 4 * row_;
           // below the last output row (odd heights) nothing is read: any row that exists will do
           d[r] = row < 0 || row >= p_.h ? zero_ : dst;
-          if (d[r] == dst) activate(frame, row, tmp, dst);
+          if (d[r] == dst) activate(n_, frame, row, tmp, dst);
         }
         A* v = strip_ + i * kWinogradRows * row_;
         for (int64_t k = 0; k < row_; k += M::lanes) {
@@ -304,7 +219,7 @@ class Conv {
     return count;
   }
 
-  // Sums of one region. The taps, in the order (Winograd row, kt, kh, kw, ci), are cut into pieces of at most kMaxChain
+  // Sums of one region. The taps, in the order (Winograd row, kt, kh, kw, ci), are cut into pieces of at most so many
   // products; a group of pieces is one fresh sum in registers, through which all pixels of the region pass while its
   // weights are in cache.
   void convolve(const Region& r, int64_t* table) const {
@@ -381,12 +296,19 @@ class Conv {
 
   // Bias, residual, one rounding, and the store in y's layout.
   void finish(const Region& r) const {
+    if (p_.wide)
+      finish_as<S>(r);
+    else
+      finish_as<T>(r);
+  }
+  template <class O>
+  void finish_as(const Region& r) const {
     const int64_t co = blocks_.begin(r.block) * M::lanes;
     const int64_t channels = min(r.lanes, p_.cout - co);
     const T* residual = static_cast<const T*>(p_.residual);
     for (int64_t y = r.y.begin; y < r.y.end; ++y) {
       const S* row = r.out + (y - r.y.begin) * r.x.size() * r.lanes;
-      T* out = static_cast<T*>(p_.y) + at(p_.y_stride, co, r.t, y, r.x.begin);
+      O* out = static_cast<O*>(p_.y) + at(p_.y_stride, co, r.t, y, r.x.begin);
       const T* add = residual ? residual + at(p_.residual_stride, co, r.t, y, r.x.begin) : nullptr;
       if (p_.y_stride[1] == 1 && (!add || p_.residual_stride[1] == 1))
         finish_channels(row, r, channels, bias_ + co, out, add);
@@ -397,12 +319,13 @@ class Conv {
   int64_t at(const int64_t* stride, int64_t c, int64_t t, int64_t y, int64_t x) const {
     return n_ * stride[0] + c * stride[1] + t * stride[2] + y * stride[3] + x * stride[4];
   }
-  void finish_channels(const S* row, const Region& r, int64_t channels, const S* bias, T* out, const T* add) const {
+  template <class O>
+  void finish_channels(const S* row, const Region& r, int64_t channels, const S* bias, O* out, const T* add) const {
     for (int64_t x = 0; x < r.x.size(); ++x, row += r.lanes) {
       for (int64_t c = 0; c < channels; c += M::lanes) {
         const int n = static_cast<int>(channels - c);
         V v = load(row + c) + load(bias + c);
-        T* o = out + x * p_.y_stride[4] + c;
+        O* o = out + x * p_.y_stride[4] + c;
         const T* a = add ? add + x * p_.residual_stride[4] + c : nullptr;
         if (n >= M::lanes) {
           store(o, a ? v + load(a) : v);
@@ -413,14 +336,15 @@ class Conv {
     }
   }
   // Lanes are pixels: a column of the partial outputs is gathered for each channel.
-  void finish_strided(const S* row, const Region& r, int64_t channels, const S* bias, T* out, const T* add) const {
+  template <class O>
+  void finish_strided(const S* row, const Region& r, int64_t channels, const S* bias, O* out, const T* add) const {
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t x = 0; x < r.x.size(); x += M::lanes) {
         const int n = static_cast<int>(min(M::lanes, r.x.size() - x));
         S column[M::lanes] = {};
         for (int j = 0; j < n; ++j) column[j] = row[(x + j) * r.lanes + c];
         V v = load(column) + bias[c];
-        T* o = out + c * p_.y_stride[1] + x * p_.y_stride[4];
+        O* o = out + c * p_.y_stride[1] + x * p_.y_stride[4];
         if (add) {
           const T* a = add + c * p_.residual_stride[1] + x * p_.residual_stride[4];
           T other[M::lanes] = {};
@@ -433,7 +357,7 @@ class Conv {
           else
             store_n(o, v, n);
         } else {
-          T lane[M::lanes];
+          O lane[M::lanes];
           store(lane, v);
           for (int j = 0; j < n; ++j) o[j * p_.y_stride[4]] = lane[j];
         }
@@ -443,14 +367,12 @@ class Conv {
 
   static constexpr int64_t kMaxSegments = 64;
 
-  const ConvParams& p_;
   const Blocks blocks_;
-  const int64_t cp_, rows_;  // channels of an activated pixel; rows of a packed kernel
-  int64_t row_pixels_, row_, group_pixels_;
+  const int64_t rows_;  // of a packed kernel
+  int64_t group_pixels_;
   int64_t runs_, run_length_;        // the taps along W and the channels: one run, or kw runs when dilated
   int64_t cuts_, piece_, together_;  // a run is cut into pieces; so many pieces make one sum
   int64_t strip_frames_ = 1, strip_rows_ = 1, strip_elements_ = 0, region_rows_ = 1, region_cols_ = 1;
-  Prologue<S> fn_{};
   A *strip_ = nullptr, *zero_ = nullptr;
   S *bias_ = nullptr, *temp_ = nullptr;
   int64_t per_thread_ = 0, region_ = 0;  // values of scratch per thread; of them, one region's partial outputs
@@ -458,22 +380,6 @@ class Conv {
   int64_t n_ = 0, t0_ = 0, t1_ = 0, y0_ = 0, y1_ = 0, slots_ = 0;
   Range frames_{0, 0}, in_rows_{0, 0};
 };
-
-// Arithmetic of an element type on this ISA.
-template <class T>
-struct MathOf {
-  using type = F32Math;
-};
-template <>
-struct MathOf<double> {
-  using type = F64Math;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct MathOf<bf16> {
-  using type = BF16Math;
-};
-#endif
 
 }  // namespace
 

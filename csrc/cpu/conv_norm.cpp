@@ -1,8 +1,5 @@
 // norm_silu: y = silu(norm(x) * weight + bias), over the channels of a pixel or over a group of channels of a sample.
-//
-// GroupNorm statistics take two readings of a row while it is in cache (mean, then squared deviations), and merge the
-// rows in double, in order: no cancellation, and the same bits for any number of threads.
-#include "conv_rows.h"
+#include "conv_norm.h"
 
 namespace fastdit::cpu::FASTDIT_ISA {
 
@@ -34,118 +31,22 @@ inline void channel_norm_silu(const NormSiluParams& p) {
   });
 }
 
-// fn(vector, offset, count) over n elements `stride` apart, the last vector zero-filled.
-template <class T, class F>
-FASTDIT_INLINE void for_vectors(const T* x, int64_t n, int64_t stride, F&& fn) {
-  constexpr int L = simd<T>::width;
-  for (int64_t i = 0; i < n; i += L) {
-    const int count = static_cast<int>(n - i < L ? n - i : L);
-    if (stride == 1) {
-      fn(count == L ? load(x + i) : load_n(x + i, count), i, count);
-    } else {
-      T lane[L] = {};
-      for (int j = 0; j < count; ++j) lane[j] = x[(i + j) * stride];
-      fn(load(lane), i, count);
-    }
-  }
-}
-
-struct Moments {
-  double count, mean, squares;  // squares: sum of squared deviations from the mean
-  void merge(const Moments& o) {
-    if (o.count == 0) return;
-    const double total = count + o.count, delta = o.mean - mean;
-    squares += o.squares + delta * delta * count * o.count / total;
-    mean += delta * o.count / total;
-    count = total;
-  }
-};
-
-// Moments of every group over one (t, h) row. Lanes: channels when they are contiguous, pixels otherwise.
 template <class T>
-inline void row_moments(const NormSiluParams& p, const T* x, typename simd<T>::S* tmp, Moments* out) {
+inline void group_norm_silu(const NormSiluParams& given) {
+  NormSiluParams p = given;
+  int64_t* strides[] = {p.x_stride, p.y_stride};
+  even_rows(p, strides, 2);
   using S = typename simd<T>::S;
   using V = typename simd<T>::V;
   constexpr int L = simd<T>::width;
-  const int64_t per_group = p.c / p.groups, padded = (p.c + L - 1) / L * L;
-  S *total = tmp, *mean = tmp + padded;
-  const auto reduce = [&](bool centred) {
-    for (int64_t i = 0; i < padded; ++i) total[i] = S(0);
-    if (p.x_stride[1] == 1) {
-      for (int64_t w = 0; w < p.w; ++w)
-        for_vectors(x + w * p.x_stride[4], p.c, 1, [&](V v, int64_t i, int) {
-          const V d = centred ? v - load(mean + i) : v;  // past c the table holds zeros, as does v
-          store(total + i, load(total + i) + (centred ? d * d : d));
-        });
-    } else {
-      for (int64_t c = 0; c < p.c; ++c) {
-        V acc = V{};
-        for_vectors(x + c * p.x_stride[1], p.w, p.x_stride[4], [&](V v, int64_t, int count) {
-          V d = v;
-          if (centred) {
-            d = v - mean[c];
-            for (int j = count; j < L; ++j) d[j] = S(0);
-            d = d * d;
-          }
-          acc += d;
-        });
-        total[c] = sum(acc);
-      }
-    }
-  };
-  const double count = static_cast<double>(per_group * p.w);
-  for (int64_t i = 0; i < padded; ++i) mean[i] = S(0);
-  reduce(false);
-  for (int64_t g = 0; g < p.groups; ++g) {
-    double s = 0;
-    for (int64_t i = 0; i < per_group; ++i) s += total[g * per_group + i];
-    const S m = static_cast<S>(s / count);  // rounded, so that the deviations are from the mean that is stored
-    for (int64_t i = 0; i < per_group; ++i) mean[g * per_group + i] = m;
-    out[g].count = count;
-    out[g].mean = static_cast<double>(m);
-  }
-  reduce(true);
-  for (int64_t g = 0; g < p.groups; ++g) {
-    out[g].squares = 0;
-    for (int64_t i = 0; i < per_group; ++i) out[g].squares += total[g * per_group + i];
-  }
-}
-
-template <class T>
-inline void group_norm_silu(const NormSiluParams& p) {
-  using S = typename simd<T>::S;
-  using V = typename simd<T>::V;
-  constexpr int L = simd<T>::width;
-  const int64_t rows = p.t * p.h, per_group = p.c / p.groups, padded = (p.c + L - 1) / L * L;
-  Scratch<Moments> moments(p.n * rows * p.groups);
-  const auto locate = [&](auto* base, const int64_t* s, int64_t i) {
-    return base + i / rows * s[0] + i % rows / p.h * s[2] + i % p.h * s[3];
-  };
-  parallel_ranges(p.n * rows, p.threads, [&](int64_t begin, int64_t end, int) {
-    Scratch<S> tmp(2 * padded);
-    for (int64_t i = begin; i < end; ++i)
-      row_moments<T>(p, locate(static_cast<const T*>(p.x), p.x_stride, i), tmp.get(), moments.get() + i * p.groups);
-  });
-  Scratch<S> table(3 * p.n * padded);  // per sample: mean, scale, bias
-  for (int64_t n = 0; n < p.n; ++n) {
-    S *mean = table.get() + 3 * n * padded, *scale = mean + padded, *bias = scale + padded;
-    load_channels<S>(p.weight, p.weight_dtype, p.c, S(1), scale);
-    load_channels<S>(p.bias, p.bias_dtype, p.c, S(0), bias);
-    for (int64_t g = 0; g < p.groups; ++g) {
-      Moments m{0, 0, 0};
-      for (int64_t r = 0; r < rows; ++r) m.merge(moments.get()[(n * rows + r) * p.groups + g]);
-      const S inverse = static_cast<S>(1 / __builtin_sqrt(m.squares / m.count + p.eps));
-      for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
-        mean[c] = static_cast<S>(m.mean);
-        scale[c] *= inverse;
-      }
-    }
-  }
+  const int64_t rows = p.t * p.h, padded = (p.c + L - 1) / L * L;
+  Scratch<S> table(3 * p.n * padded);
+  group_tables<T>(p, table.get());
   parallel_ranges(p.n * rows, p.threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {
       const S *mean = table.get() + 3 * (i / rows) * padded, *scale = mean + padded, *bias = scale + padded;
-      const T* x = locate(static_cast<const T*>(p.x), p.x_stride, i);
-      T* y = locate(static_cast<T*>(p.y), p.y_stride, i);
+      const T* x = group_row(p, static_cast<const T*>(p.x), p.x_stride, i);
+      T* y = group_row(p, static_cast<T*>(p.y), p.y_stride, i);
       const auto put = [](T* dst, int64_t stride, V v, int count) {
         if (stride == 1) return count == L ? store(dst, v) : store_n(dst, v, count);
         T lane[L];

@@ -21,9 +21,33 @@ FASTDIT_INLINE int64_t map_index(int64_t i, int64_t n, int pad) {
   return i < 0 ? -i : 2 * (n - 1) - i;
 }
 
+// 1 / (1 + exp(-v)) to 2 ulp. Without a division on AVX-512, where it would be half of what an activation costs.
+FASTDIT_INLINE vf quick_sigmoid(vf v) {
+#if defined(__AVX512F__)
+  // v is the second operand: a NaN stays
+  v = (vf)_mm512_min_ps(_mm512_set1_ps(200), _mm512_max_ps(_mm512_set1_ps(-200), (__m512)v));
+  const vf n = (vf)_mm512_roundscale_ps((__m512)(v * -1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT);
+  const vf r = (-v - n * 0.693359375f) + n * 2.12194440e-4f;  // -v - n ln2, in two pieces
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const __m512 d = _mm512_add_ps(_mm512_scalef_ps((__m512)p, (__m512)n), _mm512_set1_ps(1));
+  const __m512 finite = _mm512_min_ps(_mm512_set1_ps(3e38f), d);
+  const __m512 y = _mm512_rcp14_ps(finite);
+  return (vf)_mm512_fmadd_ps(y, _mm512_fnmadd_ps(finite, y, _mm512_set1_ps(1)), y);
+#else
+  return sigmoid(v);
+#endif
+}
+FASTDIT_INLINE vd quick_sigmoid(vd v) { return sigmoid(v); }
+
 template <class V>
 FASTDIT_INLINE V silu(V v) {
-  return v * sigmoid(v);
+  return v * quick_sigmoid(v);
 }
 
 // A channel vector of any dtype as an array of S; absent (null) reads as `fill`.

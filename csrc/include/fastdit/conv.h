@@ -21,14 +21,28 @@ struct ConvParams {
   int64_t n, cin, cout, cache_t, t, h, w, to, ho, wo;
   int64_t x_stride[5], cache_stride[5], y_stride[5], residual_stride[5];
   int64_t kernel[3], stride[3], dilation[3];
+  int64_t up[2];                // along T and H: only every up-th position of the input holds something (1: all do)
   int64_t pad_t, pad_h, pad_w;  // on the near side; what lies beyond the far side follows from to, ho, wo
   double norm_eps;
   int time_pad, space_pad;  // Pad
   int norm;                 // Norm: none, channel_l2 or channel_rms
   int silu;
   int winograd;
+  int gradient;  // x is the gradient of an output, y that of an input: shorter sums
+  int wide;      // y is stored in the arithmetic type, unrounded
   int dtype, bias_dtype, norm_weight_dtype;
   int threads;
+};
+
+// Gradients of a convolution's weight and bias; the gradient of its input is conv_forward with the weight flipped.
+struct ConvWeightGradParams {
+  ConvParams forward;  // packed, bias, residual and y are not read
+  const void* grad;    // of y, in x's dtype
+  int64_t grad_stride[5];
+  void* d_weight;  // (cout, cin, kt, kh, kw) by strides, or null
+  int64_t d_weight_stride[5];
+  double* d_bias;  // (cout), or null
+  int weight_dtype;
 };
 
 struct ConvPackParams {
@@ -62,10 +76,23 @@ struct NormSiluParams {
   int threads;
 };
 
+// What comes after act(norm(x)) hands back `grad`; d_x may lie over it.
+struct NormSiluGradParams {
+  NormSiluParams forward;  // y is not read; norm may be none
+  const void* grad;
+  void* d_x;  // or null
+  int64_t grad_stride[5], d_x_stride[5];
+  double *d_weight, *d_bias;  // (c) or null; added to
+  int silu;
+  int grad_dtype;  // x's, or what its arithmetic is in
+};
+
 namespace cpu {
 FASTDIT_ENTRY(conv_forward, ConvParams)
+FASTDIT_ENTRY(conv_weight_grad, ConvWeightGradParams)
 FASTDIT_ENTRY(conv_pack, ConvPackParams)
 FASTDIT_ENTRY(conv_hash, ConvHashParams)
 FASTDIT_ENTRY(norm_silu_forward, NormSiluParams)
+FASTDIT_ENTRY(norm_silu_backward, NormSiluGradParams)
 }  // namespace cpu
 }  // namespace fastdit

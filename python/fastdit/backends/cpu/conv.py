@@ -10,7 +10,6 @@ import torch
 
 from ... import _cpu
 from ...reference.conv import NORM_EPS, memory_format, output_shape
-from ..reference import conv as reference
 from ..registry import Impl, register as _register
 from ._abi import DTYPE, on_cpu, pointer
 
@@ -78,11 +77,15 @@ packed_weights = PackedWeights()
 
 
 def pack(weight: torch.Tensor, dtype: torch.dtype, winograd: bool) -> torch.Tensor:
-    kernel = tuple(weight.shape[2:])
-    size = _cpu.conv_pack_bytes(weight.shape[0], weight.shape[1], kernel, winograd, DTYPE[dtype])
+    return pack_strided(weight, weight.data_ptr(), weight.shape, weight.stride(), dtype, winograd)
+
+
+def pack_strided(weight, address: int, shape, stride, dtype: torch.dtype, winograd: bool) -> torch.Tensor:
+    """Packs the (Cout, Cin, kt, kh, kw) weight that lies at `address` in weight's memory; strides may be negative."""
+    size = _cpu.conv_pack_bytes(*shape[:2], shape[2:], winograd, DTYPE[dtype])
     packed = torch.empty(size, dtype=torch.uint8)
     _cpu.conv_pack(
-        weight.data_ptr(), packed.data_ptr(), weight.shape[0], weight.shape[1], kernel, weight.stride(),
+        address, packed.data_ptr(), *shape[:2], shape[2:], stride,
         winograd, DTYPE[weight.dtype], DTYPE[dtype], torch.get_num_threads(),
     )  # fmt: skip
     return packed
@@ -104,22 +107,33 @@ def use_winograd(algo: str, dtype: torch.dtype, kernel: tuple, stride: tuple, di
     return algo == "winograd"
 
 
+def _empty(x, shape, dtype=None):
+    return torch.empty(shape, dtype=dtype or x.dtype, memory_format=memory_format(x))
+
+
+def _geometry(x, weight, norm_weight, stride, dilation, padding, time_pad, space_pad, norm, norm_eps, act, winograd):
+    return (
+        weight.shape[2:], stride, dilation, (1, 1), padding[::2], _PAD[time_pad], _PAD[space_pad],
+        _NORM[norm], norm_eps, act == "silu", winograd, DTYPE[x.dtype], _code(norm_weight), torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def causal_conv3d(
     x, weight, bias, cache, norm_weight, residual,
     stride, dilation, padding, time_pad, space_pad, norm, norm_eps, act, algo,
 ):  # fmt: skip
-    kernel = tuple(weight.shape[2:])
     shape = output_shape(x.shape, weight.shape, stride, dilation, padding)
-    y = torch.empty(shape, dtype=x.dtype, memory_format=memory_format(x))
+    y = _empty(x, shape)
     if y.numel():
-        winograd = use_winograd(algo, x.dtype, kernel, stride, dilation)
+        winograd = use_winograd(algo, x.dtype, weight.shape[2:], stride, dilation)
         packed = packed_weights.get(weight, x.dtype, winograd)
         _cpu.conv_forward(
+            _geometry(
+                x, weight, norm_weight, stride, dilation, padding, time_pad, space_pad, norm, norm_eps, act, winograd
+            ),
             x.data_ptr(), pointer(cache), packed.data_ptr(), pointer(bias), pointer(norm_weight), pointer(residual),
             y.data_ptr(), x.shape, shape, 0 if cache is None else cache.shape[2],
-            x.stride(), _stride(cache), y.stride(), _stride(residual), kernel, stride, dilation, padding[::2],
-            _PAD[time_pad], _PAD[space_pad], _NORM[norm], norm_eps, act == "silu", winograd,
-            DTYPE[x.dtype], _code(bias), _code(norm_weight), torch.get_num_threads(),
+            x.stride(), _stride(cache), y.stride(), _stride(residual), _code(bias), False, False,
         )  # fmt: skip
     return y
 
@@ -155,6 +169,11 @@ def _five(t):
 
 
 def register() -> None:
+    from . import conv_backward  # which needs what is defined here
+
     for name in ("causal_conv3d", "next_cache", "norm_silu"):
-        backward = getattr(reference, f"{name}_backward")
-        _register(Impl(name, "cpu", lambda x, *_: on_cpu(x), globals()[name], backward, backward_backend="reference"))
+        _register(Impl(name, "cpu", _supports, globals()[name], getattr(conv_backward, f"{name}_backward")))
+
+
+def _supports(x, *_):
+    return on_cpu(x)
