@@ -126,7 +126,7 @@ def bar_table(judged: list[bars.Verdict]) -> Table:
         result.add_column(name, justify="right" if name in ("bar", "lowest", "median") else "left", overflow="fold")
     for v in judged:
         result.add_row(
-            v.bar.op, f"{v.bar.pass_} {v.bar.dtype or ''}", v.bar.peer, f"{v.bar.at_least:.2f}", f"{v.lowest:.2f}",
+            v.bar.op, f"{v.bar.pass_} {v.bar.dtype or ''}", v.bar.against, f"{v.bar.at_least:.2f}", f"{v.lowest:.2f}",
             f"{v.median:.2f}", ", ".join(f"{name} {ratio:.2f}" for name, ratio in v.under),
             style=None if v.met else "red",
         )  # fmt: skip

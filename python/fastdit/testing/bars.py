@@ -18,6 +18,7 @@ class Bar:
     """Every matching row must be at least so many times as fast as the peer.
 
     models: parts of the names of the rows that it holds for; none means all, a leading "!" excludes.
+    dense: the row of dense attention whose share of GEMM is the measure instead of GEMM itself.
     """
 
     op: str
@@ -26,6 +27,11 @@ class Bar:
     dtype: str | None = None
     pass_: str = "fwd"
     models: tuple[str, ...] = ()
+    dense: str | None = None
+
+    @property
+    def against(self) -> str:
+        return f"dense {self.dense}" if self.dense else self.peer
 
     def holds_for(self, m: Measured) -> bool:
         name = m.workload.model
@@ -63,6 +69,7 @@ class Verdict:
 
 
 _BF16, _FP32 = "bfloat16", "float32"
+_WAN = "Wan2.1-1.3B-480p/8"
 
 BARS = (
     Bar("norm_modulate", "copy", 0.80),
@@ -83,14 +90,16 @@ BARS = (
     Bar("qk_norm_rope", "eager", 3.0, pass_="bwd"),
     Bar("attention", "sdpa", 2.3, _BF16, models=("DiT-XL/2-512", "SD3.5")),
     Bar("attention", "gemm", 0.90, _BF16, models=("DiT-XL/2-512", "SD3.5")),
-    Bar("attention", "sdpa", 2.2, _BF16, models=("Wan2.1",)),
-    Bar("attention", "gemm", 0.95, _BF16, models=("Wan2.1",)),
+    Bar("attention", "sdpa", 2.2, _BF16, models=(_WAN,)),
+    Bar("attention", "gemm", 0.95, _BF16, models=(_WAN,)),
     Bar("attention", "sdpa", 1.10, _FP32),
     Bar("attention", "gemm", 0.95, _FP32),
     Bar("attention", "sdpa", 1.5, _BF16, pass_="bwd"),
     Bar("attention_varlen", "padded", 2.5, _BF16, models=("ragged",)),
-    Bar("attention_varlen", "dense", 0.95, _BF16, models=("ragged",)),
-    Bar("attention_varlen", "dense", 0.90, _BF16, models=("frame-causal", "window")),
+    Bar("attention_varlen", "gemm", 0.95, _BF16, models=("ragged",), dense="DiT-XL/2-512"),
+    Bar("attention", "gemm", 0.90, _BF16, models=("frame-causal",), dense=_WAN),
+    Bar("attention_varlen", "gemm", 0.90, _BF16, models=("tiles",), dense=_WAN),
+    Bar("attention_varlen", "gemm", 0.90, _BF16, models=("window",), dense="SD3.5-L-1024"),
     Bar("causal_conv3d", "eager", 1.0, _BF16, models=("!winograd",)),
     Bar("causal_conv3d", "conv_ndhwc", 1.0, _BF16, models=("!winograd",)),
     Bar("causal_conv3d", "conv_ndhwc", 1.3, models=("first",)),
@@ -113,8 +122,14 @@ def judge(measured: Sequence[Measured], bars: Sequence[Bar] = BARS) -> list[Verd
     """The bars that some row of this run falls under."""
     found = []
     for bar in bars:
+        unit = 1.0 if bar.dense is None else _dense_rate(measured, bar)
         rows = [m for m in measured if bar.holds_for(m)]
-        ratios = tuple((f"{m.workload.model} {str(m.dtype).removeprefix('torch.')}", m.ratio(bar.peer)) for m in rows)
-        if ratios:
-            found.append(Verdict(bar, ratios))
+        if rows and unit:
+            names = (f"{m.workload.model} {str(m.dtype).removeprefix('torch.')}" for m in rows)
+            found.append(Verdict(bar, tuple(zip(names, (m.ratio(bar.peer) / unit for m in rows), strict=True))))
     return found
+
+
+def _dense_rate(measured: Sequence[Measured], bar: Bar) -> float | None:
+    dense = Bar("attention", bar.peer, 0.0, bar.dtype, bar.pass_, (bar.dense or "",))
+    return next((m.ratio(bar.peer) for m in measured if dense.holds_for(m)), None)

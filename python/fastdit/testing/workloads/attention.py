@@ -223,7 +223,7 @@ def _row(
     peers: dict[str, Any] = {"sdpa": _Prepared(_mask, _masked_sdpa) if masked else _plain_sdpa}
     if flex:
         peers["flex"] = _Prepared(_prepare_flex, _flex)
-    return Workload(op, model, shape, make, lambda dtype: tokens * dtype.itemsize, flops=flops, peers=peers)
+    return Workload(op, model, shape, make, lambda dtype: tokens * dtype.itemsize, flops, peers=peers, flops_bwd=2.5)
 
 
 # name, batch, tokens, heads, head dim; long videos keep their head shape and lose tokens and heads
@@ -305,6 +305,7 @@ BENCH = (
         _bench_ragged,
         lambda dtype: 4 * sum(_LENGTHS) * 4 * 72 * dtype.itemsize,
         flops=sum(4 * 4 * n * n * 72 for n in _LENGTHS),
+        flops_bwd=2.5,
         peers={"padded": _padded},
     ),
     # sliding tiles: all queries of a tile share three tiles of keys along h and w; and NATTEN's own window
