@@ -273,6 +273,27 @@ def test_zero_size(shape, backend):
     assert x.grad.shape == shape and weight.grad.shape == weight.shape and not weight.grad.any()
 
 
+@pytest.mark.parametrize("kind", ["random", "offset", "outlier"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_winograd_error(dtype, kind, isa):
+    """rms error against fp64 in units of the rms output: close to direct's in fp32, two roundings in bf16 (opt-in)."""
+    m = Maker(dtype)
+    x, weight = m.randn(1, 96, 3, 12, 14), m.randn(48, 96, 3, 3, 3) * (96 * 27) ** -0.5
+    if kind == "offset":
+        x = x + 10
+    if kind == "outlier":
+        x[:, 5] *= 50
+    truth = ops.causal_conv3d(x.double(), weight.double(), backend="reference")
+    size = truth.square().mean().sqrt()
+
+    def error(**how):
+        return float((ops.causal_conv3d(x, weight, **how).double() - truth).square().mean().sqrt() / size)
+
+    direct, winograd = (error(algo=algo, backend="cpu") for algo in ("direct", "winograd"))
+    print(f"\n{isa} {dtype} {kind}: torch {error(backend='reference'):.1e} direct {direct:.1e} winograd {winograd:.1e}")
+    assert winograd <= (1.5 if dtype == torch.float32 else 2.5) * direct
+
+
 @each_format
 @each_algo
 def test_zero_padding_is_not_convolved(last, algo, isa):

@@ -187,8 +187,8 @@ def causal_conv3d(
         act (str, optional): "silu". Norm and act act on the input; padding zeros stay zeros.
         residual (Tensor, shape of y; dtype of x): added last.
         algo (str): "direct"; "winograd": F(2,3) along H, 2/3 of the products, needs k_h = 3 with stride and dilation 1
-            there. "auto": winograd where its error is no larger than direct's (fp32 and f16 on the CPU). In bf16
-            winograd is 2-4 output roundings less exact, and an Inf in x may come out as NaN.
+            there. "auto": winograd where its error is within 1.4 of direct's (fp32 and f16 on the CPU). In bf16 its
+            error is two output roundings instead of one, and an Inf in x may come out as NaN.
         backend (str, optional): "cuda", "triton", "cpu", "reference". Default: best available.
     Returns:
         Tensor[B, Cout, T', H', W'], dtype of x, in x's memory format. Gradients for every tensor argument.
@@ -197,7 +197,9 @@ def causal_conv3d(
         the next chunk's windows.   TypeError: dtypes.   NoBackend: nothing can run it.
     Cost:   2*B*T'*H'*W'*Cout*C*k_t*k_h*k_w FLOPs (2/3 of it with winograd), compute-bound. The CPU backend keeps a
         packed copy of the weight while it lives (4/3 of its size with winograd), and rows in flight: 1.5 MiB a
-        thread, more only where a few rows of a frame are larger.
+        thread, more only where a few rows of a frame are larger. Backward: as much again for the gradient of the
+        input (missing frames skipped, 2/3 with winograd), and for the weight's, which takes 6 MiB and the weight's size
+        in fp32; no activation is kept: norm and SiLU are computed again from x.
     Source: diffusers WanCausalConv3d, CogVideoXCausalConv3d, HunyuanVideoCausalConv3d, LTXVideoCausalConv3d, Mochi.
     """
     op = "causal_conv3d"
@@ -306,7 +308,7 @@ def norm_silu(
         Tensor like x, dtype of x, in x's memory format. Gradients for x, weight and bias.
     Raises:
         ValueError: shapes, devices, eps, groups.   TypeError: dtypes.   NoBackend: nothing can run it.
-    Cost:   2*numel*itemsize bytes (group: 3); memory-bound.
+    Cost:   2*numel*itemsize bytes (group: 3); memory-bound. Backward: 3 (group: 6), about 45 flops a value.
     Source: diffusers WanRMS_norm, PerChannelRMSNorm (LTX-2), GroupNorm of CogVideoX, HunyuanVideo and Mochi.
     """
     op = "norm_silu"
