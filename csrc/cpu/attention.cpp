@@ -21,11 +21,11 @@ Layout layout_of(const AttentionParams& p, int64_t key_groups) {
   constexpr int64_t word = sizeof(typename M::Word), lanes = kTileVectors * M::lanes;
   l.channel_tiles = ceil_div(p.head_dim, 8);
   l.steps = l.channel_tiles * 8 / M::pair;
-  l.key_groups = ceil_div(max64(key_groups, 1), 2 * kBlockGroups) * 2 * kBlockGroups;
+  l.key_groups = ceil_div(max64(key_groups, 1), 2 * kBlockGroups<M>) * 2 * kBlockGroups<M>;
   l.q = l.steps * lanes * word;
   l.k = l.key_groups * 8 * l.steps * word;
   l.v = l.key_groups * l.channel_tiles * kValueWords<M> * word;
-  l.s = kKeyBlock * lanes * sizeof(typename M::S);
+  l.s = kBlockGroups<M> * 8 * lanes * sizeof(typename M::S);
   l.o = l.channel_tiles * 8 * lanes * sizeof(typename M::S);
   l.zeros = ceil_div(p.head_dim, 8) * 64;
   return l;

@@ -45,11 +45,11 @@ struct GradLayout {
       p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(memory + used);
       used += ceil_div(count * static_cast<int64_t>(sizeof(*p)), 64) * 64;
     };
-    constexpr int64_t keys = kGradGroups<M> * 8;
+    constexpr int64_t keys = kBlockGroups<M> * 8;
     const int64_t all = tiles * heads;
     Part s;
     take(s.block.k, keys * steps), take(s.block.v, keys * steps);
-    take(s.block.k_columns, channel_tiles * kBlockGroups * kValueWords<M>);
+    take(s.block.k_columns, channel_tiles * kBlockGroups<M> * kValueWords<M>);
     take(s.block.dk, keys * pitch), take(s.block.dv, keys * pitch);
     take(s.block.ds, keys * kRowWords<M>);
     if constexpr (M::pair == 2) {
@@ -59,7 +59,7 @@ struct GradLayout {
       take(s.block.weights, keys * kLanes<M>);
       s.block.p = s.block.weights, s.block.ds_columns = s.block.ds;
     }
-    take(s.groups, kGradGroups<M>);
+    take(s.groups, kBlockGroups<M>);
     take(s.seen, 2 * tiles);
     take(s.zeros, ceil_div(dim, 8) * 64);
     take(s.tiles.q, all * steps * kLanes<M>), take(s.tiles.d_o, all * steps * kLanes<M>);
@@ -144,13 +144,13 @@ void run_part(const AttentionGradParams& p, const Sequence& s, int64_t kv_head, 
   const auto& block = scratch.block;
   if (partial) scratch.tiles.dq = partial;
   __builtin_memset(scratch.zeros, 0, ceil_div(l.dim, 8) * 64);
-  const int64_t blocks = ceil_div(s.key_groups, kGradGroups<M>);
+  const int64_t blocks = ceil_div(s.key_groups, kBlockGroups<M>);
   const int64_t first_block = blocks * part / parts, last_block = blocks * (part + 1) / parts;
   Tile<M> tile;
   for (int64_t index = 0; index < s.tiles; ++index) {
     int64_t* seen = scratch.seen + 2 * index;
     span_of(s, index, M::lanes, seen[0], seen[1]);
-    if (seen[0] >= last_block * kGradGroups<M> || seen[1] <= first_block * kGradGroups<M>) continue;
+    if (seen[0] >= last_block * kBlockGroups<M> || seen[1] <= first_block * kBlockGroups<M>) continue;
     tile_of<M>(s, index, tile);
     for (int64_t h = 0; h < l.heads; ++h)
       pack_tile<T, M>(p, s, kv_head * l.heads + h, tile, l.at(scratch.tiles, h * s.tiles + index), l);
@@ -160,7 +160,7 @@ void run_part(const AttentionGradParams& p, const Sequence& s, int64_t kv_head, 
   const GradWanted want = {p.dq != nullptr, p.dk != nullptr, p.dv != nullptr};
   const auto c = static_cast<S>(p.scale * M::unit);
   for (int64_t b = first_block; b < last_block; ++b) {
-    const int64_t first = b * kGradGroups<M>, keys = min64(kGradGroups<M>, s.key_groups - first) * 8;
+    const int64_t first = b * kBlockGroups<M>, keys = min64(kBlockGroups<M>, s.key_groups - first) * 8;
     const auto place = [&](const void* base, const int64_t (&stride)[3]) {
       return [&s, from = row<T>(base, stride, s.batch, s.first_k, kv_head), step = stride[1], place = first * 8,
               zeros = reinterpret_cast<const T*>(scratch.zeros)](int64_t i) {
@@ -171,12 +171,12 @@ void run_part(const AttentionGradParams& p, const Sequence& s, int64_t kv_head, 
     pack_keys<M, T>(block.k, 0, keys, p.head_dim, l.steps, place(p.k, p.k_stride));
     pack_keys<M, T>(block.v, 0, keys, p.head_dim, l.steps, place(p.v, p.v_stride));
     if (want.q) pack_values<M, T>(block.k_columns, 0, keys, p.head_dim, place(p.k, p.k_stride));
-    __builtin_memset(block.dk, 0, kGradGroups<M> * 8 * l.pitch * sizeof(S));
-    __builtin_memset(block.dv, 0, kGradGroups<M> * 8 * l.pitch * sizeof(S));
+    __builtin_memset(block.dk, 0, kBlockGroups<M> * 8 * l.pitch * sizeof(S));
+    __builtin_memset(block.dv, 0, kBlockGroups<M> * 8 * l.pitch * sizeof(S));
     for (int64_t index = 0; index < s.tiles; ++index) {
       const int64_t* seen = scratch.seen + 2 * index;
-      if (seen[0] >= first + kGradGroups<M> || seen[1] <= first) continue;
-      const int64_t count = groups_of(s, index, M::lanes, first, first + kGradGroups<M>, scratch.groups);
+      if (seen[0] >= first + kBlockGroups<M> || seen[1] <= first) continue;
+      const int64_t count = groups_of(s, index, M::lanes, first, first + kBlockGroups<M>, scratch.groups);
       if (count == 0) continue;
       int64_t masked = 0;
       for (int64_t i = 0; i < count; ++i) masked |= scratch.groups[i] & 1, scratch.groups[i] -= 2 * first;
@@ -258,7 +258,7 @@ void run(const AttentionGradParams& p) {
   for (int64_t i = 0; i < p.batch; ++i) {
     const Sequence& s = sequences.get()[i];
     // a part packs the queries anew: it holds at least two blocks of keys
-    const int64_t most = max64(1, ceil_div(s.key_groups, kGradGroups<M>) / 2);
+    const int64_t most = max64(1, ceil_div(s.key_groups, kBlockGroups<M>) / 2);
     const double share = total > 0 ? s.cost / total : 0;
     parts.get()[i] =
         max64(1, min64(most, static_cast<int64_t>(share * kTasksWanted / static_cast<double>(p.kv_heads) + 0.999)));

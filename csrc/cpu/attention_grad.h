@@ -15,9 +15,6 @@ template <class M>
 constexpr int kLanes = kTileVectors * M::lanes;  // of a full tile: pitch of weights
 template <class M>
 constexpr int kRowWords = kLanes<M> / M::pair;  // words of a row of weights
-// Keys of a block: P, dS, the packed keys and values, dK and dV stay in the second-level cache.
-template <class M>
-constexpr int64_t kGradGroups = M::pair == 2 ? 32 : 16;
 
 // What one (tile of queries, head) brings.
 template <class M>
@@ -163,7 +160,7 @@ __attribute__((noinline)) void add_queries(const typename M::Word* k, const type
   for (int64_t i = 0; i < count; ++i, ds += steps * kLanes<M>) {
     const typename M::Word* from[G];
     for (int g = 0; g < G; ++g)
-      from[g] = k + g * kBlockGroups * kValueWords<M> + value_offset<M>(groups[i] >> 1, channel_tiles);
+      from[g] = k + g * kBlockGroups<M> * kValueWords<M> + value_offset<M>(groups[i] >> 1, channel_tiles);
     multiply<M, NV, G, kLanes<M>>(acc, from, ds, steps);
   }
 #pragma GCC unroll 24
@@ -218,7 +215,7 @@ inline void grad_tile(const QueryTile<M>& tile, const KeyBlock<M>& block, const 
   if (want.k) add_all_rows<M>(block.ds, groups, count, tile.q_rows, pitch, words, block.dk);
   if (!want.q) return;
   each_channel_tile<G>(channel_tiles, [&](auto tiles, int64_t t) {
-    add_queries<M, NV, decltype(tiles)::value>(block.k_columns + t * kBlockGroups * kValueWords<M>, block.ds_columns,
+    add_queries<M, NV, decltype(tiles)::value>(block.k_columns + t * kBlockGroups<M> * kValueWords<M>, block.ds_columns,
                                                groups, count, channel_tiles, tile.dq + t * 8 * NV * M::lanes);
   });
 }

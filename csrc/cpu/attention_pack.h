@@ -11,8 +11,10 @@
 
 namespace fastdit::cpu::FASTDIT_ISA {
 
-constexpr int kKeyBlock = 256;               // keys between two softmax rescalings
-constexpr int kBlockGroups = kKeyBlock / 8;  // keys travel in groups of 8
+// Groups of 8 keys in a block: between two softmax rescalings of the forward; in the backward, where P, dS, the packed
+// keys and values, dK and dV of a block stay in the second-level cache.
+template <class M>
+constexpr int64_t kBlockGroups = M::pair == 2 ? 32 : 16;
 
 // Element (or pair of elements) number `step` of a row of `dim` as a word; zero beyond it.
 template <class M, class T>
@@ -158,10 +160,10 @@ inline void pack_keys(typename M::Word* out, int64_t begin, int64_t count, int64
 template <class M>
 constexpr int64_t kValueWords = 8 / M::pair * 8;
 
-// Offset of group g inside packed V, for channel tile 0; the next tile is kBlockGroups * kValueWords further.
+// Offset of group g inside packed V, for channel tile 0; the next tile is kBlockGroups<M> * kValueWords further.
 template <class M>
 FASTDIT_INLINE int64_t value_offset(int64_t group, int64_t channel_tiles) {
-  return (group / kBlockGroups * channel_tiles * kBlockGroups + group % kBlockGroups) * kValueWords<M>;
+  return (group / kBlockGroups<M> * channel_tiles * kBlockGroups<M> + group % kBlockGroups<M>)*kValueWords<M>;
 }
 
 template <class M, class T, class RowOf>
@@ -170,7 +172,7 @@ inline void pack_values(typename M::Word* out, int64_t begin, int64_t count, int
   for (int64_t key = begin; key < (count + 7) / 8 * 8; key += M::pair) {
     typename M::Word* to = out + value_offset<M>(key / 8, tiles) + key % 8 / M::pair * 8;
     const T *row = key < count ? row_of(key) : nullptr, *next = key + 1 < count ? row_of(key + 1) : nullptr;
-    for (int64_t t = 0; t < tiles; ++t, to += kBlockGroups * kValueWords<M>) {
+    for (int64_t t = 0; t < tiles; ++t, to += kBlockGroups<M> * kValueWords<M>) {
       const int64_t c = t * 8;
 #if defined(__AVX512BF16__)
       if constexpr (M::pair == 2) {

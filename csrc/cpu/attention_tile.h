@@ -25,7 +25,7 @@ struct TileView {
 template <class M>
 struct TileBuffers {
   typename M::Word *q, *k, *v;  // packed operands
-  typename M::S *s, *o;         // [kKeyBlock][pitch] scores, then weights; [channels][pitch]
+  typename M::S *s, *o;         // [keys of a block][pitch] scores, then weights; [channels][pitch]
   int64_t* groups;              // key groups to visit: 2 * group + (1 if partly masked)
 };
 
@@ -264,7 +264,7 @@ __attribute__((noinline)) void value_tile(const typename M::Word* v, const typen
   for (int64_t i = 0; i < count; ++i, p += steps * NV * M::lanes) {
     const typename M::Word* from[G];
     for (int g = 0; g < G; ++g)
-      from[g] = v + g * kBlockGroups * kValueWords<M> + value_offset<M>(groups[i] >> 1, channel_tiles);
+      from[g] = v + g * kBlockGroups<M> * kValueWords<M> + value_offset<M>(groups[i] >> 1, channel_tiles);
     multiply<M, NV, G>(acc, from, p, steps);
   }
 #pragma GCC unroll 24
@@ -290,8 +290,8 @@ inline void attend_tile(const TileBuffers<M>& buf, const TileView<M>& view, int6
     total[n] = shift[n] = V{};
     store_raw(max + n * M::lanes, lowest);
   }
-  for (int64_t at = 0; at < count; at += kBlockGroups) {
-    const int64_t block = count - at < kBlockGroups ? count - at : kBlockGroups, *groups = buf.groups + at;
+  for (int64_t at = 0; at < count; at += kBlockGroups<M>) {
+    const int64_t block = count - at < kBlockGroups<M> ? count - at : kBlockGroups<M>, *groups = buf.groups + at;
     score_block<M, NV>(buf, view, groups, block, steps, max);
     V sum[NV];
     for (int n = 0; n < NV; ++n) {
@@ -307,7 +307,7 @@ inline void attend_tile(const TileBuffers<M>& buf, const TileView<M>& view, int6
     weigh_block<M, NV>(buf.s, block * 8, c, shift, sum);
     for (int n = 0; n < NV; ++n) total[n] += sum[n];
     each_channel_tile<kRowGroups<NV>>(channel_tiles, [&](auto tiles, int64_t tile) {
-      value_tile<M, NV, decltype(tiles)::value>(buf.v + tile * kBlockGroups * kValueWords<M>,
+      value_tile<M, NV, decltype(tiles)::value>(buf.v + tile * kBlockGroups<M> * kValueWords<M>,
                                                 reinterpret_cast<typename M::Word*>(buf.s), groups, block,
                                                 channel_tiles, buf.o + tile * 8 * pitch, at ? keep : nullptr);
     });

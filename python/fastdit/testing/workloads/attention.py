@@ -164,10 +164,11 @@ class _Prepared:
 
 
 def _mask(q, k, v, *, kv_len=None, frame_tokens=None, window=None, window_stride=(1, 1, 1), grids=None, **_):
-    """bool, broadcastable to (B, H, N, M)."""
+    """bool (B or 1, 1, N or 1, M), or None."""
     n, m = q.shape[-3], k.shape[-3]
     if window is None:
-        return reference.visible_dense(n, m, kv_len, frame_tokens, q.device)
+        visible = reference.visible_dense(n, m, kv_len, frame_tokens, q.device)
+        return visible if visible is None or visible.dim() == 4 else visible[None, None]
     one = torch.tensor([n], device=q.device)
     return reference.visible_varlen(one, one, n, m, None, window, window_stride, grids)[:, None]
 
