@@ -223,10 +223,8 @@ def test_bad_index_is_caught_inside_a_compiled_graph():
         compiled(X)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_fuzz(data):
-    """Any mix of ranks, sizes, row maps, laws and optional tensors, in poisoned memory."""
+def _fuzz(data) -> tuple[Sample, torch.dtype]:
+    """Any mix of ranks, sizes, row maps, laws and optional tensors."""
     draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
     dtype, C, N = draw(*contract.DTYPES), data.draw(st.integers(1, 70)), data.draw(st.integers(0, 12))
     indexed, packed = draw(True, False), draw(True, False)
@@ -244,7 +242,48 @@ def test_fuzz(data):
         return (m.randn(*lead, C), m.randn(*lead, C), table()), kwargs
 
     made = make(Maker(dtype))
-    contract.forward(Sample("gate_residual_norm_modulate", "fuzz", lambda _: made), dtype, "cpu")
+    return Sample("gate_residual_norm_modulate", "fuzz", lambda _: made), dtype
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_fuzz(data):
+    contract.forward(*_fuzz(data), "cpu")
+
+
+def _far(mean: float):
+    def make(m: Maker):
+        x = m.randn(2, 9, 96, dtype=torch.float64) + mean * torch.linspace(-1, 1, 9)[:, None]
+        return (x.to(m.dtype),), dict(shift=m.randn(2, 96), scale=m.randn(2, 96))
+
+    return Sample("norm_modulate", f"mean-{mean:g}", make)
+
+
+@pytest.mark.parametrize("mean", [4.0, 10.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rows_far_from_their_mean(mean, dtype, isa):
+    """The two ways to a variance of bf16 rows, on either side of where they part."""
+    contract.forward(_far(mean), dtype, "cpu")
+    contract.backward(_far(mean), dtype, "cpu")
+
+
+@pytest.mark.parametrize("op", ["norm_modulate", "gate_residual_norm_modulate"])
+@each_dtype
+def test_streamed_outputs(op, dtype, isa):
+    """Outputs larger than the caches take stores of their own; the same bits as for a few rows."""
+    m, C, few = Maker(dtype), 1024, 8
+    repeats = -(-(2**26) // (2 * few * C * dtype.itemsize))  # all outputs together: 32 MiB and more
+    rows, tables = [m.randn(1, few, C) for _ in range(2)], [m.randn(1, C) for _ in range(3)]
+
+    def gradients(copies):
+        x, y = (t.repeat(1, copies, 1).requires_grad_() for t in rows)
+        args = (x,) if op == "norm_modulate" else (x, y, tables[2])
+        out = close.flat(getattr(ops, op)(*args, shift=tables[0], scale=tables[1], backend="cpu"))
+        grads = torch.autograd.grad(out, args[:2], [x.detach() + i for i, _ in enumerate(out)])
+        return [t.detach().view(copies, few, C) for t in (*out, *grads)]
+
+    for large, small in zip(gradients(repeats), gradients(1), strict=True):
+        assert torch.equal(large, small.expand(repeats, few, C))
 
 
 @pytest.mark.big

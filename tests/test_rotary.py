@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 import fastdit
 from fastdit import ops
@@ -134,10 +134,8 @@ def test_rotation_is_undone_by_the_opposite_angle():
             torch.testing.assert_close(a, b)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_fuzz(data):
-    """Any mix of ranks, sizes, norms, tables, slices and laws, in poisoned memory."""
+def _fuzz(data) -> tuple[Sample, torch.dtype]:
+    """Any mix of ranks, sizes, norms, tables, slices and laws."""
     draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
     count = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
     dtype, layout = draw(*contract.DTYPES), draw("interleaved", "half", "axis_half")
@@ -164,7 +162,64 @@ def test_fuzz(data):
         return (q, k), kwargs
 
     made = make(Maker(dtype))
-    contract.forward(Sample("qk_norm_rope", "fuzz", lambda _: made), dtype, "cpu")
+    return Sample("qk_norm_rope", "fuzz", lambda _: made), dtype
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_fuzz(data):
+    contract.forward(*_fuzz(data), "cpu")
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_fuzz_backward(isa, data):
+    contract.backward(*_fuzz(data), "cpu")
+
+
+@each_hot
+def test_backward_threads(sample):
+    """Every gradient has the same bits for any thread count; the axis tables hold 64 positions."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            args, kwargs = sample.make(Maker(torch.bfloat16, n=128 if "axes" in sample.id else 1200))
+            args, kwargs, leaves = contract._leaves(sample, args, kwargs)
+            out = ops.qk_norm_rope(*args, **kwargs, backend="cpu")
+            found.append(torch.autograd.grad([o.float().square().sum() for o in out], leaves))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for a, b in zip(other, found[0], strict=True):
+            close.assert_bitwise(a, b)
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "q_weight", "k_bias", "cos", "k_sin"])
+def test_one_gradient_alone(wanted):
+    """Each gradient asked for alone has the bits that it has among all."""
+    m = Maker(torch.float32)
+    names = ("q", "k", "q_weight", "k_bias", "cos", "sin", "k_cos", "k_sin")
+    shapes = ((2, 5, 3, 16), (2, 4, 3, 16), (16,), (16,), (5, 8), (5, 8), (4, 8), (4, 8))
+    tensors = {name: m.randn(*shape) for name, shape in zip(names, shapes, strict=True)}
+
+    def gradient(needed):
+        given = {name: t.clone().requires_grad_(name in needed) for name, t in tensors.items()}
+        a, b = ops.qk_norm_rope(**given, norm="layer", backend="cpu")
+        total = (a.square().sum() if a.requires_grad else 0) + (b.square().sum() if b.requires_grad else 0)
+        return torch.autograd.grad(total, given[wanted])[0]
+
+    close.assert_bitwise(gradient((wanted,)), gradient(names))
+
+
+def test_gradient_of_one_output():
+    """An output that nobody uses leaves zeros for what only it depends on."""
+    m = Maker(torch.float32)
+    q, k, w = m.randn(2, 5, 3, 16), m.randn(2, 5, 3, 16), m.randn(16)
+    leaves = [t.requires_grad_() for t in (q, k, w)]
+    a, _ = ops.qk_norm_rope(q, k, norm="rms", q_weight=w, k_weight=w, backend="cpu")
+    dq, dk, dw = torch.autograd.grad(a.square().sum(), leaves)
+    assert dq.abs().sum() > 0 and dw.abs().sum() > 0 and not dk.any()
 
 
 @pytest.mark.big

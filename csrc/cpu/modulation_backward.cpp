@@ -138,9 +138,10 @@ struct Backward : Row<T, TR, false> {
     store_raw(to + c + Base::w, v.b);
   }
 
-  // What the gradient of r takes from the norm, for a row: root * (g - mean_g) - x * slope with x = r - mean.
+  // What the gradient of r takes from the norm, for a row: (g - level) * root - (r - mean) * slope. The difference
+  // comes first: root may be large.
   struct Means {
-    S mean_g, slope;
+    S slope, level;
   };
 
   // Sums over h's gradient of `count` rows from i, and its table gradients. adaln: scale and shift alone, both wanted.
@@ -149,22 +150,28 @@ struct Backward : Row<T, TR, false> {
     const bool weighted = !adaln && (p.weight.data || p.weight_offset != 0), biased = !adaln && p.bias.data;
     const bool scaled = adaln || p.scale.data, to_shift = adaln || sinks.shift.at, to_scale = adaln || sinks.scale.at;
     const bool to_weight = !adaln && sinks.weight.at, to_bias = !adaln && sinks.bias.at;
-    V sum_g[count] = {}, sum_gn[count] = {};
+    S *const d_shift = sinks.shift.at, *const d_scale = sinks.scale.at, *const scale_row = scale.values;
+    S *const d_weight = sinks.weight.at, *const d_bias = sinks.bias.at;
+    V sum_g[count] = {}, sum_gn[count] = {}, center[count], factor[count];
     const T* dh[count];
-    for (int k = 0; k < count; ++k) dh[k] = grad_h(i + k);
+    const TR* from[count];
+    for (int k = 0; k < count; ++k) {
+      dh[k] = grad_h(i + k), from[k] = value[k];
+      center[k] = splat(mean[k]), factor[k] = splat(root[k]);
+    }
     L::sweep(C, [&](int64_t c, auto step) {
       Pair<V> shift{}, scales{}, weights{}, biases{}, one{}, w{}, b{};
-      if (to_shift) shift = at(sinks.shift.at, c);
-      if (to_scale) scales = at(sinks.scale.at, c);
-      if (to_weight) weights = at(sinks.weight.at, c);
-      if (to_bias) biases = at(sinks.bias.at, c);
-      if (scaled) one = at(scale.values, c);
+      if (to_shift) shift = at(d_shift, c);
+      if (to_scale) scales = at(d_scale, c);
+      if (to_weight) weights = at(d_weight, c);
+      if (to_bias) biases = at(d_bias, c);
+      if (scaled) one = at(scale_row, c);
       if (weighted) w = at(affine, c);
       if (biased) b = at(offset, c);
       for (int k = 0; k < count; ++k) {
         Pair<V> g = L::get(dh[k] + c, step);
-        const Pair<V> r = L::get(value[k] + c, step);
-        const Pair<V> x{(r.a - mean[k]) * root[k], (r.b - mean[k]) * root[k]};
+        const Pair<V> r = L::get(from[k] + c, step);
+        const Pair<V> x{(r.a - center[k]) * factor[k], (r.b - center[k]) * factor[k]};
         if (to_shift) shift = plus(shift, g);
         if (to_scale) {
           Pair<V> a = x;
@@ -176,70 +183,85 @@ struct Backward : Row<T, TR, false> {
         if (to_weight) weights = plus(weights, times(g, x));
         if (to_bias) biases = plus(biases, g);
         if (weighted) g = times(g, w);
-        sum_g[k] += g.a + g.b;  // zero beyond the row: dh is
-        sum_gn[k] += g.a * x.a + g.b * x.b;
+        sum_g[k] = (sum_g[k] + g.a) + g.b;  // zero beyond the row: dh is
+        sum_gn[k] = (sum_gn[k] + g.a * x.a) + g.b * x.b;
       }
-      if (to_shift) keep(sinks.shift.at, c, shift);
-      if (to_scale) keep(sinks.scale.at, c, scales);
-      if (to_weight) keep(sinks.weight.at, c, weights);
-      if (to_bias) keep(sinks.bias.at, c, biases);
+      if (to_shift) keep(d_shift, c, shift);
+      if (to_scale) keep(d_scale, c, scales);
+      if (to_weight) keep(d_weight, c, weights);
+      if (to_bias) keep(d_bias, c, biases);
     });
     for (int k = 0; k < count; ++k) {
-      means[k].mean_g = p.norm == Norm::layer ? sum(sum_g[k]) / static_cast<S>(C) : S(0);
       means[k].slope = root[k] * root[k] * (sum(sum_gn[k]) / static_cast<S>(C));
+      means[k].level = p.norm == Norm::layer ? sum(sum_g[k]) / static_cast<S>(C) : S(0);
     }
   }
 
-  // dresidual and dy of `count` rows from i, and what gate and post_weight get. plain: no post norm, no tanh.
-  template <int count, bool plain>
+  // What outputs() may take for granted. adaln: a norm with a scale alone. plain: no post norm, no tanh.
+  enum class Kind { adaln, adaln_seam, plain, general };
+  Kind kind(const Sinks<S>& sinks) const {
+    if (p.post_norm || p.gate_act != GateAct::none) return Kind::general;
+    const bool norm = q.grad_h && p.scale.data && !p.weight.data && p.weight_offset == 0 && q.d_y;
+    if (norm && !p.residual && !q.grad_r) return Kind::adaln;
+    return norm && p.residual && q.grad_r && q.d_residual && sinks.gate.at ? Kind::adaln_seam : Kind::plain;
+  }
+
+  // dresidual and dy of `count` rows from i, and what gate and post_weight get.
+  template <int count, Kind kind>
   void outputs(int64_t i, const Sinks<S>& sinks, const Means* means) {
-    const bool normed = q.grad_h, weighted = p.weight.data || p.weight_offset != 0, scaled = p.scale.data;
-    const bool gated = p.gate.data, tanh_gate = !plain && p.gate_act == GateAct::tanh,
-               post_norm = !plain && p.post_norm;
-    const bool post_weighted = post_norm && p.post_weight.data, to_gate = sinks.gate.at;
-    const bool to_post = !plain && sinks.post.at, has_residual = p.residual;
-    const T *dh[count], *next_dh[count], *y[count], *next_y[count];
-    const TR *dr[count], *next_dr[count];
+    constexpr bool lone = kind == Kind::adaln, seam = kind == Kind::adaln_seam, hot = lone || seam;
+    constexpr bool plain = kind != Kind::general;
+    const bool normed = hot || q.grad_h, scaled = hot || p.scale.data;
+    const bool weighted = !hot && (p.weight.data || p.weight_offset != 0), has_residual = seam || (!lone && p.residual);
+    const bool gated = seam || (!lone && p.gate.data), to_gate = seam || (!lone && sinks.gate.at);
+    const bool has_dr = seam || (!lone && q.grad_r), has_dy = hot || q.d_y, has_d_residual = seam || q.d_residual;
+    const bool tanh_gate = !plain && p.gate_act == GateAct::tanh, post_norm = !plain && p.post_norm;
+    const bool post_weighted = post_norm && p.post_weight.data, to_post = !plain && sinks.post.at;
+    const bool streamed = stream;
+    S *const d_gate = sinks.gate.at, *const d_post = sinks.post.at;
+    S *const scale_row = scale.values, *const gate_row = gate.values;
+    const T *dh[count] = {}, *next_dh[count] = {}, *y[count], *next_y[count];
+    const TR *dr[count] = {}, *next_dr[count] = {}, *from[count];
     T* dy[count];
     TR* d_residual[count];
-    V sum_dy[count] = {};
+    V sum_dy[count] = {}, center[count], factor[count], slope[count], level[count];
     for (int k = 0; k < count; ++k) {
       const int64_t j = i + k, ahead = j + count < this->tokens ? j + count : j;
-      dh[k] = normed ? grad_h(j) : nullptr, next_dh[k] = normed ? grad_h(ahead) : nullptr;
-      dr[k] = q.grad_r ? grad_r(j) : nullptr, next_dr[k] = q.grad_r ? grad_r(ahead) : nullptr;
-      y[k] = this->y(j), next_y[k] = this->y(ahead);
-      dy[k] = q.d_y ? static_cast<T*>(q.d_y) + j * C : nullptr;
-      d_residual[k] = q.d_residual ? static_cast<TR*>(q.d_residual) + j * C : nullptr;
+      if (normed) dh[k] = grad_h(j), next_dh[k] = grad_h(ahead);
+      if (has_dr) dr[k] = grad_r(j), next_dr[k] = grad_r(ahead);
+      y[k] = this->y(j), next_y[k] = this->y(ahead), from[k] = value[k];
+      dy[k] = static_cast<T*>(q.d_y) + j * C, d_residual[k] = static_cast<TR*>(q.d_residual) + j * C;
+      if (normed) center[k] = splat(mean[k]), factor[k] = splat(root[k]);
+      if (normed) slope[k] = splat(means[k].slope), level[k] = splat(means[k].level);
     }
     L::sweep(C, [&](int64_t c, auto step) {
       Pair<V> one{}, g0{}, gates{}, posts{}, pw{};
-      if (scaled) one = at(scale.values, c);
+      if (scaled) one = at(scale_row, c);
       if (weighted) one = scaled ? times(one, at(affine, c)) : at(affine, c);
-      const bool factor = scaled || weighted;
-      if (gated) g0 = at(gate.values, c);
-      if (to_gate) gates = at(sinks.gate.at, c);
-      if (to_post) posts = at(sinks.post.at, c);
+      if (gated) g0 = at(gate_row, c);
+      if (to_gate) gates = at(d_gate, c);
+      if (to_post) posts = at(d_post, c);
       if (post_weighted) pw = at(post, c);
       for (int k = 0; k < count; ++k) {
         Pair<V> v{};
         if (normed) {
           L::ahead(next_dh[k] + c);
           v = L::get(dh[k] + c, step);
-          if (factor) v = times(v, one);
-          const Pair<V> r = L::get(value[k] + c, step);
-          const S m = means[k].mean_g, s = means[k].slope;
-          v = {(v.a - m) * root[k] - (r.a - mean[k]) * s, (v.b - m) * root[k] - (r.b - mean[k]) * s};
+          if (scaled || weighted) v = times(v, one);
+          const Pair<V> r = L::get(from[k] + c, step);
+          v = {(v.a - level[k]) * factor[k] - (r.a - center[k]) * slope[k],
+               (v.b - level[k]) * factor[k] - (r.b - center[k]) * slope[k]};
         }
-        if (dr[k]) {
+        if (has_dr) {
           L::ahead(next_dr[k] + c);
           v = plus(v, L::get(dr[k] + c, step));
         }
         if (!has_residual) {
           L::ahead(next_y[k] + c);
-          if (dy[k]) L::put(dy[k] + c, v, step, stream);
+          if (has_dy) L::put(dy[k] + c, v, step, streamed);
           continue;
         }
-        if (d_residual[k]) L::put(d_residual[k] + c, v, step, stream);
+        if (has_d_residual) L::put(d_residual[k] + c, v, step, streamed);
         Pair<V> unit = L::get(y[k] + c, step);
         if (post_norm) unit = {unit.a * post_root[k], unit.b * post_root[k]};
         if (to_gate) {
@@ -253,21 +275,21 @@ struct Backward : Row<T, TR, false> {
         if (post_norm) {
           sum_dy[k] += v.a * unit.a + v.b * unit.b;  // zero beyond the row: y is
           keep(d.get(), c, v);
-        } else if (dy[k]) {
-          L::put(dy[k] + c, v, step, stream);
+        } else if (has_dy) {
+          L::put(dy[k] + c, v, step, streamed);
         }
       }
-      if (to_gate) keep(sinks.gate.at, c, gates);
-      if (to_post) keep(sinks.post.at, c, posts);
+      if (to_gate) keep(d_gate, c, gates);
+      if (to_post) keep(d_post, c, posts);
     });
-    if (!post_norm || !dy[0]) return;
+    if (!post_norm || !has_dy) return;
     static_assert(plain || count == 1, "d holds one row");
     const S mean_dy = sum(sum_dy[0]) / static_cast<S>(C), unit_root = post_root[0];
     L::sweep(C, [&](int64_t c, auto step) {
       const Pair<V> unit = L::get(y[0] + c, step), g = at(d.get(), c);
       const Pair<V> v{(g.a - unit.a * unit_root * mean_dy) * unit_root,
                       (g.b - unit.b * unit_root * mean_dy) * unit_root};
-      L::put(dy[0] + c, v, step, stream);
+      L::put(dy[0] + c, v, step, streamed);
     });
   }
 
@@ -282,8 +304,16 @@ struct Backward : Row<T, TR, false> {
       adaln ? sums<count, true>(i, sinks, means) : sums<count, false>(i, sinks, means);
     }
     if (!q.d_y && !q.d_residual && !sinks.gate.at && !sinks.post.at) return;
-    if (!p.post_norm && p.gate_act == GateAct::none) return outputs<count, true>(i, sinks, means);
-    if constexpr (count == 1) outputs<1, false>(i, sinks, means);
+    switch (kind(sinks)) {
+      case Kind::adaln:
+        return outputs<count, Kind::adaln>(i, sinks, means);
+      case Kind::adaln_seam:
+        return outputs<count, Kind::adaln_seam>(i, sinks, means);
+      case Kind::plain:
+        return outputs<count, Kind::plain>(i, sinks, means);
+      case Kind::general:
+        if constexpr (count == 1) outputs<1, Kind::general>(i, sinks, means);
+    }
   }
 };
 

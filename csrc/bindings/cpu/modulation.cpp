@@ -8,36 +8,34 @@ using fastdit::Table;
 namespace {
 
 // (address, dtype, stride_b, stride_m, tokens_per_row), or None
-Table table(const py::handle& h) {
-  if (h.is_none()) return Table{nullptr, 0, 0, 0, 1};
-  const auto t = py::reinterpret_borrow<py::tuple>(h);
-  return Table{ptr<const void>(t[0].cast<int64_t>()), t[1].cast<int>(), t[2].cast<int64_t>(), t[3].cast<int64_t>(),
-               t[4].cast<int64_t>()};
+Table table(const py::handle& t) {
+  if (t.is_none()) return Table{nullptr, 0, 0, 0, 1};
+  return Table{pointer<const void>(t, 0), static_cast<int>(item(t, 1)), item(t, 2), item(t, 3), item(t, 4)};
 }
 
 // (address, dtype, rows, rows_b), or None
-fastdit::TableGrad table_grad(const py::handle& h) {
-  if (h.is_none()) return fastdit::TableGrad{nullptr, 0, 0, 0};
-  const auto t = py::reinterpret_borrow<py::tuple>(h);
-  return {ptr<void>(t[0].cast<int64_t>()), t[1].cast<int>(), t[2].cast<int64_t>(), t[3].cast<int64_t>()};
+fastdit::TableGrad table_grad(const py::handle& t) {
+  if (t.is_none()) return fastdit::TableGrad{nullptr, 0, 0, 0};
+  return {pointer(t, 0), static_cast<int>(item(t, 1)), item(t, 2), item(t, 3)};
 }
 
 // The arguments that forward and backward share, in the order of ModulationParams without r and h.
 ModulationParams parameters(const py::tuple& a) {
-  const auto integer = [&](int i) { return a[i].cast<int64_t>(); };
+  const auto code = [&](int i) { return static_cast<int>(item(a, i)); };
   ModulationParams p{};
-  p.B = integer(0), p.N = integer(1), p.C = integer(2);
-  p.dtype = a[3].cast<int>(), p.residual_dtype = a[4].cast<int>();
-  p.y = ptr<const void>(integer(5)), p.y_stride_b = integer(6), p.y_stride_n = integer(7);
-  p.residual = ptr<const void>(integer(8)), p.residual_stride_b = integer(9), p.residual_stride_n = integer(10);
-  p.gate = table(a[11]), p.shift = table(a[12]), p.scale = table(a[13]);
-  p.weight = table(a[14]), p.bias = table(a[15]), p.post_weight = table(a[16]);
-  p.gate_row_index = ptr<const void>(integer(17)), p.row_index = ptr<const void>(integer(18));
-  p.index_is_64 = a[19].cast<int>();
-  p.norm = static_cast<fastdit::Norm>(a[20].cast<int>()), p.gate_act = static_cast<fastdit::GateAct>(a[21].cast<int>());
-  p.post_norm = a[22].cast<int>();
-  p.eps = a[23].cast<double>(), p.post_eps = a[24].cast<double>(), p.weight_offset = a[25].cast<double>();
-  p.native = a[26].cast<int>(), p.threads = a[27].cast<int>();
+  p.B = item(a, 0), p.N = item(a, 1), p.C = item(a, 2);
+  p.dtype = code(3), p.residual_dtype = code(4);
+  p.y = pointer<const void>(a, 5), p.y_stride_b = item(a, 6), p.y_stride_n = item(a, 7);
+  p.residual = pointer<const void>(a, 8), p.residual_stride_b = item(a, 9), p.residual_stride_n = item(a, 10);
+  p.gate = table(part(a, 11)), p.shift = table(part(a, 12)), p.scale = table(part(a, 13));
+  p.weight = table(part(a, 14)), p.bias = table(part(a, 15)), p.post_weight = table(part(a, 16));
+  p.gate_row_index = pointer<const void>(a, 17), p.row_index = pointer<const void>(a, 18);
+  p.index_is_64 = code(19);
+  p.norm = static_cast<fastdit::Norm>(code(20)), p.gate_act = static_cast<fastdit::GateAct>(code(21));
+  p.post_norm = code(22);
+  p.eps = part(a, 23).cast<double>(), p.post_eps = part(a, 24).cast<double>(),
+  p.weight_offset = part(a, 25).cast<double>();
+  p.native = code(26), p.threads = code(27);
   return p;
 }
 

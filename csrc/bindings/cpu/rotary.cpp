@@ -10,20 +10,6 @@ using fastdit::RotaryTable;
 
 namespace {
 
-int64_t integer(PyObject* o) {
-  const int64_t v = PyLong_AsLongLong(o);
-  if (v == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return v;
-}
-// Item i of a tuple (a torch.Size and Tensor.stride() are tuples), read without pybind11's casters: a call has forty.
-int64_t item(const py::handle& t, py::ssize_t i) { return integer(PyTuple_GET_ITEM(t.ptr(), i)); }
-py::handle part(const py::handle& t, py::ssize_t i) { return PyTuple_GET_ITEM(t.ptr(), i); }
-py::ssize_t size(const py::handle& t) { return PyTuple_GET_SIZE(t.ptr()); }
-template <class T = void>
-T* pointer(const py::handle& t, py::ssize_t i) {
-  return ptr<T>(item(t, i));
-}
-
 // (address, shape, strides, address of the output); a shape (N, H, D) is a batch of one. The output is contiguous,
 // or x itself.
 RotaryOperand operand(const py::handle& t) {

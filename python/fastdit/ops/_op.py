@@ -35,10 +35,7 @@ def _contiguous(t: Tensor) -> Tensor:
 
 def _ordinary(args: Sequence) -> bool:
     """True when nothing but autograd can be watching these arguments."""
-    for a in args:
-        if type(a) not in _PLAIN:
-            return False
-    return not (
+    return _PLAIN.issuperset(map(type, args)) and not (
         _C._len_torch_dispatch_stack()
         or _C._is_torch_function_mode_enabled()
         or _C._functorch.peek_interpreter_stack() is not None
@@ -83,6 +80,9 @@ class Op:
         self.outputs = len(parsed.returns)
         self.count = len(names)
         self._wrt = tuple(names.index(n) for n in differentiable)
+        self._tensors = tuple(
+            i for i, a in enumerate(parsed.arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")
+        )
         self._validate = validate
         self._fake = fake
         self._grad_like = grad_like
@@ -181,14 +181,19 @@ class Op:
 
     def _save(self, ctx, args: Sequence, outputs: tuple) -> None:
         ctx.set_materialize_grads(False)
-        tensors = [a for a in args if isinstance(a, Tensor)]
+        ctx.rest = rest = list(args)
+        ctx.places = places = [i for i in self._tensors if args[i] is not None]
+        tensors = [args[i] for i in places]
+        for i in places:
+            rest[i] = None
         ctx.save_for_backward(*tensors, *(outputs[i] for i in self.saves))
-        ctx.rest = [None if isinstance(a, Tensor) else (a,) for a in args]
 
     def _restore(self, ctx) -> list:
-        tensors = iter(ctx.saved_tensors)
-        args = [next(tensors) if rest is None else rest[0] for rest in ctx.rest]
-        return [*args, *tensors]
+        saved, args = ctx.saved_tensors, list(ctx.rest)
+        count = len(ctx.places)
+        for i, tensor in zip(ctx.places, saved[:count], strict=True):
+            args[i] = tensor
+        return [*args, *saved[count:]]
 
     def _autograd(self, ctx, *grads):
         needs = [ctx.needs_input_grad[i] for i in self._wrt]

@@ -125,7 +125,8 @@ def qk_norm_rope(
         q, k: contiguous, dtype of the inputs. Gradients for q, k, the affine parameters and all tables.
     Raises:
         ValueError: shapes, strides, devices, slice, grids, eps, overlap.   TypeError: dtypes.   NoBackend.
-    Cost:   2*N*(Hq + Hk)*D*itemsize + 4*N*R bytes a sample and about 8 FLOPs an element; memory-bound.
+    Cost:   2*N*(Hq + Hk)*D*itemsize + 4*N*R bytes a sample, backward 3 for 2; about 8 FLOPs an element; memory-bound.
+            Gradients of tables come in a pass of their own, in float64: few models learn them.
     Source: arXiv 2104.09864; diffusers apply_rotary_emb, WanAttnProcessor, CogVideoXAttnProcessor2_0, LTX, Mochi.
     """
     _rotary_check.queries_and_keys(q, k)
