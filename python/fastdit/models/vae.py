@@ -12,6 +12,7 @@ Shapes: videos (B, 3, 1 + 4*t, H, W) <-> latents (B, z_dim, 1 + t, H/8, W/8).
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -232,9 +233,10 @@ class Decoder(nn.Module):
     def rest(self, x: Tensor, stream: Stream, start: int = 0) -> Tensor:
         """The up blocks from `start` on; large pictures PIECE frames at a time to the end."""
         for i in range(start, len(self.up_blocks)):
-            if (parts := pieces(x, self.up_blocks[i].f_t)) is not None:
+            block: Any = self.up_blocks[i]
+            if (parts := pieces(x, block.f_t)) is not None:
                 return torch.cat([self.rest(part, stream, i) for part in parts], dim=2)
-            x = self.up_blocks[i](x, stream)
+            x = block(x, stream)
         return stream(self.conv_out, x, norm_weight=self.norm_out.weight, act="silu")
 
 

@@ -80,7 +80,7 @@ def upsample2x(x: Tensor, frames: int = 1) -> Tensor:
     return y.reshape(b, t * frames, 2 * h, 2 * w, c).permute(0, 4, 1, 2, 3)
 
 
-def upsampled(conv: FrameConv2d, x: Tensor, frames: int = 1) -> Tensor:
+def upsampled(conv: nn.Module, x: Tensor, frames: int = 1) -> Tensor:
     """conv(upsample2x(x, frames)), one frame of x after the other: the pictures between them are the largest."""
     if torch.compiler.is_compiling() or x.shape[2] == 1 or x.numel() < LARGE:
         return conv(upsample2x(x, frames))

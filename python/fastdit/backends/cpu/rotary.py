@@ -83,14 +83,14 @@ def _table_sums(tables, needs):
     return [torch.zeros(t.shape, dtype=torch.float64) if wanted and t is not None else None for t in tables]
 
 
-def qk_norm_rope_backward(grad_q, grad_k, q, k, *args):
-    *args, needs = args
+def qk_norm_rope_backward(grad_q, grad_k, q, k, *rest):
+    *args, needs = rest
     affine, tables, axes, grids = args[:4], args[4:8], args[8:14], args[14]
     grads = [_empty(t) if need and t is not None else None for t, need in zip((q, k, *affine), needs, strict=False)]
     own, ks, compact = (
         _table_sums(t, need) for t, need in ((tables[:2], needs[6:8]), (tables[2:], needs[8:10]), (axes, needs[10:]))
     )
-    operands = []
+    operands: list[tuple | None] = []
     for i, (x, grad) in enumerate(((q, grad_q), (k, grad_k))):
         mine = grads[i::2]  # of x, its weight, its bias
         if grad is None or x.numel() == 0:
