@@ -34,7 +34,7 @@ SHARED = {
     "ops": {"adaln"},  # compositions of several families
     "parameters": {"dtype", "isa"},
     "cpu kernel": {"isa"},
-    "benchmark": {"models"},
+    "benchmark": {"memory", "models"},
 }  # fmt: skip
 # Lines. A file that outgrows its budget is split into <family>_<part>, not squeezed.
 BUDGETS = {
