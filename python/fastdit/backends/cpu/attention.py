@@ -111,10 +111,11 @@ def attention_varlen_backward(
     do, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, frame_tokens_of, grids, max_seqlen_q, max_seqlen_k, frame_tokens,
     window, window_stride, scale, return_lse, deterministic, o, lse, needs,
 ):  # fmt: skip
-    indices = tuple(map(_dense_index, (cu_seqlens_q, cu_seqlens_k, frame_tokens_of, grids)))
+    cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    frames, grids = _dense_index(frame_tokens_of), _dense_index(grids)
     return _gradients(
         *(do, dlse, q, k, v, o, lse, needs),
-        lambda o, lse: _packed(q, k, v, o, lse, *indices, frame_tokens, window, window_stride, scale),
+        lambda o, lse: _packed(q, k, v, o, lse, cu_q, cu_k, frames, grids, frame_tokens, window, window_stride, scale),
     )
 
 
