@@ -12,6 +12,7 @@ X, T = torch.randn(1, 2, 8), torch.randn(1, 8)
 Q, W, ANGLE = torch.randn(1, 2, 1, 8), torch.randn(8), torch.randn(2, 4)
 VIDEO, FILTER = torch.randn(1, 2, 1, 4, 4), torch.randn(8, 2, 1, 2, 2)
 TOKENS = torch.randn(1, 4, 8)
+PACKED, BOUNDS = torch.randn(4, 1, 8), torch.tensor([0, 2, 4], dtype=torch.int32)
 
 
 def _us(call, number=2000):
@@ -24,6 +25,8 @@ CALLS = {
     "gate_residual": lambda x: ops.gate_residual(x(X), X, T),
     "gate_residual_norm_modulate": lambda x: ops.gate_residual_norm_modulate(x(X), X, T, shift=T, scale=T),
     "qk_norm_rope": lambda x: ops.qk_norm_rope(x(Q), Q, q_weight=W, k_weight=W, norm="rms", cos=ANGLE, sin=ANGLE),
+    "attention": lambda x: ops.attention(x(Q), Q, Q),
+    "attention_varlen": lambda x: ops.attention_varlen(x(PACKED), PACKED, PACKED, cu_seqlens_q=BOUNDS, max_seqlen_q=2),
     "patch_embed3d": lambda x: ops.patch_embed3d(x(VIDEO), FILTER),
     "unpatchify3d": lambda x: ops.unpatchify3d(x(TOKENS), grid=(1, 2, 2), patch=(1, 2, 2), channels=2),
 }
@@ -32,16 +35,17 @@ OVER = {
     "gate_residual": (8.0, 15.0),
     "gate_residual_norm_modulate": (10.0, 19.0),
     "qk_norm_rope": (10.5, 21.0),
+    "attention_varlen": (9.5, 18.5),
     "unpatchify3d": (8.5, 15.0),
 }
-OUTPUTS = {"gate_residual_norm_modulate": 2, "qk_norm_rope": 2}
+OUTPUTS = {"gate_residual_norm_modulate": 2, "qk_norm_rope": 2, "attention": 2, "attention_varlen": 2}
 
 
 @pytest.mark.parametrize("op", CALLS)
 @pytest.mark.parametrize("grad", [False, True], ids=["", "grad"])
 def test_call(op, grad):
     bar = OVER.get(op, (6.0, 15.0))[grad]
-    leaves = {id(t): t.clone().requires_grad_(grad) for t in (X, Q, VIDEO, TOKENS)}
+    leaves = {id(t): t.clone().requires_grad_(grad) for t in (X, Q, VIDEO, TOKENS, PACKED)}
     with torch.set_grad_enabled(grad):
         ours = _us(lambda: CALLS[op](lambda t: leaves[id(t)]))
     empty = OUTPUTS.get(op, 1) * _us(lambda: torch.empty(X.shape, dtype=X.dtype))

@@ -8,8 +8,6 @@ from ... import _cpu
 from ..registry import Impl, register as _register
 from ._abi import DTYPE, on_cpu, pointer
 
-_NO_WINDOW = (0, 0, 0)
-
 
 def _empty(t):
     # half the cost of torch.empty(t.shape, dtype=t.dtype)
@@ -30,37 +28,32 @@ def _lse_dtype(q):
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-# ---- dense and packed: what the kernel is told, forward and backward -----------------------------------
-def _dense(q, k, v, o, lse, indices, frame_tokens, scale):
-    (batch, tokens, heads, dim), (keys, kv_heads) = q.shape, k.shape[1:3]
-    kv_len, frame_tokens_of = indices
+# ---- dense and packed: what the kernel is told, forward and backward; o and lse are contiguous ---------------
+def _dense(q, k, v, o, lse, kv_len, frame_tokens_of, frame_tokens, scale):
     return (
         q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), lse.data_ptr(),
-        q.stride(), k.stride(), v.stride(), o.stride(), (heads * tokens, tokens),
-        batch, tokens, keys, heads, kv_heads, dim, 0, 0, pointer(kv_len),
-        pointer(frame_tokens_of), frame_tokens, 0, _NO_WINDOW, _NO_WINDOW,
+        q.shape, k.shape, q.stride(), k.stride(), v.stride(),
+        0, 0, 0, pointer(kv_len), pointer(frame_tokens_of), frame_tokens, None,
         scale, DTYPE[q.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 
-def _packed(q, k, v, o, lse, indices, frame_tokens, window, window_stride, scale):
-    tokens, heads, dim = q.shape
-    cu_q, cu_k, frame_tokens_of, grids = indices
+def _packed(q, k, v, o, lse, cu_q, cu_k, frame_tokens_of, grids, frame_tokens, window, window_stride, scale):
+    windowed = None if grids is None else (grids.data_ptr(), tuple(window), tuple(window_stride))
     return (
         q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), lse.data_ptr(),
-        _strides(q), _strides(k), _strides(v), _strides(o), (0, tokens),
-        cu_q.shape[0] - 1, tokens, k.shape[0], heads, k.shape[1], dim, cu_q.data_ptr(), cu_k.data_ptr(), 0,
-        pointer(frame_tokens_of), frame_tokens, pointer(grids), tuple(window or _NO_WINDOW),
-        tuple(window_stride), scale, DTYPE[q.dtype], torch.get_num_threads(),
+        q.shape, k.shape, q.stride(), k.stride(), v.stride(),
+        cu_q.shape[0] - 1, cu_q.data_ptr(), cu_k.data_ptr(), 0, pointer(frame_tokens_of), frame_tokens, windowed,
+        scale, DTYPE[q.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 
 def attention(q, k, v, kv_len, frame_tokens_of, frame_tokens, scale, return_lse, deterministic):
     batch, tokens, heads, _ = q.shape
     o, lse = _empty(q), torch.empty((batch, heads, tokens), dtype=_lse_dtype(q))
-    if lse.numel():
-        indices = _dense_index(kv_len), _dense_index(frame_tokens_of)
-        _cpu.attention_forward(_dense(q, k, v, o, lse, indices, frame_tokens, scale))
+    if batch and tokens and heads:
+        kv_len, frame_tokens_of = _dense_index(kv_len), _dense_index(frame_tokens_of)
+        _cpu.attention_forward(_dense(q, k, v, o, lse, kv_len, frame_tokens_of, frame_tokens, scale))
     return o, lse
 
 
@@ -68,10 +61,14 @@ def attention_varlen(
     q, k, v, cu_seqlens_q, cu_seqlens_k, frame_tokens_of, grids, max_seqlen_q, max_seqlen_k, frame_tokens,
     window, window_stride, scale, return_lse, deterministic,
 ):  # fmt: skip
-    o, lse = _empty(q), torch.empty((q.shape[1], q.shape[0]), dtype=_lse_dtype(q))
-    if lse.numel():
-        indices = tuple(map(_dense_index, (cu_seqlens_q, cu_seqlens_k, frame_tokens_of, grids)))
-        _cpu.attention_forward(_packed(q, k, v, o, lse, indices, frame_tokens, window, window_stride, scale))
+    tokens, heads, _ = q.shape
+    o, lse = _empty(q), torch.empty((heads, tokens), dtype=_lse_dtype(q))
+    if tokens and heads:
+        cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+        frame_tokens_of, grids = _dense_index(frame_tokens_of), _dense_index(grids)
+        _cpu.attention_forward(
+            _packed(q, k, v, o, lse, cu_q, cu_k, frame_tokens_of, grids, frame_tokens, window, window_stride, scale)
+        )
     return o, lse
 
 
@@ -106,7 +103,7 @@ def attention_backward(
     indices = _dense_index(kv_len), _dense_index(frame_tokens_of)
     return _gradients(
         *(do, dlse, q, k, v, o, lse, needs),
-        lambda o, lse: _dense(q, k, v, o, lse, indices, frame_tokens, scale),
+        lambda o, lse: _dense(q, k, v, o, lse, *indices, frame_tokens, scale),
     )
 
 
@@ -114,10 +111,11 @@ def attention_varlen_backward(
     do, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, frame_tokens_of, grids, max_seqlen_q, max_seqlen_k, frame_tokens,
     window, window_stride, scale, return_lse, deterministic, o, lse, needs,
 ):  # fmt: skip
-    indices = tuple(map(_dense_index, (cu_seqlens_q, cu_seqlens_k, frame_tokens_of, grids)))
+    cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    frames, grids = _dense_index(frame_tokens_of), _dense_index(grids)
     return _gradients(
         *(do, dlse, q, k, v, o, lse, needs),
-        lambda o, lse: _packed(q, k, v, o, lse, indices, frame_tokens, window, window_stride, scale),
+        lambda o, lse: _packed(q, k, v, o, lse, cu_q, cu_k, frames, grids, frame_tokens, window, window_stride, scale),
     )
 
 
