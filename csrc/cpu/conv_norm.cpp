@@ -45,7 +45,7 @@ inline void group_norm_silu(const NormSiluParams& given) {
     store(lane, v);
     for (int j = 0; j < count; ++j) dst[j * stride] = lane[j];
   };
-  const auto row = [&](int64_t i, int64_t g0, int64_t g1) {
+  const auto row = [&](int64_t i, int64_t g0, int64_t g1, int) {
     const int64_t n = i / groups.rows;
     const auto *mean = groups.mean(n), *scale = groups.scale(n), *bias = groups.bias(n);
     const T* x = group_row(p, static_cast<const T*>(p.x), p.x_stride, i);

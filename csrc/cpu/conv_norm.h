@@ -159,13 +159,13 @@ class Groups {
       for (int64_t n = 0; n < p_.n; ++n) finish(n, 0, p_.groups);
       (over_rows(pass), ...);
     } else {
-      parallel_tasks(p_.n * p_.groups, p_.threads, [&](int64_t task, int) {
+      parallel_tasks(p_.n * p_.groups, p_.threads, [&](int64_t task, int thread) {
         const int64_t n = task / p_.groups, g = task % p_.groups;
         Scratch<S> tmp(2 * padded);
         for (int64_t i = n * rows; i < (n + 1) * rows; ++i) moments(i, g, g + 1, tmp.get());
         finish(n, g, g + 1);
         const auto one = [&](const auto& f) {
-          for (int64_t i = n * rows; i < (n + 1) * rows; ++i) f.row(i, g, g + 1);
+          for (int64_t i = n * rows; i < (n + 1) * rows; ++i) f.row(i, g, g + 1, thread);
           f.end(n, g, g + 1);
         };
         (one(pass), ...);
@@ -179,7 +179,7 @@ class Groups {
   template <class Pass>
   void over_rows(const Pass& pass) const {
     parallel_ranges(p_.n * rows, p_.threads, [&](int64_t begin, int64_t end, int) {
-      for (int64_t i = begin; i < end; ++i) pass.row(i, 0, p_.groups);
+      for (int64_t i = begin; i < end; ++i) pass.row(i, 0, p_.groups, -1);
     });
     for (int64_t n = 0; n < p_.n; ++n) pass.end(n, 0, p_.groups);
   }
@@ -207,7 +207,8 @@ class Groups {
   Scratch<Moments> moments_;
 };
 
-// A pass: row(i, g0, g1) over the rows of all samples, end(n, g0, g1) once a sample's rows are done.
+// A pass: row(i, g0, g1, thread) over the rows of all samples, end(n, g0, g1) once a sample's rows are done. thread: -1
+// where rows are not all a thread's own until the last pass.
 template <class Row, class End>
 struct GroupPass {
   Row row;

@@ -15,6 +15,7 @@ namespace fastdit::cpu::FASTDIT_ISA {
 namespace {
 
 constexpr int64_t kChunk = 128, kRun = 16;
+constexpr int64_t kKept = int64_t{1} << 19;  // most values of a group kept for its second pass
 
 FASTDIT_INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTDIT_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -274,7 +275,10 @@ class GroupBackward {
         affine_(p_.c),
         back_(3 * p_.n * padded_),
         partials_(p_.n * rows_ * 2 * padded_),
-        totals_(p_.n * 2 * p_.c) {
+        totals_(p_.n * 2 * p_.c),
+        width_((p_.w + L - 1) / L * L),
+        keeps_(q_.d_x && rows_ * groups_.per_group * width_ <= kKept),
+        kept_(keeps_ ? rows_ * groups_.per_group * width_ * max(1, p_.threads) : 1) {
     for (int64_t i = 0; i < 3 * p_.n * padded_; ++i) back_.get()[i] = S(0);
     for (int64_t i = 0; i < p_.n * 2 * p_.c; ++i) totals_.get()[i] = 0;
     load_channels<S>(p_.weight, p_.weight_dtype, p_.c, S(1), affine_.get());
@@ -282,10 +286,10 @@ class GroupBackward {
   }
 
   void run() {
-    groups_.run(GroupPass{[&](int64_t i, int64_t g0, int64_t g1) { sums(i, g0, g1); },
+    groups_.run(GroupPass{[&](int64_t i, int64_t g0, int64_t g1, int thread) { sums(i, g0, g1, kept(i, thread)); },
                           [&](int64_t n, int64_t g0, int64_t g1) { means(n, g0, g1); }},
-                GroupPass{[&](int64_t i, int64_t g0, int64_t g1) {
-                            if (q_.d_x) write(i, g0, g1);
+                GroupPass{[&](int64_t i, int64_t g0, int64_t g1, int thread) {
+                            if (q_.d_x) write(i, g0, g1, kept(i, thread));
                           },
                           [](int64_t, int64_t, int64_t) {}});
     for (int64_t n = 0; n < p_.n; ++n)
@@ -300,8 +304,13 @@ class GroupBackward {
   const T* x(int64_t i) const { return group_row(p_, static_cast<const T*>(p_.x), p_.x_stride, i); }
   const G* grad(int64_t i) const { return group_row(p_, static_cast<const G*>(q_.grad), q_.grad_stride, i); }
 
+  // Where the first pass leaves g = grad * silu'(z) of a row for the second, (channel of the group, pixel); or null.
+  S* kept(int64_t i, int thread) const {
+    return keeps_ && thread >= 0 ? kept_.get() + (thread * rows_ + i % rows_) * groups_.per_group * width_ : nullptr;
+  }
+
   // (dweight | dbias) of one row
-  void sums(int64_t i, int64_t g0, int64_t g1) {
+  void sums(int64_t i, int64_t g0, int64_t g1, S* keep) {
     const int64_t n = i / rows_, per_group = groups_.per_group;
     const S *mean = groups_.mean(n), *scale = groups_.scale(n), *bias = groups_.bias(n), *inverse = groups_.inverse(n);
     const T* from = x(i);
@@ -329,7 +338,9 @@ class GroupBackward {
           const V g = through_act<V>(get(given + c * q_.grad_stride[1] + w * gs, gs, count), d * factor + shift, 1);
           to_weight += g * d;  // beyond the row: grad is zero
           to_bias += g;
+          if (keep) store(keep + w, g);
         }
+        if (keep) keep += width_;
         d_weight[c] = sum(to_weight) * inverse[c / per_group];
         d_bias[c] = sum(to_bias);
       }
@@ -360,7 +371,7 @@ class GroupBackward {
     }
   }
 
-  void write(int64_t i, int64_t g0, int64_t g1) const {
+  void write(int64_t i, int64_t g0, int64_t g1, const S* keep) const {
     const int64_t n = i / rows_, per_group = groups_.per_group;
     const S *mean = groups_.mean(n), *scale = groups_.scale(n), *bias = groups_.bias(n);
     const S *inverse = back_.get() + 3 * n * padded_, *plain = inverse + padded_, *along = plain + padded_;
@@ -380,11 +391,21 @@ class GroupBackward {
       for (int64_t c = g0 * per_group; c < g1 * per_group; ++c) {
         const S centre = mean[c], factor = scale[c], shift = bias[c], constant = plain[c], unit = inverse[c],
                 slope = along[c];
-        for (int64_t w = 0; w < p_.w; w += L) {
-          const int count = static_cast<int>(p_.w - w);
-          const V d = get(from + c * p_.x_stride[1] + w * xs, xs, count) - centre;
-          const V g = through_act<V>(get(given + c * q_.grad_stride[1] + w * gs, gs, count), d * factor + shift, 1);
-          put(out + c * q_.d_x_stride[1] + w * ds, ds, g * factor - constant - d * unit * slope, count);
+        const auto column = [&](auto&& gradient) {
+          for (int64_t w = 0; w < p_.w; w += L) {
+            const int count = static_cast<int>(p_.w - w);
+            const V d = get(from + c * p_.x_stride[1] + w * xs, xs, count) - centre;
+            const V g = gradient(d, w, count);
+            put(out + c * q_.d_x_stride[1] + w * ds, ds, g * factor - constant - d * unit * slope, count);
+          }
+        };
+        if (keep) {
+          column([&](V, int64_t w, int) { return load(keep + w); });
+          keep += width_;
+        } else {
+          column([&](V d, int64_t w, int count) {
+            return through_act<V>(get(given + c * q_.grad_stride[1] + w * gs, gs, count), d * factor + shift, 1);
+          });
         }
       }
     }
@@ -398,6 +419,9 @@ class GroupBackward {
   Scratch<S> back_;         // per sample: 1 / deviation, mean(gw) and mean(gw * n) times it
   Scratch<S> partials_;     // per row: dweight, dbias
   Scratch<double> totals_;  // per sample: likewise
+  const int64_t width_;     // of a row, in whole vectors
+  const bool keeps_;
+  Scratch<S> kept_;  // per thread
   bool last_;
 };
 
