@@ -36,38 +36,37 @@ inline void group_norm_silu(const NormSiluParams& given) {
   NormSiluParams p = given;
   int64_t* strides[] = {p.x_stride, p.y_stride};
   even_rows(p, strides, 2);
-  using S = typename simd<T>::S;
   using V = typename simd<T>::V;
   constexpr int L = simd<T>::width;
-  const int64_t rows = p.t * p.h, padded = (p.c + L - 1) / L * L;
-  Scratch<S> table(3 * p.n * padded);
-  group_tables<T>(p, table.get());
-  parallel_ranges(p.n * rows, p.threads, [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i) {
-      const S *mean = table.get() + 3 * (i / rows) * padded, *scale = mean + padded, *bias = scale + padded;
-      const T* x = group_row(p, static_cast<const T*>(p.x), p.x_stride, i);
-      T* y = group_row(p, static_cast<T*>(p.y), p.y_stride, i);
-      const auto put = [](T* dst, int64_t stride, V v, int count) {
-        if (stride == 1) return count == L ? store(dst, v) : store_n(dst, v, count);
-        T lane[L];
-        store(lane, v);
-        for (int j = 0; j < count; ++j) dst[j * stride] = lane[j];
-      };
-      if (p.x_stride[1] == 1 && p.c > 1) {
-        for (int64_t w = 0; w < p.w; ++w)
-          for_vectors(x + w * p.x_stride[4], p.c, 1, [&](V v, int64_t c, int count) {
-            v = silu((v - load(mean + c)) * load(scale + c) + load(bias + c));
-            put(y + w * p.y_stride[4] + c * p.y_stride[1], p.y_stride[1], v, count);
-          });
-      } else {
-        for (int64_t c = 0; c < p.c; ++c)
-          for_vectors(x + c * p.x_stride[1], p.w, p.x_stride[4], [&](V v, int64_t w, int count) {
-            v = silu((v - mean[c]) * scale[c] + bias[c]);
-            put(y + c * p.y_stride[1] + w * p.y_stride[4], p.y_stride[4], v, count);
-          });
+  Groups<T> groups(p);
+  const auto put = [](T* dst, int64_t stride, V v, int count) {
+    if (stride == 1) return count == L ? store(dst, v) : store_n(dst, v, count);
+    T lane[L];
+    store(lane, v);
+    for (int j = 0; j < count; ++j) dst[j * stride] = lane[j];
+  };
+  const auto row = [&](int64_t i, int64_t g0, int64_t g1, int) {
+    const int64_t n = i / groups.rows;
+    const auto *mean = groups.mean(n), *scale = groups.scale(n), *bias = groups.bias(n);
+    const T* x = group_row(p, static_cast<const T*>(p.x), p.x_stride, i);
+    T* y = group_row(p, static_cast<T*>(p.y), p.y_stride, i);
+    if (p.x_stride[1] == 1 && p.c > 1) {
+      for (int64_t w = 0; w < p.w; ++w)
+        for_vectors(x + w * p.x_stride[4], p.c, 1, [&](V v, int64_t c, int count) {
+          v = silu((v - load(mean + c)) * load(scale + c) + load(bias + c));
+          put(y + w * p.y_stride[4] + c * p.y_stride[1], p.y_stride[1], v, count);
+        });
+    } else {
+      for (int64_t c = g0 * groups.per_group; c < g1 * groups.per_group; ++c) {
+        const auto centre = mean[c], factor = scale[c], shift = bias[c];
+        for_vectors(x + c * p.x_stride[1], p.w, p.x_stride[4], [&](V v, int64_t w, int count) {
+          v = silu((v - centre) * factor + shift);
+          put(y + c * p.y_stride[1] + w * p.y_stride[4], p.y_stride[4], v, count);
+        });
       }
     }
-  });
+  };
+  groups.run(GroupPass{row, [](int64_t, int64_t, int64_t) {}});
 }
 
 void norm_silu_forward(const NormSiluParams& p) {

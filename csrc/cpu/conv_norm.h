@@ -33,24 +33,26 @@ struct Moments {
   }
 };
 
-// Moments of every group over one (t, h) row. Lanes: channels when they are contiguous, pixels otherwise.
+// Moments of some groups over one (t, h) row. Lanes: channels when they are contiguous (of all groups), pixels
+// otherwise. tmp: two tables of channels.
 template <class T>
-inline void row_moments(const NormSiluParams& p, const T* x, typename simd<T>::S* tmp, Moments* out) {
+inline void row_moments(const NormSiluParams& p, const T* x, int64_t g0, int64_t g1, typename simd<T>::S* tmp,
+                        Moments* out) {
   using S = typename simd<T>::S;
   using V = typename simd<T>::V;
   constexpr int L = simd<T>::width;
   const int64_t per_group = p.c / p.groups, padded = (p.c + L - 1) / L * L;
   S *total = tmp, *mean = tmp + padded;
   const auto reduce = [&](bool centred) {
-    for (int64_t i = 0; i < padded; ++i) total[i] = S(0);
     if (p.x_stride[1] == 1) {
+      for (int64_t i = 0; i < padded; ++i) total[i] = S(0);
       for (int64_t w = 0; w < p.w; ++w)
         for_vectors(x + w * p.x_stride[4], p.c, 1, [&](V v, int64_t i, int) {
           const V d = centred ? v - load(mean + i) : v;  // past c the table holds zeros, as does v
           store(total + i, load(total + i) + (centred ? d * d : d));
         });
     } else {
-      for (int64_t c = 0; c < p.c; ++c) {
+      for (int64_t c = g0 * per_group; c < g1 * per_group; ++c) {
         const T* from = x + c * p.x_stride[1];
         const S shift = centred ? mean[c] : S(0);
         const auto add = [&](V& acc, V v) {
@@ -73,9 +75,9 @@ inline void row_moments(const NormSiluParams& p, const T* x, typename simd<T>::S
     }
   };
   const double count = static_cast<double>(per_group * p.w);
-  for (int64_t i = 0; i < padded; ++i) mean[i] = S(0);
+  for (int64_t i = p.c; i < padded; ++i) mean[i] = S(0);
   reduce(false);
-  for (int64_t g = 0; g < p.groups; ++g) {
+  for (int64_t g = g0; g < g1; ++g) {
     double s = 0;
     for (int64_t i = 0; i < per_group; ++i) s += total[g * per_group + i];
     const S m = static_cast<S>(s / count);  // rounded, so that the deviations are from the mean that is stored
@@ -84,7 +86,7 @@ inline void row_moments(const NormSiluParams& p, const T* x, typename simd<T>::S
     out[g].mean = static_cast<double>(m);
   }
   reduce(true);
-  for (int64_t g = 0; g < p.groups; ++g) {
+  for (int64_t g = g0; g < g1; ++g) {
     out[g].squares = 0;
     for (int64_t i = 0; i < per_group; ++i) out[g].squares += total[g * per_group + i];
   }
@@ -115,35 +117,104 @@ FASTDIT_INLINE P group_row(const NormSiluParams& p, P base, const int64_t* s, in
   return base + i / rows * s[0] + i % rows / p.h * s[2] + i % p.h * s[3];
 }
 
-// table: per sample mean, weight / deviation and bias of every channel, each padded to whole vectors. inverse: per
-// sample and group 1 / deviation, or null.
+// Statistics of all groups, and the walks over them. Where channels are far apart a group is a few runs of memory: it
+// is taken from its statistics to the last pass while the caches hold it. Otherwise every pass goes over all rows.
+// Either way a sum has the same terms in the same order.
 template <class T>
-inline void group_tables(const NormSiluParams& p, typename simd<T>::S* table, typename simd<T>::S* inverses = nullptr) {
+class Groups {
   using S = typename simd<T>::S;
-  constexpr int L = simd<T>::width;
-  const int64_t rows = p.t * p.h, per_group = p.c / p.groups, padded = (p.c + L - 1) / L * L;
-  Scratch<Moments> moments(p.n * rows * p.groups);
-  parallel_ranges(p.n * rows, p.threads, [&](int64_t begin, int64_t end, int) {
-    Scratch<S> tmp(2 * padded);
-    for (int64_t i = begin; i < end; ++i)
-      row_moments<T>(p, group_row(p, static_cast<const T*>(p.x), p.x_stride, i), tmp.get(),
-                     moments.get() + i * p.groups);
-  });
-  for (int64_t n = 0; n < p.n; ++n) {
-    S *mean = table + 3 * n * padded, *scale = mean + padded, *bias = scale + padded;
-    load_channels<S>(p.weight, p.weight_dtype, p.c, S(1), scale);
-    load_channels<S>(p.bias, p.bias_dtype, p.c, S(0), bias);
-    for (int64_t g = 0; g < p.groups; ++g) {
+  static constexpr int L = simd<T>::width;
+
+ public:
+  explicit Groups(const NormSiluParams& p)
+      : rows(p.t * p.h),
+        per_group(p.c / p.groups),
+        padded((p.c + L - 1) / L * L),
+        p_(p),
+        table_(3 * p.n * padded),
+        inverses_(p.n * p.groups),
+        moments_(p.n * rows * p.groups) {
+    for (int64_t n = 0; n < p.n; ++n) {
+      S* table = table_.get() + 3 * n * padded;
+      for (int64_t i = 0; i < 3 * padded; ++i) table[i] = S(0);
+      load_channels<S>(p.weight, p.weight_dtype, p.c, S(1), table + padded);
+      load_channels<S>(p.bias, p.bias_dtype, p.c, S(0), table + 2 * padded);
+    }
+  }
+
+  // of a sample's channels
+  const S* mean(int64_t n) const { return table_.get() + 3 * n * padded; }
+  const S* scale(int64_t n) const { return mean(n) + padded; }  // weight / deviation
+  const S* bias(int64_t n) const { return mean(n) + 2 * padded; }
+  const S* inverse(int64_t n) const { return inverses_.get() + n * p_.groups; }  // 1 / deviation of each group
+
+  // Statistics, then every pass in turn.
+  template <class... Pass>
+  void run(const Pass&... pass) {
+    if (p_.x_stride[1] == 1 || p_.n * p_.groups < 2 * p_.threads) {
+      parallel_ranges(p_.n * rows, p_.threads, [&](int64_t begin, int64_t end, int) {
+        Scratch<S> tmp(2 * padded);
+        for (int64_t i = begin; i < end; ++i) moments(i, 0, p_.groups, tmp.get());
+      });
+      for (int64_t n = 0; n < p_.n; ++n) finish(n, 0, p_.groups);
+      (over_rows(pass), ...);
+    } else {
+      parallel_tasks(p_.n * p_.groups, p_.threads, [&](int64_t task, int thread) {
+        const int64_t n = task / p_.groups, g = task % p_.groups;
+        Scratch<S> tmp(2 * padded);
+        for (int64_t i = n * rows; i < (n + 1) * rows; ++i) moments(i, g, g + 1, tmp.get());
+        finish(n, g, g + 1);
+        const auto one = [&](const auto& f) {
+          for (int64_t i = n * rows; i < (n + 1) * rows; ++i) f.row(i, g, g + 1, thread);
+          f.end(n, g, g + 1);
+        };
+        (one(pass), ...);
+      });
+    }
+  }
+
+  const int64_t rows, per_group, padded;  // rows and channels of a sample; channels in whole vectors
+
+ private:
+  template <class Pass>
+  void over_rows(const Pass& pass) const {
+    parallel_ranges(p_.n * rows, p_.threads, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) pass.row(i, 0, p_.groups, -1);
+    });
+    for (int64_t n = 0; n < p_.n; ++n) pass.end(n, 0, p_.groups);
+  }
+  void moments(int64_t i, int64_t g0, int64_t g1, S* tmp) {
+    row_moments<T>(p_, group_row(p_, static_cast<const T*>(p_.x), p_.x_stride, i), g0, g1, tmp,
+                   moments_.get() + i * p_.groups);
+  }
+  void finish(int64_t n, int64_t g0, int64_t g1) {
+    S *mean = table_.get() + 3 * n * padded, *scale = mean + padded;
+    for (int64_t g = g0; g < g1; ++g) {
       Moments m{0, 0, 0};
-      for (int64_t r = 0; r < rows; ++r) m.merge(moments.get()[(n * rows + r) * p.groups + g]);
-      const S inverse = static_cast<S>(1 / __builtin_sqrt(m.squares / m.count + p.eps));
-      if (inverses) inverses[n * p.groups + g] = inverse;
+      for (int64_t r = 0; r < rows; ++r) m.merge(moments_.get()[(n * rows + r) * p_.groups + g]);
+      const S inverse = static_cast<S>(1 / __builtin_sqrt(m.squares / m.count + p_.eps));
+      inverses_.get()[n * p_.groups + g] = inverse;
       for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
         mean[c] = static_cast<S>(m.mean);
         scale[c] *= inverse;
       }
     }
   }
-}
+
+  const NormSiluParams& p_;
+  Scratch<S> table_;  // per sample: mean, scale, bias of every channel
+  Scratch<S> inverses_;
+  Scratch<Moments> moments_;
+};
+
+// A pass: row(i, g0, g1, thread) over the rows of all samples, end(n, g0, g1) once a sample's rows are done. thread: -1
+// where rows are not all a thread's own until the last pass.
+template <class Row, class End>
+struct GroupPass {
+  Row row;
+  End end;
+};
+template <class Row, class End>
+GroupPass(Row, End) -> GroupPass<Row, End>;
 
 }  // namespace fastdit::cpu::FASTDIT_ISA

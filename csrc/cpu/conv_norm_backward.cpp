@@ -15,6 +15,7 @@ namespace fastdit::cpu::FASTDIT_ISA {
 namespace {
 
 constexpr int64_t kChunk = 128, kRun = 16;
+constexpr int64_t kKept = int64_t{1} << 19;  // most values of a group kept for its second pass
 
 FASTDIT_INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTDIT_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -268,98 +269,112 @@ class GroupBackward {
   explicit GroupBackward(const NormSiluGradParams& q)
       : q_(q),
         p_(q_.forward),
-        rows_(p_.t * p_.h),
-        padded_((p_.c + L - 1) / L * L),
-        tables_(3 * p_.n * padded_),
+        groups_(p_),
+        rows_(groups_.rows),
+        padded_(groups_.padded),
+        affine_(p_.c),
         back_(3 * p_.n * padded_),
-        inverses_(p_.n * p_.groups) {
-    for (int64_t i = 0; i < 3 * p_.n * padded_; ++i) tables_.get()[i] = back_.get()[i] = S(0);
-    group_tables<T>(p_, tables_.get(), inverses_.get());
+        partials_(p_.n * rows_ * 2 * padded_),
+        totals_(p_.n * 2 * p_.c),
+        width_((p_.w + L - 1) / L * L),
+        keeps_(q_.d_x && rows_ * groups_.per_group * width_ <= kKept),
+        kept_(keeps_ ? rows_ * groups_.per_group * width_ * max(1, p_.threads) : 1) {
+    for (int64_t i = 0; i < 3 * p_.n * padded_; ++i) back_.get()[i] = S(0);
+    for (int64_t i = 0; i < p_.n * 2 * p_.c; ++i) totals_.get()[i] = 0;
+    load_channels<S>(p_.weight, p_.weight_dtype, p_.c, S(1), affine_.get());
     last_ = p_.x_stride[1] == 1 && q_.grad_stride[1] == 1 && (!q_.d_x || q_.d_x_stride[1] == 1) && p_.c > 1;
   }
 
   void run() {
-    const int64_t all = p_.n * rows_, per_group = p_.c / p_.groups;
-    Scratch<S> partials(all * 2 * padded_);
-    parallel_ranges(all, p_.threads, [&](int64_t begin, int64_t end, int) {
-      for (int64_t i = begin; i < end; ++i) sums(i, partials.get() + i * 2 * padded_);
-    });
-    Scratch<double> totals(2 * p_.c);
-    double *weights = totals.get(), *biases = weights + p_.c;
-    Scratch<S> affine(p_.c);
-    load_channels<S>(p_.weight, p_.weight_dtype, p_.c, S(1), affine.get());
-    const double count = static_cast<double>(per_group * rows_ * p_.w);
-    for (int64_t n = 0; n < p_.n; ++n) {
-      for (int64_t c = 0; c < 2 * p_.c; ++c) totals.get()[c] = 0;
-      reduce(partials.get() + n * rows_ * 2 * padded_, rows_, padded_, p_.c, weights, biases);
-      S *inverse = back_.get() + 3 * n * padded_, *plain = inverse + padded_, *along = plain + padded_;
-      for (int64_t g = 0; g < p_.groups; ++g) {
-        double of_bias = 0, of_weight = 0;
-        for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
-          of_bias += static_cast<double>(affine.get()[c]) * biases[c];
-          of_weight += static_cast<double>(affine.get()[c]) * weights[c];
-        }
-        const S r = inverses_.get()[n * p_.groups + g];
-        for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
-          inverse[c] = r;
-          plain[c] = static_cast<S>(of_bias / count) * r;
-          along[c] = static_cast<S>(of_weight / count) * r;
-        }
-      }
+    groups_.run(GroupPass{[&](int64_t i, int64_t g0, int64_t g1, int thread) { sums(i, g0, g1, kept(i, thread)); },
+                          [&](int64_t n, int64_t g0, int64_t g1) { means(n, g0, g1); }},
+                GroupPass{[&](int64_t i, int64_t g0, int64_t g1, int thread) {
+                            if (q_.d_x) write(i, g0, g1, kept(i, thread));
+                          },
+                          [](int64_t, int64_t, int64_t) {}});
+    for (int64_t n = 0; n < p_.n; ++n)
       for (int64_t c = 0; c < p_.c; ++c) {
-        if (q_.d_weight) q_.d_weight[c] += weights[c];
-        if (q_.d_bias) q_.d_bias[c] += biases[c];
+        const double* of = totals_.get() + n * 2 * p_.c + c;
+        if (q_.d_weight) q_.d_weight[c] += of[0];
+        if (q_.d_bias) q_.d_bias[c] += of[p_.c];
       }
-    }
-    if (!q_.d_x) return;
-    parallel_ranges(all, p_.threads, [&](int64_t begin, int64_t end, int) {
-      for (int64_t i = begin; i < end; ++i) write(i);
-    });
   }
 
  private:
   const T* x(int64_t i) const { return group_row(p_, static_cast<const T*>(p_.x), p_.x_stride, i); }
   const G* grad(int64_t i) const { return group_row(p_, static_cast<const G*>(q_.grad), q_.grad_stride, i); }
 
+  // Where the first pass leaves g = grad * silu'(z) of a row for the second, (channel of the group, pixel); or null.
+  S* kept(int64_t i, int thread) const {
+    return keeps_ && thread >= 0 ? kept_.get() + (thread * rows_ + i % rows_) * groups_.per_group * width_ : nullptr;
+  }
+
   // (dweight | dbias) of one row
-  void sums(int64_t i, S* partial) const {
-    const S *mean = tables_.get() + 3 * (i / rows_) * padded_, *scale = mean + padded_, *bias = scale + padded_;
+  void sums(int64_t i, int64_t g0, int64_t g1, S* keep) {
+    const int64_t n = i / rows_, per_group = groups_.per_group;
+    const S *mean = groups_.mean(n), *scale = groups_.scale(n), *bias = groups_.bias(n), *inverse = groups_.inverse(n);
     const T* from = x(i);
     const G* given = grad(i);
     const int64_t xs = p_.x_stride[4], gs = q_.grad_stride[4];
-    const S* inverse = inverses_.get() + i / rows_ * p_.groups;
-    const int64_t per_group = p_.c / p_.groups;
-    S *d_weight = partial, *d_bias = partial + padded_;
+    S *d_weight = partials_.get() + i * 2 * padded_, *d_bias = d_weight + padded_;
     if (last_) {
-      __builtin_memset(static_cast<void*>(partial), 0, 2 * padded_ * sizeof(S));
+      __builtin_memset(static_cast<void*>(d_weight), 0, 2 * padded_ * sizeof(S));
       for (int64_t w = 0; w < p_.w; ++w)
         for (int64_t c = 0; c < p_.c; c += L) {
-          const int n = static_cast<int>(p_.c - c);
-          const V d = get(from + w * xs + c, 1, n) - load(mean + c);
-          const V g = through_act<V>(get(given + w * gs + c, 1, n), d * load(scale + c) + load(bias + c), 1);
+          const int count = static_cast<int>(p_.c - c);
+          const V d = get(from + w * xs + c, 1, count) - load(mean + c);
+          const V g = through_act<V>(get(given + w * gs + c, 1, count), d * load(scale + c) + load(bias + c), 1);
           store(d_weight + c, load(d_weight + c) + g * d);
           store(d_bias + c, load(d_bias + c) + g);
         }
       for (int64_t c = 0; c < p_.c; ++c) d_weight[c] *= inverse[c / per_group];
     } else {
-      for (int64_t c = 0; c < p_.c; ++c) {
+      for (int64_t c = g0 * per_group; c < g1 * per_group; ++c) {
+        const S centre = mean[c], factor = scale[c], shift = bias[c];
         V to_weight = V{}, to_bias = V{};
         for (int64_t w = 0; w < p_.w; w += L) {
-          const int n = static_cast<int>(p_.w - w);
-          const V d = get(from + c * p_.x_stride[1] + w * xs, xs, n) - mean[c];
-          const V g = through_act<V>(get(given + c * q_.grad_stride[1] + w * gs, gs, n), d * scale[c] + bias[c], 1);
+          const int count = static_cast<int>(p_.w - w);
+          const V d = get(from + c * p_.x_stride[1] + w * xs, xs, count) - centre;
+          const V g = through_act<V>(get(given + c * q_.grad_stride[1] + w * gs, gs, count), d * factor + shift, 1);
           to_weight += g * d;  // beyond the row: grad is zero
           to_bias += g;
+          if (keep) store(keep + w, g);
         }
+        if (keep) keep += width_;
         d_weight[c] = sum(to_weight) * inverse[c / per_group];
         d_bias[c] = sum(to_bias);
       }
     }
   }
 
-  void write(int64_t i) const {
-    const S *mean = tables_.get() + 3 * (i / rows_) * padded_, *scale = mean + padded_, *bias = scale + padded_;
-    const S *inverse = back_.get() + 3 * (i / rows_) * padded_, *plain = inverse + padded_, *along = plain + padded_;
+  // What every pixel of a group subtracts: over a sample's rows, in order.
+  void means(int64_t n, int64_t g0, int64_t g1) {
+    const int64_t per_group = groups_.per_group;
+    const double count = static_cast<double>(per_group * rows_ * p_.w);
+    double *weights = totals_.get() + n * 2 * p_.c, *biases = weights + p_.c;
+    const int64_t first = g0 * per_group;
+    reduce(partials_.get() + n * rows_ * 2 * padded_ + first, rows_, padded_, (g1 - g0) * per_group, weights + first,
+           biases + first);
+    S *inverse = back_.get() + 3 * n * padded_, *plain = inverse + padded_, *along = plain + padded_;
+    for (int64_t g = g0; g < g1; ++g) {
+      double of_bias = 0, of_weight = 0;
+      for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
+        of_bias += static_cast<double>(affine_.get()[c]) * biases[c];
+        of_weight += static_cast<double>(affine_.get()[c]) * weights[c];
+      }
+      const S r = groups_.inverse(n)[g];
+      for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
+        inverse[c] = r;
+        plain[c] = static_cast<S>(of_bias / count) * r;
+        along[c] = static_cast<S>(of_weight / count) * r;
+      }
+    }
+  }
+
+  void write(int64_t i, int64_t g0, int64_t g1, const S* keep) const {
+    const int64_t n = i / rows_, per_group = groups_.per_group;
+    const S *mean = groups_.mean(n), *scale = groups_.scale(n), *bias = groups_.bias(n);
+    const S *inverse = back_.get() + 3 * n * padded_, *plain = inverse + padded_, *along = plain + padded_;
     const T* from = x(i);
     const G* given = grad(i);
     T* out = group_row(p_, static_cast<T*>(q_.d_x), q_.d_x_stride, i);
@@ -367,28 +382,46 @@ class GroupBackward {
     if (last_) {
       for (int64_t w = 0; w < p_.w; ++w)
         for (int64_t c = 0; c < p_.c; c += L) {
-          const int n = static_cast<int>(p_.c - c);
-          const V d = get(from + w * xs + c, 1, n) - load(mean + c), factor = load(scale + c);
-          const V g = through_act<V>(get(given + w * gs + c, 1, n), d * factor + load(bias + c), 1);
-          put(out + w * ds + c, 1, g * factor - load(plain + c) - d * load(inverse + c) * load(along + c), n);
+          const int count = static_cast<int>(p_.c - c);
+          const V d = get(from + w * xs + c, 1, count) - load(mean + c), factor = load(scale + c);
+          const V g = through_act<V>(get(given + w * gs + c, 1, count), d * factor + load(bias + c), 1);
+          put(out + w * ds + c, 1, g * factor - load(plain + c) - d * load(inverse + c) * load(along + c), count);
         }
     } else {
-      for (int64_t c = 0; c < p_.c; ++c)
-        for (int64_t w = 0; w < p_.w; w += L) {
-          const int n = static_cast<int>(p_.w - w);
-          const V d = get(from + c * p_.x_stride[1] + w * xs, xs, n) - mean[c];
-          const V g = through_act<V>(get(given + c * q_.grad_stride[1] + w * gs, gs, n), d * scale[c] + bias[c], 1);
-          put(out + c * q_.d_x_stride[1] + w * ds, ds, g * scale[c] - plain[c] - d * inverse[c] * along[c], n);
+      for (int64_t c = g0 * per_group; c < g1 * per_group; ++c) {
+        const S centre = mean[c], factor = scale[c], shift = bias[c], constant = plain[c], unit = inverse[c],
+                slope = along[c];
+        const auto column = [&](auto&& gradient) {
+          for (int64_t w = 0; w < p_.w; w += L) {
+            const int count = static_cast<int>(p_.w - w);
+            const V d = get(from + c * p_.x_stride[1] + w * xs, xs, count) - centre;
+            const V g = gradient(d, w, count);
+            put(out + c * q_.d_x_stride[1] + w * ds, ds, g * factor - constant - d * unit * slope, count);
+          }
+        };
+        if (keep) {
+          column([&](V, int64_t w, int) { return load(keep + w); });
+          keep += width_;
+        } else {
+          column([&](V d, int64_t w, int count) {
+            return through_act<V>(get(given + c * q_.grad_stride[1] + w * gs, gs, count), d * factor + shift, 1);
+          });
         }
+      }
     }
   }
 
   const NormSiluGradParams q_;
   const NormSiluParams& p_;
+  Groups<T> groups_;
   const int64_t rows_, padded_;
-  Scratch<S> tables_;  // per sample: mean, weight / deviation, bias
-  Scratch<S> back_;    // per sample: 1 / deviation, mean(gw) and mean(gw * n) times it
-  Scratch<S> inverses_;
+  Scratch<S> affine_;
+  Scratch<S> back_;         // per sample: 1 / deviation, mean(gw) and mean(gw * n) times it
+  Scratch<S> partials_;     // per row: dweight, dbias
+  Scratch<double> totals_;  // per sample: likewise
+  const int64_t width_;     // of a row, in whole vectors
+  const bool keeps_;
+  Scratch<S> kept_;  // per thread
   bool last_;
 };
 
