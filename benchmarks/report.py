@@ -14,14 +14,15 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- kernel table: begin -->", "<!-- kernel table: end -->"
 PEERS = ("eager", "compile")
 IDEAL = ("copy", "gemm")
+WHOLE = "model"
 
 
 def table(document: dict) -> str:
-    """One line per op, dtype and pass, at the last and largest model of its op: the file has them all."""
+    """One line per op, dtype and pass, at the last model of its op, and every whole model: the file has all rows."""
     groups: dict[tuple, list[dict]] = {}
     largest = {row["op"]: row["model"] for row in document["rows"]}  # workloads go from small to large
     for row in document["rows"]:
-        if largest[row["op"]] == row["model"]:
+        if row["op"] == WHOLE or largest[row["op"]] == row["model"]:
             key = (row["op"], row["model"], row["shape"], row["dtype"], row["pass"])
             groups.setdefault(key, []).append(row)
     machine = document["machine"]
