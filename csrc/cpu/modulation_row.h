@@ -172,24 +172,28 @@ S sum_row(const P* row, int64_t C) {
   for (; c < C; ++c) tail += to_scalar(row[c]);
   return sum((acc[0] + acc[1]) + (acc[2] + acc[3])) + tail;
 }
+// Sum of squares about `mean`, and the sum of the deviations: what rounding has left in the mean.
 template <class P, class S>
-S sum_squares(const P* row, S mean, int64_t C) {
+S sum_squares(const P* row, S mean, int64_t C, S& deviation) {
   using V = typename simd<S>::V;
   constexpr int w = simd<S>::width;
-  V acc[4] = {};
+  V acc[4] = {}, dev[4] = {};
   int64_t c = 0;
-  for (; c + 4 * w <= C; c += 4 * w) {
-    for (int k = 0; k < 4; ++k) {
-      const V u = load(row + c + k * w) - mean;
-      acc[k] += u * u;
-    }
+  const auto take = [&](int k, V v) {
+    const V u = v - mean;
+    acc[k] += u * u;
+    dev[k] += u;
+  };
+  for (; c + 4 * w <= C; c += 4 * w)
+    for (int k = 0; k < 4; ++k) take(k, load(row + c + k * w));
+  for (; c + w <= C; c += w) take(0, load(row + c));
+  S tail = 0, rest = 0;
+  for (; c < C; ++c) {
+    const S u = to_scalar(row[c]) - mean;
+    tail += u * u;
+    rest += u;
   }
-  for (; c + w <= C; c += w) {
-    const V u = load(row + c) - mean;
-    acc[0] += u * u;
-  }
-  S tail = 0;
-  for (; c < C; ++c) tail += (to_scalar(row[c]) - mean) * (to_scalar(row[c]) - mean);
+  deviation = sum((dev[0] + dev[1]) + (dev[2] + dev[3])) + rest;
   return sum((acc[0] + acc[1]) + (acc[2] + acc[3])) + tail;
 }
 
@@ -223,7 +227,12 @@ FASTDIT_INLINE void moments(const P* row, int64_t C, bool centred, S& mean, S& s
   }
 #endif
   mean = centred ? sum_row(row, C) * scale : S(0);
-  square = sum_squares(row, mean, C) * scale;
+  S deviation;
+  square = sum_squares(row, mean, C, deviation) * scale;
+  if (!centred) return;
+  deviation *= scale;
+  mean += deviation;
+  square -= deviation * deviation;
 }
 
 template <class T, class TR, bool native>
