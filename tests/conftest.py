@@ -1,8 +1,13 @@
 """Fixtures that every family's tests use."""
 
+import os
+
 import pytest
 import torch
 from ledger import pytest_runtest_logreport, pytest_terminal_summary  # noqa: F401  hooks
+
+if not torch.cuda.is_available():  # read when the kernels are imported: without a GPU they run in Triton's interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastdit import _cpu
 

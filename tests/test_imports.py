@@ -21,7 +21,18 @@ ROWS = (
     ("kernels", "_cpu", "_cuda"),
 )
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
-KERNELS = ("torch", "triton", "math", "os", "functools", "dataclasses", "typing", "collections", "__future__")
+KERNELS = (
+    "torch",
+    "triton",
+    "math",
+    "inspect",
+    "os",
+    "functools",
+    "dataclasses",
+    "typing",
+    "collections",
+    "__future__",
+)
 
 
 def imported(path: Path, package: tuple[str, ...]) -> list[str]:

@@ -13,11 +13,13 @@ from .backends import (
     reference as _reference_backend,
     sdpa as _sdpa_backend,
     set_backend,
+    triton as _triton_backend,
     use_backend,
 )
 
 _reference_backend.register_all()
 _cpu_backend.register_all()
+_triton_backend.register_all()
 _sdpa_backend.register_all()
 
 from . import ops  # noqa: E402
