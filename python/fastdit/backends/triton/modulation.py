@@ -15,19 +15,14 @@ from ..registry import Impl, register as _register
 from ._config import Config, choose, tunable
 from ._launch import launch, processors, unfit
 from .modulation_backward import gate_residual_backward, gate_residual_norm_modulate_backward, norm_modulate_backward
-from .modulation_walk import align, contiguous, row_lanes, strides, table, tiles, walk
+from .modulation_walk import align, contiguous, fitting, strides, table, walk
 
-# blocks: lanes of a row, programs per multiprocessor
+# blocks: CHUNK, ROWS, programs per multiprocessor
 tunable(
     "modulation_forward",
-    Config((16, 8), 4, 2), Config((32, 8), 4, 2), Config((32, 4), 4, 3), Config((64, 4), 4, 2),
-    Config((64, 8), 4, 1), Config((128, 4), 4, 2), Config((128, 8), 4, 1), Config((256, 4), 8, 2),
+    Config((128, 8, 4), 4, 3), Config((256, 4, 4), 4, 3), Config((256, 4, 8), 4, 1), Config((512, 2, 4), 4, 3),
+    Config((512, 2, 8), 4, 1), Config((1024, 1, 4), 4, 3), Config((1024, 1, 8), 4, 1), Config((2048, 1, 4), 8, 3),
 )  # fmt: skip
-
-
-def _default(channels: int, itemsize: int, seam: bool):
-    lanes = row_lanes(channels, itemsize, 32 if seam else 40)
-    return lambda arch: Config((lanes, 4), max(4, lanes // 32), 3)
 
 
 def _forward(
@@ -44,9 +39,9 @@ def _forward(
     itemsize = y.element_size()
     config = choose(
         "modulation_forward", y, (y.dtype, channels, residual is not None),
-        _default(channels, itemsize, residual is not None),
+        lambda arch: fitting(channels, itemsize, 40 if residual is None else 32, 4),
     )  # fmt: skip
-    chunk, at_once = tiles(config, itemsize)
+    chunk, at_once, per_processor = config.blocks
     gates, shifts, scales = table(gate, tokens, gate_index), table(shift, tokens, index), table(scale, tokens, index)
     steps = (*strides(y), *strides(residual))
     run = rows
@@ -55,7 +50,7 @@ def _forward(
         run = math.gcd(*(of[2] for t, of in ((gate, gates), (shift, shifts), (scale, scales)) if t is not None)) or rows
         if run < 4 * at_once:
             run, gather = rows, True
-    span, splits, per = walk(rows, run, processors(y) * config.blocks[1], at_once)
+    span, splits, per = walk(rows, run, processors(y) * per_processor, at_once)
     launch(
         modulation_forward,
         (-(-rows // span) * splits, 1, 1),

@@ -16,22 +16,17 @@ from fastdit.kernels.modulation_backward import PER_TOKEN, UNWANTED, modulation_
 from ...packing import row_order
 from ._config import Config, choose, tunable
 from ._launch import launch, processors
-from .modulation_walk import align, contiguous, row_lanes, strides, table, tiles, walk
+from .modulation_walk import align, contiguous, fitting, strides, table, walk
 
-# blocks: lanes of a row, programs per multiprocessor
+# blocks: CHUNK, ROWS, programs per multiprocessor
 tunable(
     "modulation_backward",
-    Config((16, 2), 4, 2), Config((32, 2), 4, 2), Config((64, 2), 4, 2), Config((64, 3), 4, 3),
-    Config((64, 2), 8, 2), Config((128, 2), 4, 2), Config((128, 3), 4, 3), Config((256, 2), 8, 2),
+    Config((128, 8, 2), 4, 3), Config((256, 4, 2), 4, 3), Config((512, 2, 2), 4, 3), Config((512, 1, 3), 4, 3),
+    Config((512, 1, 4), 2, 3), Config((1024, 1, 2), 4, 3), Config((1024, 2, 2), 8, 3), Config((2048, 1, 2), 8, 3),
 )  # fmt: skip
 _LEAST = 8  # tokens of a program: fewer, and its partial rows would be a traffic of their own
 _BLOCK_C = 32  # channels of a program of modulation_sums: a line of memory
 _TABLES = ("gate", "shift", "scale")
-
-
-def _default(channels: int, itemsize: int, sums: int):
-    lanes = row_lanes(channels, itemsize, 24 if sums <= 3 else 16)
-    return lambda arch: Config((lanes, 2), max(4, lanes // 32), 3)
 
 
 def _incoming(grad):
@@ -79,8 +74,11 @@ def _walk(args, indices, order, rest, outputs, wanted) -> None:
     rows, itemsize = y.numel() // channels, y.element_size()
     ways = [table(gate, tokens, gate_index), table(shift, tokens, index), table(scale, tokens, index)]
     count = sum(g is not None for g in wanted)
-    config = choose("modulation_backward", y, (y.dtype, channels, count), _default(channels, itemsize, count))
-    chunk, at_once = tiles(config, itemsize)
+    config = choose(
+        "modulation_backward", y, (y.dtype, channels, count),
+        lambda arch: fitting(channels, itemsize, 24 if count <= 2 else 16, 2),
+    )  # fmt: skip
+    chunk, at_once, per_processor = config.blocks
     warps = config.warps
 
     # runs of tokens that have one row of every table, unless that changes with every token
@@ -96,9 +94,8 @@ def _walk(args, indices, order, rest, outputs, wanted) -> None:
             if of and grad is not None and way[2] != run:
                 together = math.gcd(together, way[2] // run)
         if run < 4 * at_once:  # no lanes for rows that the run does not have
-            warps = max(1, config.blocks[0] // 32)
-            at_once = max(1, warps * 32 // config.blocks[0])
-    programs = processors(y) * config.blocks[1]
+            warps, at_once = max(1, warps // at_once), 1
+    programs = processors(y) * per_processor
     span, splits, per = walk(rows, run, programs, max(at_once, _LEAST), together)
     programs = -(-rows // span) * splits
 

@@ -9,18 +9,15 @@ from torch import Tensor
 from ._config import Config
 
 
-def row_lanes(channels: int, itemsize: int, held: int) -> int:
-    """The fewest lanes, of 16-byte loads, that leave a lane no more than `held` channels of a row."""
+def fitting(channels: int, itemsize: int, held: int, programs: int) -> Config:
+    """Blocks (CHUNK, ROWS, programs per multiprocessor): a row in the fewest lanes, of 16-byte loads, that leave a lane
+    no more than `held` of its channels; a row in each such group of lanes.
+    """
     lanes, vector = 16, 16 // itemsize
     while lanes < 1024 and -(-channels // (lanes * vector)) * vector > held:
         lanes *= 2
-    return lanes
-
-
-def tiles(config: Config, itemsize: int) -> tuple[int, int]:
-    """(CHUNK, ROWS) of a configuration: a row in each group of lanes."""
-    lanes = config.blocks[0]
-    return lanes * 16 // itemsize, max(1, config.warps * 32 // lanes)
+    warps = max(4, lanes // 32)
+    return Config((lanes * vector, warps * 32 // lanes, programs), warps, 3)
 
 
 def strides(t: Tensor | None) -> tuple[int, int]:
