@@ -34,6 +34,7 @@ def channels(HEAD: tl.constexpr):
     """First and second channel of every pair of a tile that is not interleaved, (1, 1, P)."""
     R: tl.constexpr = HEAD.W0 + HEAD.W1 + HEAD.W2
     REST: tl.constexpr = (HEAD.D + 1) // 2 - R
+    GRAIN: tl.constexpr = HEAD.GRAIN
     p = tl.arange(0, HEAD.P)
     start, width = p * 0, p * 0 + R
     if HEAD.LAYOUT == "axis_half":
@@ -41,8 +42,8 @@ def channels(HEAD: tl.constexpr):
         width = tl.where(p < HEAD.W0, HEAD.W0, tl.where(p < HEAD.W0 + HEAD.W1, HEAD.W1, HEAD.W2))
     if REST > 0:
         start, width = tl.where(p < R, start, R), tl.where(p < R, width, REST)
-    first = tl.max_contiguous(tl.multiple_of(p + start, HEAD.GRAIN), HEAD.GRAIN)
-    second = tl.max_contiguous(tl.multiple_of(p + start + width, HEAD.GRAIN), HEAD.GRAIN)
+    first = tl.max_contiguous(tl.multiple_of(p + start, GRAIN), GRAIN)
+    second = tl.max_contiguous(tl.multiple_of(p + start + width, GRAIN), GRAIN)
     return first[None, None, :], second[None, None, :]
 
 
@@ -59,11 +60,13 @@ def load_pairs(X, at, ok, HEAD: tl.constexpr):
     if HEAD.LAYOUT == "interleaved":
         c = tl.arange(0, 2 * HEAD.P)[None, None, :]
         x = tl.load(X + at + c, mask=ok & (c < HEAD.D), other=0.0)
-        return tl.split(tl.reshape(x, (x.shape[0], x.shape[1], HEAD.P, 2)))
-    first, second = channels(HEAD)
-    has_first, has_second = filled(HEAD)
-    a = tl.load(X + at + first, mask=ok & has_first, other=0.0)
-    return a, tl.load(X + at + second, mask=ok & has_second, other=0.0)
+        a, b = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], HEAD.P, 2)))
+    else:
+        first, second = channels(HEAD)
+        has_first, has_second = filled(HEAD)
+        a = tl.load(X + at + first, mask=ok & has_first, other=0.0)
+        b = tl.load(X + at + second, mask=ok & has_second, other=0.0)
+    return a, b
 
 
 @triton.jit
@@ -91,9 +94,10 @@ def chunk_of(i, group, BT: tl.constexpr, HB: tl.constexpr, SIDE: tl.constexpr):
 @triton.jit
 def load_heads(x, b, n, ok, group, BT: tl.constexpr, HB: tl.constexpr, HEAD: tl.constexpr, SIDE: tl.constexpr):
     """The chunks of tokens n of samples b, (BT, 1, 1), as pairs of tiles."""
+    CHUNKS: tl.constexpr = SIDE.CHUNKS
     X, stride, at = x[0], x[3], place(x, b, n)
     chunks = ()
-    for i in tl.static_range(SIDE.CHUNKS):
+    for i in tl.static_range(CHUNKS):
         head, exists = chunk_of(i, group, BT, HB, SIDE)
         chunks = chunks + (load_pairs(X, at + head * stride, ok & exists, HEAD),)
     return chunks
@@ -111,10 +115,10 @@ def load_affine(W, head, exists, HEAD: tl.constexpr, HIDDEN: tl.constexpr):
 
 @triton.jit
 def _total(v, HIDDEN: tl.constexpr):
-    v = tl.sum(v, axis=2)
+    v = tl.sum(v, axis=2, keep_dims=True)
     if HIDDEN:
-        return tl.sum(v, axis=1)[:, None, None]
-    return v[:, :, None]
+        v = tl.sum(v, axis=1, keep_dims=True)
+    return v
 
 
 @triton.jit
@@ -129,15 +133,16 @@ def statistics(
     chunks, group, eps, BT: tl.constexpr, HB: tl.constexpr, HEAD: tl.constexpr, SIDE: tl.constexpr, LAW: tl.constexpr
 ):
     """(mean, rstd) of every chunk, (BT, HB, 1); under scope "hidden" (BT, 1, 1), the same for all."""
+    CHUNKS: tl.constexpr = SIDE.CHUNKS
     COUNT: tl.constexpr = HEAD.D * SIDE.H if LAW.HIDDEN else HEAD.D
     means = ()
     if LAW.NORM == "layer":
         totals = ()
-        for i in tl.static_range(SIDE.CHUNKS):
+        for i in tl.static_range(CHUNKS):
             totals = totals + (chunks[i][0].to(tl.float32) + chunks[i][1].to(tl.float32),)
         means = _shared(totals, COUNT, SIDE, LAW)
     squares = ()
-    for i in tl.static_range(SIDE.CHUNKS):
+    for i in tl.static_range(CHUNKS):
         if LAW.NORM == "layer":
             _, exists = chunk_of(i, group, BT, HB, SIDE)
             a, b = _centred(chunks[i], means[i], exists, HEAD)
@@ -146,7 +151,7 @@ def statistics(
         squares = squares + (a * a + b * b,)
     variances = _shared(squares, COUNT, SIDE, LAW)
     found = ()
-    for i in tl.static_range(SIDE.CHUNKS):
+    for i in tl.static_range(CHUNKS):
         rstd = tl.rsqrt(variances[i] + eps)
         if LAW.NORM == "layer":
             found = found + ((means[i], rstd),)
@@ -158,16 +163,17 @@ def statistics(
 @triton.jit
 def _shared(tiles, COUNT: tl.constexpr, SIDE: tl.constexpr, LAW: tl.constexpr):
     """Means over the tile of each chunk, or over all of them."""
+    CHUNKS: tl.constexpr = SIDE.CHUNKS
     found = ()
     if LAW.HIDDEN:
         total = tiles[0]
-        for i in tl.static_range(1, SIDE.CHUNKS):
+        for i in tl.static_range(1, CHUNKS):
             total += tiles[i]
         total = _total(total, True) / COUNT
-        for _ in tl.static_range(SIDE.CHUNKS):
+        for _ in tl.static_range(CHUNKS):
             found = found + (total,)
     else:
-        for i in tl.static_range(SIDE.CHUNKS):
+        for i in tl.static_range(CHUNKS):
             found = found + (_total(tiles[i], False) / COUNT,)
     return found
 
@@ -219,13 +225,14 @@ def write_heads(
     BT: tl.constexpr, HB: tl.constexpr, HEAD: tl.constexpr, SIDE: tl.constexpr, LAW: tl.constexpr,
 ):  # fmt: skip
     """Norm, rotation and store of the loaded chunks; cos and sin: the rows that all heads share."""
+    CHUNKS: tl.constexpr = SIDE.CHUNKS
     OUT, stride, at = out[0], out[3], place(out, b, n)
     W, BIAS = affine
     T: tl.constexpr = OUT.dtype.element_ty
     if LAW.NORM is not None:
         found = statistics(chunks, group, eps, BT, HB, HEAD, SIDE, LAW)
     wa, wb, ba, bb = None, None, None, None
-    for i in tl.static_range(SIDE.CHUNKS):
+    for i in tl.static_range(CHUNKS):
         head, exists = chunk_of(i, group, BT, HB, SIDE)
         x, y = chunks[i][0].to(tl.float32), chunks[i][1].to(tl.float32)
         if LAW.NORM is not None:

@@ -50,13 +50,14 @@ def positions(token, b, GRIDS, ENDS, segments, steps, AXES: tl.constexpr):
             high = tl.where(before, high, middle)
         segment = low
         token = token - tl.load(ENDS + low - 1, mask=low > 0, other=0)
-    if AXES == 1:
-        return token, token, token
-    last = tl.maximum(tl.load(GRIDS + segment * AXES + (AXES - 1)).to(tl.int32), 1)
-    if AXES == 2:
-        return token // last, token % last, token
-    middle = tl.maximum(tl.load(GRIDS + segment * AXES + 1).to(tl.int32), 1)
-    return token // (last * middle), token // last % middle, token % last
+    first, second, third = token, token, token
+    if AXES > 1:
+        last = tl.maximum(tl.load(GRIDS + segment * AXES + (AXES - 1)).to(tl.int32), 1)
+        first, second = token // last, token % last
+    if AXES > 2:
+        middle = tl.maximum(tl.load(GRIDS + segment * AXES + 1).to(tl.int32), 1)
+        first, second, third = first // middle, first % middle, second
+    return first, second, third
 
 
 @triton.jit
@@ -104,10 +105,12 @@ def table_rows(table, axes, token, b, ok, HB: tl.constexpr, HEAD: tl.constexpr, 
     if SIDE.TABLE == "dense" and not SIDE.PER_HEAD:
         COS, SIN, batch_stride, stride, _, step = table
         at = b.to(tl.int64) * batch_stride + token.to(tl.int64) * stride + tl.zeros((token.shape[0], HB, 1), tl.int64)
-        return dense_rows(COS, SIN, at, ok, step, HEAD, SIDE.UNIT)
-    if SIDE.TABLE == "axes":
-        return axes_rows(axes, token, b, ok, HB, HEAD)
-    return 0.0, 0.0
+        cos, sin = dense_rows(COS, SIN, at, ok, step, HEAD, SIDE.UNIT)
+    elif SIDE.TABLE == "axes":
+        cos, sin = axes_rows(axes, token, b, ok, HB, HEAD)
+    else:
+        cos, sin = 0.0, 0.0
+    return cos, sin
 
 
 @triton.jit
