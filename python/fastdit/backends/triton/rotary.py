@@ -50,27 +50,32 @@ def vector(dtype: torch.dtype) -> int:
     return 16 // dtype.itemsize
 
 
-def tile(dtype: torch.dtype, D: int, Hq: int, Hk: int, most: int) -> Config:
-    """(BT, HB): tiles of a 16-byte load per thread of four warps (8 in fp32), of heads that pad H least."""
-    width = 2 * power((D + 1) // 2)
+def tile(dtype: torch.dtype, D: int, Hq: int, Hk: int, hidden: bool, halves: bool) -> Config:
+    """(BT, HB, MOST): 16 bytes per thread and load; the HB that pads H least; at most MOST chunks in a program.
 
-    def cost(HB: int) -> float:
-        chunks = -(-Hq // HB) - (-Hk // HB)
-        return chunks * HB + chunks / 4
+    halves: the channels of a head come in two loads.
+    """
+    load = power((D + 1) // 2) * (1 if halves else 2)  # channels of a head that one load brings
+    lane = vector(dtype)
+    heads = max(Hq, Hk, 1)
+    most = 96 // (lane * (2 if halves else 1))
 
-    fitting = [HB for HB in (1, 2, 4, 8, 16, 32, 64, 128) if HB == 1 or HB * width <= 1024]
-    few = [HB for HB in (1, 2, 4, 8, 16, 32, 64, 128, 256) if -(-max(Hq, Hk) // HB) <= most]
-    HB = min((h for h in fitting if h in few), key=cost, default=few[0])
-    HB = min(HB, power(max(Hq, Hk)))
-    BT = max(1, 1024 // (HB * width))
-    return Config((BT, HB), min(max(BT * HB * width // (32 * vector(dtype)), 1), 16), 1)
+    def chunks(HB: int) -> int:
+        return -(-Hq // HB) - (-Hk // HB)
+
+    blocks = [1 << n for n in range(heads.bit_length() + 1) if 1 << n <= power(heads)]
+    fits = [HB for HB in blocks if HB == 1 or HB * load <= 128 * lane]
+    if hidden:  # all heads at once, whatever that takes
+        fits = [HB for HB in fits if chunks(HB) <= most] or [next((b for b in blocks if chunks(b) <= most), blocks[-1])]
+    HB = min(fits, key=lambda HB: chunks(HB) * (HB + 0.25))
+    BT = max(1, 128 * lane // (HB * load))
+    return Config((BT, HB, most), min(max(BT * HB * load // (32 * lane), 1), 16), 1)
 
 
-MOST = 12  # chunks that a program holds under scope "head"; more are groups of their own
 tunable(
     "qk_norm_rope",
-    *(Config((BT, HB), warps, 1) for BT, HB, warps in ((1, 4, 2), (1, 8, 4), (1, 16, 8), (2, 4, 4), (2, 8, 8))),
-    *(Config((BT, HB), warps, 1) for BT, HB, warps in ((4, 4, 8), (1, 8, 2), (1, 16, 4))),
+    *(Config((BT, HB, 12), warps, 1) for BT, HB, warps in ((1, 4, 2), (1, 8, 4), (1, 16, 8), (2, 4, 4), (2, 8, 8))),
+    *(Config((BT, HB, 6), warps, 1) for BT, HB, warps in ((1, 8, 2), (1, 16, 4), (2, 8, 4))),
 )
 
 
@@ -103,15 +108,18 @@ def head_of(facts: Facts) -> Head:
 
 @functools.lru_cache(maxsize=4096)
 def constants(facts: Facts, config: Config, together: bool) -> tuple[tuple, int]:
-    """(BT, HB, HEAD, QS, KS, LAW, TOGETHER), and how many groups of heads there are."""
-    BT, HB = config.blocks[:2]
+    """(BT, HB, HEAD, QS, KS, LAW), and how many groups of heads there are."""
+    BT, HB, most = config.blocks
     q_chunks, k_chunks = (max(1, -(-H // HB)) for H in (facts.Hq, facts.Hk))
     groups = 1
     if not facts.hidden:
-        groups = -(-(q_chunks + k_chunks if together else max(q_chunks, k_chunks)) // MOST)
+        held = q_chunks + k_chunks if together else max(q_chunks, k_chunks)
+        least = -(-held // most)
+        even = (g for g in range(least, 2 * least + 1) if q_chunks % g == 0 and k_chunks % g == 0)
+        groups = next(even, least)
         q_chunks, k_chunks = -(-q_chunks // groups), -(-k_chunks // groups)
     QS, KS = Side(facts.Hq, q_chunks, *facts.q_table), Side(facts.Hk, k_chunks, *facts.k_table)
-    return (BT, HB, head_of(facts), QS, KS, Law(facts.norm, facts.hidden, facts.native), together), groups
+    return (BT, HB, head_of(facts), QS, KS, Law(facts.norm, facts.hidden, facts.native)), groups
 
 
 # ---- tensors -> pointers and strides --------------------------------------------------------------------------
@@ -201,10 +209,9 @@ def _forward(q, k, q_out, k_out, q_weight, k_weight, q_bias, k_bias, *rest):
     dtype, D, Hq, Hk = facts[:4]
     if not (q_any and k_any):  # one kernel serves the other alone
         facts = facts._replace(Hq=max(Hq, Hk), Hk=max(Hq, Hk))
-    config = choose(
-        "qk_norm_rope", q, (dtype, D, Hq, Hk, facts.hidden),
-        lambda arch: tile(dtype, D, Hq, Hk, MOST if facts.hidden else 1 << 30),
-    )  # fmt: skip
+    halves = facts.layout != "interleaved" and bool(facts.sections)
+    shape = (dtype, D, Hq, Hk, facts.hidden, halves)
+    config = choose("qk_norm_rope", q, shape, lambda arch: tile(*shape))
     fixed, groups = constants(facts, config, together)
     BT = fixed[0]
     q_tiles = -(-batch * q_tokens // BT) if q_any else 0
@@ -218,7 +225,7 @@ def _forward(q, k, q_out, k_out, q_weight, k_weight, q_bias, k_bias, *rest):
             q, k, q_out, k_out, q_weight, k_weight, q_bias, k_bias, *q_table[:2], *k_table[:2], *compact[0],
         ),
         (batch, q_tokens, k_tokens, q_tiles, *steps, *table_steps, *compact[1], *last),
-        (*fixed, alignment(dtype, *steps), alignment(torch.float32, *q_table[2:5], *k_table[2:5])),
+        (*fixed, together, alignment(dtype, *steps), alignment(torch.float32, *q_table[2:5], *k_table[2:5])),
         config.warps,
         config.stages,
     )  # fmt: skip
