@@ -106,7 +106,7 @@ def conv(
     start_t: tl.int32, start_h: tl.int32, start_w: tl.int32,
     x_b: tl.int64, x_t: tl.int64, x_h: tl.int64, x_w: tl.int64,
     c_b: tl.int64, c_t: tl.int64, c_h: tl.int64, c_w: tl.int64,
-    w_n: tl.int64, w_t: tl.int64, w_h: tl.int64, w_w: tl.int64,
+    w_0: tl.int64, w_n: tl.int64, w_t: tl.int64, w_h: tl.int64, w_w: tl.int64,
     y_b: tl.int64, y_c: tl.int64, y_t: tl.int64, y_h: tl.int64, y_w: tl.int64,
     r_b: tl.int64, r_c: tl.int64, r_t: tl.int64, r_h: tl.int64, r_w: tl.int64,
     C: tl.constexpr, N: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
@@ -119,7 +119,8 @@ def conv(
     """Y (B, N, T', H', W') over the virtual cat of CACHE (`cached` frames) and X (`frames`), channels adjacent in both.
 
     start_*: input index of tap 0 for output 0 in that cat (minus the padding). SPACE_PAD: 0 zeros, 1 edge, 2 reflect.
-    W (N, taps by strides, C). Grid: B * T' * tiles of H' * W' * tiles of N, the latter fastest.
+    W: tap 0 at element w_0, taps by strides, which may be negative; channels adjacent.
+    Grid: B * T' * tiles of H' * W' * tiles of N, the latter fastest.
     """
     tiles_n: tl.constexpr = (N + N0 + N1 - 1) // (N0 + N1)
     pixels = out_height * out_width
@@ -140,6 +141,7 @@ def conv(
     acc0 = tl.zeros((BLOCK_M, N0), dtype=tl.float32)
     acc1 = tl.zeros((BLOCK_M, N1 if N1 > 0 else 1), dtype=tl.float32)
 
+    W += multiple(w_0, W_ALIGN)
     w_n = multiple(w_n, W_ALIGN)
     w_t = multiple(w_t, W_ALIGN)
     w_h = multiple(w_h, W_ALIGN)

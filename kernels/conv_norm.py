@@ -49,7 +49,7 @@ def normalize(
     C_LAYOUT: tl.constexpr, C_ALIGN: tl.constexpr, Y_LAYOUT: tl.constexpr, Y_ALIGN: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Y (B, C, frames, H, W): the first `cached` frames from CACHE, the rest from X. NORM: 0 none, 1 l2, 2 rms, 3 group.
+    """Y (B, C, frames, H, W): `cached` frames from CACHE, then those of X. NORM: 0 none, 1 l2, 2 rms, 3 group.
 
     STATS (B, 2, C): mean and rstd of each channel's group. Grid: B * frames * tiles of H * W, blocks of channels.
     """

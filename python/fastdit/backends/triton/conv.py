@@ -17,7 +17,7 @@ from ...reference.conv import output_shape
 from ..registry import Impl, register as _register
 from . import conv_norm
 from ._config import Config, choose, tunable
-from ._launch import dot_precision, launch, unfit
+from ._launch import INTERPRET, dot_precision, launch, unfit
 from .conv_norm import NORM, WIDEST, empty, laid, next_cache, norm_silu, power
 
 PAD = {"zeros": 0, "first": 1, "replicate": 1, "reflect": 2}
@@ -38,6 +38,8 @@ def split(width: int, most: int = 192) -> tuple[int, int]:
 
 
 def _default(dtype: torch.dtype, C: int, N: int, arch: int) -> Config:
+    if INTERPRET:  # pays by the step, not by the lane
+        return Config((256, *split(N), max(16, min(power(C), 128))))
     if dtype == torch.float32:
         n0, n1 = split(N, 96)
         return Config((64, n0, n1, 16), 4, 3)
@@ -49,7 +51,7 @@ def _default(dtype: torch.dtype, C: int, N: int, arch: int) -> Config:
 
 
 def video_ready(x: Tensor, cache, norm_weight, norm, norm_eps: float, act) -> tuple[Tensor, Tensor | None]:
-    """(x, cache) with adjacent channels and norm and act applied: as they are, or act(norm(cat of both)), written once."""
+    """(x, cache) with adjacent channels, norm and act applied: as they are, or act(norm(cat of both)) written once."""
     if cache is not None and cache.shape[2] == 0:
         cache = None
     if norm is None and act is None and laid(x)[0] in (1, 2) and (cache is None or laid(cache)[0] in (1, 2)):
@@ -91,7 +93,7 @@ def convolve(
 ) -> None:
     """y over cat(cache, x), channels adjacent; start: input index of tap 0 for output 0, per axis.
 
-    weight: its tap 0, channels adjacent; w_stride: of (N, KT, KH, KW), may be negative.
+    weight: channels adjacent; w_stride: element of tap 0, then strides of (N, KT, KH, KW), which may be negative.
     """
     B, N, T, H, W = y.shape
     C = x.shape[1]
@@ -101,7 +103,7 @@ def convolve(
     _, c_align, c_stride = laid(cache)
     if cache is not None:
         x_align = min(x_align, c_align)
-    low = w_stride[0] | w_stride[1] | w_stride[2] | w_stride[3]
+    low = w_stride[0] | w_stride[1] | w_stride[2] | w_stride[3] | w_stride[4]
     most = 16 // x.element_size()
     w_align = min(low & -low, most) if low else most
     y_layout, y_align, y_stride = laid(y)
@@ -133,7 +135,7 @@ def causal_conv3d(
         x, cache = video_ready(x, cache, norm_weight, norm, norm_eps, act)
         packed = pack(weight, x.dtype)
         convolve(
-            y, x, cache, packed, packed.shape[2:], (packed.stride(0), *packed.stride()[2:]), bias, residual,
+            y, x, cache, packed, packed.shape[2:], (0, packed.stride(0), *packed.stride()[2:]), bias, residual,
             stride, dilation, start, time_pad == "first", PAD[space_pad],
         )  # fmt: skip
     return y

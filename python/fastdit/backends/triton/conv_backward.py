@@ -1,11 +1,11 @@
 """Backward of causal_conv3d on the Triton kernels.
 
-The input's gradient is `convolve` over the output's gradient with transposed weights, one launch per phase of the stride
-(1 without stride), each with its share of the taps. Zero padding: written where it belongs. Repeated pixels: written
+The input's gradient is `convolve` over the output's gradient with transposed weights, one launch per phase of the
+stride (1 without), each with its share of the taps. Zero padding: written where it belongs. Repeated pixels: written
 over the padded extent in fp32, then folded by small adds along the borders. Norm and SiLU are computed again from x.
 
 Launches: transposed weight 1, d_x 1 (d_cache 1), their norm and act 1 each; d_weight 2 and norm or layout 1; d_bias 2;
-d_norm_weight 1. FLOPs: twice the forward's. Bytes: x, g and their gradients a few times; parts: see kernels/conv_weight.
+d_norm_weight 1. FLOPs: twice the forward's. Workspace: act(norm(x)) for d_weight; its parts, see kernels/conv_weight.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastdit.kernels import conv_weight
 
 from . import conv
 from ._config import Config, choose, tunable
-from ._launch import dot_precision, launch, processors
+from ._launch import INTERPRET, dot_precision, launch, processors
 from .conv_norm import NORM, empty, laid, normalize_backward, pixel_sums, sum_rows, zeros_or_none
 
 tunable(
@@ -97,6 +97,8 @@ def causal_conv3d_backward(
 
 # ---- towards the weight -------------------------------------------------------------------------------
 def _default(dtype: torch.dtype, C: int, N: int, arch: int) -> Config:
+    if INTERPRET:  # pays by the step, not by the lane
+        return Config((256, 64, *conv.split(C)))
     if dtype == torch.float32:
         n0, n1 = conv.split(C, 64)
         return Config((32, 64 if N > 32 else 32, n0, n1), 4, 2)
@@ -179,9 +181,10 @@ def _transposed(out: Tensor, grad, packed, stride, dilation, offset) -> None:
                     view.zero_()
                     continue
                 s = packed.stride()
+                corner = sum(s[2 + i] * p.last_tap for i, p in enumerate(phase))
                 conv.convolve(
-                    view, grad, None, packed[:, :, t.last_tap, h.last_tap, w.last_tap], (t.taps, h.taps, w.taps),
-                    (s[0], *(-s[2 + i] * p.between for i, p in enumerate(phase))), None, None, (1, 1, 1),
+                    view, grad, None, packed, (t.taps, h.taps, w.taps),
+                    (corner, s[0], *(-s[2 + i] * p.between for i, p in enumerate(phase))), None, None, (1, 1, 1),
                     tuple(p.dilation for p in phase), tuple(p.start for p in phase), False, 0,
                 )  # fmt: skip
 

@@ -41,7 +41,7 @@ def _laid(shape: tuple, stride: tuple, itemsize: int) -> tuple[int, int, tuple[i
     s_w = s_h if shape[4] == 1 else s_w
     s_h = s_w * shape[4] if shape[3] == 1 else s_h
     flat = s_h == s_w * shape[4]
-    if flat and s_w == 1 and s_c != 1:
+    if flat and s_w == 1 and s_c != 1 and shape[1] > 1:
         layout, low = 3, s_b | s_c | s_t
     elif s_c == 1 or shape[1] == 1:
         layout, low = (1 if flat else 2), s_b | s_t | s_h | s_w
