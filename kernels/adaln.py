@@ -12,10 +12,10 @@ registers on its way to the dot. That repeats F / BN times the few operations an
 Statistics: one pass over d = x - about, where about is the mean of the row's first block. By Cauchy-Schwarz about lies
 within sqrt(C / BK) standard deviations of the mean, so the difference E[d^2] - E[d]^2 loses C / BK ulps at the worst.
 
-Heads. Where queries and keys are normalised or rotated, a tile holds G whole heads, each padded to DP = 2^k columns. A
-tile may hold the channels of a head in any order, for it gathers rows of W: column 2p + s holds side s of rotary pair
-p, whatever the layout, so that tl.split hands out both sides in the registers of one thread. "interleaved" is the
-identity; the other layouts store the two sides apart, each a run of channels.
+Heads. Where queries and keys are normalised or rotated, a tile holds as many whole heads as fit: 2 of 64, 3 of 72 in
+256 columns, 1 of 128. It may hold the channels of a head in any order, for it gathers rows of W: column 2p + s holds
+side s of rotary pair p, whatever the layout, so that tl.split hands out both sides in the registers of one thread.
+"interleaved" is the identity; the other layouts store the two sides apart, each a run of channels.
 
 Rows. UNIFORM: every table has one row for `group` consecutive tokens, tiles do not straddle groups, and a tile reads a
 vector of BK table entries. Otherwise each token of a tile has a row of its own (gathered: L1 and L2 hits).
@@ -159,27 +159,32 @@ def channel_of(pair, side, D: tl.constexpr, R: tl.constexpr, LAYOUT: tl.constexp
 
 @triton.jit
 def head_norm(
-    y, real, is_q, is_k, channel, QW, KW, QB, KB, eps,
-    BM: tl.constexpr, G: tl.constexpr, DP: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, T: tl.constexpr,
-    NATIVE: tl.constexpr,
+    y, place, real, is_q, is_k, channel, QW, KW, QB, KB, eps,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, T: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Query and key heads of a tile, normalised over their D channels; values pass."""
-    inside = tl.reshape(real, (G, DP))[None, :, :]
-    z = tl.where(inside, tl.reshape(y, (BM, G, DP)), 0.0)
-    if NORM == "layer":
-        z = tl.where(inside, z - (tl.sum(z, 2) / D)[:, :, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(z * z, 2) / D + eps)
+    """Query and key heads of a tile, normalised over their D channels; values pass. place: of a column's head."""
+    mean = tl.zeros((BM, BN), tl.float32)
+    rstd = tl.zeros((BM, BN), tl.float32)
+    for g in tl.static_range(BN // D):
+        mine = (place == g)[None, :]
+        z = tl.where(mine, y, 0.0)
+        m = tl.sum(z, 1) / D if NORM == "layer" else tl.zeros((BM,), tl.float32)
+        if NORM == "layer":
+            z = tl.where(mine, z - m[:, None], 0.0)
+        r = 1.0 / tl.sqrt(tl.sum(z * z, 1) / D + eps)
+        mean = tl.where(mine, m[:, None], mean)
+        rstd = tl.where(mine, r[:, None], rstd)
     EACH: tl.constexpr = NATIVE and NORM == "rms"
-    n = rounded(tl.reshape(z * rstd[:, :, None], (BM, G * DP)), T, EACH)
+    n = rounded((y - mean) * rstd, T, EACH)
     if QW is not None or KW is not None:
-        w = tl.full((G * DP,), 1.0, tl.float32)
+        w = tl.full((BN,), 1.0, tl.float32)
         if QW is not None:
             w = tl.load(QW + channel, mask=real & is_q, other=1.0).to(tl.float32)
         if KW is not None:
             w = tl.where(is_k, tl.load(KW + channel, mask=real & is_k, other=1.0).to(tl.float32), w)
         n = rounded(n * w[None, :], T, EACH)
     if QB is not None or KB is not None:
-        b = tl.zeros((G * DP,), tl.float32)
+        b = tl.zeros((BN,), tl.float32)
         if QB is not None:
             b = tl.load(QB + channel, mask=real & is_q, other=0.0).to(tl.float32)
         if KB is not None:
@@ -194,7 +199,7 @@ def rotated(
     BM: tl.constexpr, BN: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr,
     T: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """(y1, y2) -> (y1 cos - y2 sin, y2 cos + y1 sin) for the pairs of the slice's tokens. head, pair: (BN / 2,)."""
+    """(y1, y2) -> (y1 cos - y2 sin, y2 cos + y1 sin) for the slice's tokens and the heads before H + HKV."""
     y1, y2 = tl.split(tl.reshape(y, (BM, BN // 2, 2)))
     t = at % tokens - rope_start
     row = (at // tokens).to(tl.int64) * multiple(cos_b, ALIGN) + t.to(tl.int64) * multiple(cos_n, ALIGN)
@@ -211,25 +216,25 @@ def rotated(
 @triton.jit
 def store_heads(
     OUT, y, at, exists, tile, width, LAST: tl.constexpr,
-    BM: tl.constexpr, G: tl.constexpr, DP: tl.constexpr, D: tl.constexpr, R: tl.constexpr, LAYOUT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, R: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Heads before LAST of a tile, to rows of `width` columns; where pairs are apart, each side is a run of its own."""
-    rows = OUT + at.to(tl.int64)[:, None] * width
+    G: tl.constexpr = BN // D
+    rows = OUT + at.to(tl.int64)[:, None] * width + tile * G * D
     if LAYOUT == "interleaved":
-        c = tl.arange(0, G * DP)
-        head, channel = tile * G + c // DP, c % DP
-        fits = exists[:, None] & ((channel < D) & (head < LAST))[None, :]
-        tl.store(rows + (head * D + channel)[None, :], y.to(OUT.dtype.element_ty), mask=fits)
+        c = tl.arange(0, BN)
+        fits = exists[:, None] & ((c < G * D) & (tile * G * D + c < LAST * D))[None, :]
+        tl.store(rows + c[None, :], y.to(OUT.dtype.element_ty), mask=fits)
     else:
-        c = tl.arange(0, G * DP // 2)
-        head, pair = tile * G + c // (DP // 2), c % (DP // 2)
-        fits = exists[:, None] & ((pair < D // 2) & (head < LAST))[None, :]
-        y1, y2 = tl.split(tl.reshape(y.to(OUT.dtype.element_ty), (BM, G * DP // 2, 2)))
+        c = tl.arange(0, BN // 2)
+        head, pair = c // (D // 2), c % (D // 2)
+        fits = exists[:, None] & ((head < G) & (tile * G + head < LAST))[None, :]
+        y1, y2 = tl.split(tl.reshape(y.to(OUT.dtype.element_ty), (BM, BN // 2, 2)))
         tl.store(rows + (head * D + channel_of(pair, 0, D, R, LAYOUT))[None, :], y1, mask=fits)
         tl.store(rows + (head * D + channel_of(pair, 1, D, R, LAYOUT))[None, :], y2, mask=fits)
 
 
-@kernel
+@kernel(kind="gemm")
 def norm_modulate_linear(
     OUT, KEPT, X, W, BIAS, SHIFT, SCALE, NORM_WEIGHT, NORM_BIAS, INDEX, QW, KW, QB, KB, COS, SIN,
     rows: tl.int32, tokens: tl.int32, group: tl.int32, x_b: tl.int64, x_n: tl.int64, w_n: tl.int64,
@@ -237,17 +242,19 @@ def norm_modulate_linear(
     scale_per: tl.int32, cos_b: tl.int64, cos_n: tl.int64, cos_h: tl.int64, rope_start: tl.int32, rope_len: tl.int32,
     eps: tl.float32, weight_offset: tl.float32, qk_eps: tl.float32,
     C: tl.constexpr, F: tl.constexpr, LAYER: tl.constexpr, NATIVE: tl.constexpr, UNIFORM: tl.constexpr,
-    ACT: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, G: tl.constexpr, DP: tl.constexpr,
-    QK_NORM: tl.constexpr, LAYOUT: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr, ROUND: tl.constexpr,
+    ACT: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr,
+    LAYOUT: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr, ROUND: tl.constexpr,
     ALIGN: tl.constexpr, COS_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One BM x BN tile of the output. D = 0: F columns as they come, then ACT; D > 0: G = BN / DP padded heads.
+    """One BM x BN tile of the output. D = 0: F columns as they come, then ACT; D > 0: G = BN // D whole heads.
 
     KEPT: the rounded result before ACT, or before norm and rotation (query and key heads only), for the backward.
     """
     T: tl.constexpr = X.dtype.element_ty
-    TILES: tl.constexpr = tl.cdiv(F, BN) if D == 0 else tl.cdiv(H + 2 * HKV, G)
+    ALL: tl.constexpr = H + 2 * HKV
+    G: tl.constexpr = 1 if D == 0 else BN // D
+    TILES: tl.constexpr = tl.cdiv(F, BN) if D == 0 else tl.cdiv(ALL, G)
     tile = tl.program_id(0) % TILES
     first, at, exists = tile_rows(tl.program_id(0) // TILES, rows, group, BM)
     column = tl.arange(0, BN)
@@ -256,9 +263,10 @@ def norm_modulate_linear(
         if F % BN != 0:
             feature = tl.minimum(feature, F - 1)
     else:
-        head, pair = tile * G + column // DP, column % DP // 2
-        channel = channel_of(pair, column % 2, D, R, LAYOUT)
-        real = (pair < (D + 1) // 2) & (channel < D) & (head < H + 2 * HKV)
+        place = column // D
+        head = tl.where(place < G, tile * G + place, ALL)
+        channel = channel_of(column % D // 2, column % 2, D, R, LAYOUT)
+        real = head < ALL
         feature = tl.where(real, head * D + channel, 0)
 
     k = tl.arange(0, BK)
@@ -286,23 +294,24 @@ def norm_modulate_linear(
         tl.store(OUT + spot, activated(y, ACT).to(T), mask=fits)
     else:
         if KEPT is not None:
-            store_heads(KEPT, y, at, exists, tile, (H + HKV) * D, H + HKV, BM, G, DP, D, R, LAYOUT)
+            store_heads(KEPT, y, at, exists, tile, (H + HKV) * D, H + HKV, BM, BN, D, R, LAYOUT)
         if tile * G < H + HKV:
             if QK_NORM is not None:
                 is_q, is_k = head < H, (head >= H) & (head < H + HKV)
                 y = head_norm(
-                    y, real, is_q, is_k, channel, QW, KW, QB, KB, qk_eps, BM, G, DP, D, QK_NORM, T, NATIVE
+                    y, place, real, is_q, is_k, channel, QW, KW, QB, KB, qk_eps, BM, BN, D, QK_NORM, T, NATIVE
                 )  # fmt: skip
             if COS is not None:
                 half = tl.arange(0, BN // 2)
+                turned = tl.where(half < G * D // 2, tile * G + half // (D // 2), ALL)
                 y = rotated(
-                    y, at, tile * G + half // (DP // 2), half % (DP // 2), COS, SIN, tokens, cos_b, cos_n, cos_h,
-                    rope_start, rope_len, COS_ALIGN, BM, BN, H, HKV, R, STEP, T, ROUND,
+                    y, at, turned, half % (D // 2), COS, SIN, tokens, cos_b, cos_n, cos_h, rope_start, rope_len,
+                    COS_ALIGN, BM, BN, H, HKV, R, STEP, T, ROUND,
                 )  # fmt: skip
-        store_heads(OUT, y, at, exists, tile, (H + 2 * HKV) * D, H + 2 * HKV, BM, G, DP, D, R, LAYOUT)
+        store_heads(OUT, y, at, exists, tile, F, ALL, BM, BN, D, R, LAYOUT)
 
 
-@kernel
+@kernel(kind="gemm")
 def linear_gate_residual(
     OUT, KEPT, RESIDUAL, A, W, BIAS, GATE, INDEX,
     rows: tl.int32, tokens: tl.int32, group: tl.int32, r_b: tl.int64, r_n: tl.int64, a_b: tl.int64, a_n: tl.int64,

@@ -28,8 +28,8 @@ from ._launch import dot_precision, launch, unfit
 ROWS, CHANNELS = 2048, 1536
 _BUCKETS = (512, 2048, 8192)
 _HALF = (
-    Config((128, 256, 64), 8, 3), Config((128, 128, 64), 8, 3), Config((128, 128, 32), 8, 4),
-    Config((64, 128, 64), 4, 3), Config((128, 64, 64), 4, 3), Config((64, 64, 64), 4, 4), Config((64, 32, 128), 4, 3),
+    Config((128, 128, 64), 8, 3), Config((64, 128, 64), 4, 3), Config((64, 64, 64), 4, 4), Config((64, 64, 128), 4, 3),
+    Config((128, 256, 64), 8, 2), Config((128, 128, 32), 8, 4), Config((128, 64, 64), 4, 3),
 )  # fmt: skip
 _WIDE = Config((64, 64, 32), 4, 2)
 tunable("norm_modulate_linear", *_HALF, _WIDE)
@@ -43,10 +43,10 @@ def _config(kernel, x, rows, K, F):
     def default(_arch):
         if x.dtype == torch.float32:
             return _WIDE
-        for tile in (_HALF[1], _HALF[3]):
+        for tile in _HALF[:2]:
             if -(-bound // tile.blocks[0]) * -(-F // tile.blocks[1]) >= 100:
                 return tile
-        return _HALF[5]
+        return _HALF[2] if K <= 2048 else _HALF[3]  # a long K in half as many steps
 
     return choose(kernel, x, (x.dtype, K, F, bound), default)
 
@@ -127,13 +127,12 @@ def _project(
         return y, kept
     rows, tokens, x_b, x_n = _rows(x)
     BM, BN, BK = (config := _config("norm_modulate_linear", x, rows, C, F)).blocks
-    DP = G = R = step = 0
-    columns = F
+    R = step = 0
+    stages, tiles = config.stages, -(-F // BN)
     if D:
-        DP = max(16, 1 << (D - 1).bit_length())
-        BN = max(BN, DP)
-        G = BN // DP
-        columns = (H + 2 * HKV) * DP
+        if BN < D or 10 * (BN // D * D) < 7 * BN:  # heads of 72: 128 columns hold one, 256 three
+            BM, BN, stages = min(BM, 64), max(2 * BN, 1 << (D - 1).bit_length()), 2
+        tiles = -(-(H + 2 * HKV) // (BN // D))
     cos, sin = vectors[4:]
     cos_strides, cos_align = (0, 0, 0), 1
     if cos is None:
@@ -151,7 +150,7 @@ def _project(
     w_n = weight.stride(0)
     launch(
         _project_kernel,
-        (-(-group // BM) * (rows // group) * -(-columns // BN), 1, 1),
+        (-(-group // BM) * (rows // group) * tiles, 1, 1),
         (
             y, kept if kept_width else None, x, weight, bias, shift, scale, norm_weight, norm_bias,
             index.contiguous() if indexed else None, *vectors[:4], cos, sin,
@@ -161,12 +160,12 @@ def _project(
             eps, weight_offset, qk_eps,
         ),
         (
-            C, F, norm == "layer", precision == "native", uniform, act, H, HKV, D, G, DP, qk_norm, layout, R, step,
+            C, F, norm == "layer", precision == "native", uniform, act, H, HKV, D, qk_norm, layout, R, step,
             cos is not None and precision == "native" and cos.dtype == x.dtype,
             _align(x.itemsize, x_b, x_n, w_n, *shift_row[:2], *scale_row[:2]), cos_align, dot_precision(),
-            BM, BN, BK, config.stages,
+            BM, BN, BK, stages,
         ),
-        config.warps, config.stages,
+        config.warps, stages,
     )  # fmt: skip
     return y, kept
 

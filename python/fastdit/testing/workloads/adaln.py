@@ -6,9 +6,11 @@ leaves like every other tensor.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from . import Maker, Sample, Workload
 
@@ -133,15 +135,46 @@ SAMPLES = (
 
 
 # ---- the models' shapes -------------------------------------------------------------------------------
-def _half(model: str, half: str, C: int, D: int, N: int, heads_used: bool = False) -> Workload:
-    """bytes: x, q, k, v, o, x again, and the weights. The GEMMs' FLOPs and attention's."""
+def _modulated(x, shift, scale):
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def _normed(x, weight, cos, sin):
+    y = F.rms_norm(x, x.shape[-1:], weight, 1e-6).float()
+    a, b = y.unflatten(-1, (-1, 2)).unbind(-1)
+    c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return torch.stack([a * c - b * s, b * c + a * s], dim=-1).flatten(-2).to(x.dtype)
+
+
+def _eager_attention(
+    x, *, shift, scale, gate, qkv, proj, num_heads, q_weight=None, k_weight=None, cos=None, sin=None, **_
+):
+    q, k, v = F.linear(_modulated(x, shift, scale), *qkv).unflatten(-1, (3, num_heads, -1)).unbind(-3)
+    if cos is not None:
+        q, k = _normed(q, q_weight, cos, sin), _normed(k, k_weight, cos, sin)
+    o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    return x + gate.unsqueeze(1) * F.linear(o.flatten(-2), *proj)
+
+
+def _eager_mlp(x, *, shift, scale, gate, fc1, fc2, **_):
+    hidden = F.gelu(F.linear(_modulated(x, shift, scale), *fc1), approximate="tanh")
+    return x + gate.unsqueeze(1) * F.linear(hidden, *fc2)
+
+
+def _parts(op: str):
+    """The same half by the families' ops, one after another: what fusing has to beat."""
+    return lambda *args, **kwargs: getattr(importlib.import_module("fastdit.ops"), op)(*args, **kwargs, fused=False)
+
+
+def _half(half: str, model: str, C: int, D: int, N: int, heads: bool = False) -> Workload:
+    """heads: queries and keys are normalised and rotated. bytes: 11 passes over the tokens, and the weights."""
 
     def make(m: Maker):
-        kwargs: dict[str, Any] = dict(fused=True, precision="native", **_tables(m, C))
+        kwargs = dict(precision="native", **_tables(m, C))
         if half == "adaln_mlp":
             return (m.randn(2, N, C),), kwargs | dict(fc1=_linear(m, 4 * C, C), fc2=_linear(m, C, 4 * C))
         kwargs |= dict(num_heads=C // D, qkv=_linear(m, 3 * C, C), proj=_linear(m, C, C))
-        if heads_used:
+        if heads:
             kwargs |= dict(qk_norm="rms", q_weight=m.randn(D), k_weight=m.randn(D), **_rope(m, N, D // 2))
         return (m.randn(2, N, C),), kwargs
 
@@ -149,19 +182,18 @@ def _half(model: str, half: str, C: int, D: int, N: int, heads_used: bool = Fals
     return Workload(
         half, model, f"2x{N}x{C}", make,
         lambda dtype: (11 * 2 * N * C + (8 if mlp else 4) * C * C) * dtype.itemsize,
-        flops=(16 if mlp else 8) * 2 * N * C * C + (0 if mlp else 4 * 2 * N * N * C), dtypes=(torch.bfloat16,),
-        fixed=("cos", "sin"),
+        flops=2 * N * C * (16 * C if mlp else 8 * C + 4 * N), dtypes=(torch.bfloat16,),
+        peers={"eager": _eager_mlp if mlp else _eager_attention, "parts": _parts(half)}, fixed=("cos", "sin"),
     )  # fmt: skip
 
 
-BENCH = tuple(
-    _half(model, half, C, D, N, heads_used)
-    for model, C, D, N, heads_used in (
-        ("DiT-S/2-256", 384, 64, 256, False),
-        ("DiT-XL/2-256", 1152, 72, 256, False),
-        ("DiT-XL/2-512", 1152, 72, 1024, False),
-        ("Lumina-like-qk", 1152, 64, 256, True),
-        ("Wan-like-qk", 1536, 128, 1024, True),
-    )
-    for half in ("adaln_attention", "adaln_mlp")
+BENCH = (
+    *(
+        _half(half, *row)
+        for half in ("adaln_attention", "adaln_mlp")
+        for row in (("DiT-S/2-256", 384, 64, 256), ("DiT-XL/2-256", 1152, 72, 256), ("DiT-XL/2-512", 1152, 72, 1024))
+    ),
+    _half("adaln_attention", "LightningDiT-S/1-256", 384, 64, 256, True),
+    _half("adaln_attention", "LightningDiT-XL/1-256", 1152, 72, 256, True),
+    _half("adaln_attention", "1536-in-heads-of-128", 1536, 128, 1024, True),
 )
