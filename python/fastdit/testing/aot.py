@@ -155,6 +155,9 @@ def subjects(text: str | None = None) -> Iterator[Workload | Sample]:
     for op in registry.ops():
         if "triton" in registry.implementations(op) and (text is None or text in op):
             yield from workloads.bench(op) or workloads.samples(op)
+    for family, needed in workloads.COMPOSED.items():
+        if all("triton" in registry.implementations(op) for op in needed):
+            yield from (w for w in workloads.composed(family) if text is None or text in w.op)
 
 
 class Collector:
