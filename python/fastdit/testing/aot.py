@@ -177,11 +177,11 @@ class Collector:
         if _launch.INTERPRET:
             raise RuntimeError("aot: the kernels were imported for the interpreter; unset TRITON_INTERPRET")
         triton.runtime.driver.set_active(self._driver)
-        _launch.collecting = self._record
+        _launch.collecting, _launch.on_cpu = self._record, True
         return self
 
     def __exit__(self, *_: object) -> None:
-        _launch.collecting = None
+        _launch.collecting, _launch.on_cpu = None, False
         self.pretend(None)
 
     def pretend(self, arch: int | None) -> None:
