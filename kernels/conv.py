@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from fastdit.kernels._jit import kernel, multiple
-from fastdit.kernels.conv_index import channel_offset, fold, pixel_offset, taps_before
+from fastdit.kernels.conv_index import channel_offset, fold, pixel_count, pixel_offset, taps_before
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def _finish(
     tl.store(Y + (rows[:, None] + columns[None, :]), acc.to(Y.dtype.element_ty), mask=live)
 
 
-@kernel
+@kernel(kind="gemm")
 def conv(
     Y, X, CACHE, W, BIAS, RESIDUAL,
     out_frames: tl.int32, out_height: tl.int32, out_width: tl.int32,
@@ -123,7 +123,7 @@ def conv(
     Grid: B * T' * tiles of H' * W' * tiles of N, the latter fastest.
     """
     tiles_n: tl.constexpr = (N + N0 + N1 - 1) // (N0 + N1)
-    pixels = out_height * out_width
+    pixels = pixel_count(out_height, out_width, Y_LAYOUT, Y_ALIGN, R_LAYOUT, R_ALIGN)
     tiles_m = tl.cdiv(pixels, BLOCK_M)
     spot = tl.program_id(0)
     first_n = spot % tiles_n * (N0 + N1)

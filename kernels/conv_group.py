@@ -4,15 +4,15 @@
     backward: with g = dy * silu'(z), u = (x - mean) * rstd:  S1 = sum g, S2 = sum g * u per channel; over a group
               dx = rstd * (w * g - mean(w * S1) - u * mean(w * S2)),  dw = sum over samples of S2,  db of S1
 
-A program of the first step runs over every programs-th tile of its sample, always in one order, and keeps one mean
-and M2 per channel: no square of a mean is ever subtracted, and no atomics are needed. Bytes a value in units of x's
-itemsize: forward 3 (statistics 1, apply 2), backward 6 (statistics 1, sums 2, apply 3).
+A program of the first step runs over every programs-th tile of its sample, always in one order, and keeps a mean and
+M2 per row of the tile and channel: no square of a mean is ever subtracted, and no atomics are needed. Bytes a value in
+units of x's itemsize: forward 3 (statistics 1, apply 2), backward 6 (statistics 1, sums 2, apply 3).
 """
 
 import triton.language as tl
 
 from fastdit.kernels._jit import kernel, multiple
-from fastdit.kernels.conv_index import channel_offset, pixel_offset, silu_slope
+from fastdit.kernels.conv_index import channel_offset, pixel_count, pixel_offset, silu_slope
 
 
 @kernel
@@ -23,34 +23,35 @@ def group_statistics(
 ):  # fmt: skip
     """PARTS (B, programs, 3, C): values seen, mean, summed squared distance from it. Grid: B * programs, channels."""
     b = (tl.program_id(0) // programs).to(tl.int64)
-    pixels = height * width
+    pixels = pixel_count(height, width, X_LAYOUT, X_ALIGN, 0, 1)
     tiles = tl.cdiv(pixels, BLOCK_P)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     columns = channel_offset(channel, x_c, X_LAYOUT, X_ALIGN)
-    mean = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    m2 = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    seen = 0.0
+    mean = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+    m2 = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+    seen = tl.zeros((BLOCK_P,), dtype=tl.float32)
     for spot in range(tl.program_id(0) % programs, frames * tiles, programs):
-        first = spot % tiles * BLOCK_P
-        pixel = first + tl.arange(0, BLOCK_P)
+        pixel = spot % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
         live = (pixel < pixels)[:, None] & (channel < C)[None, :]
         rows = pixel_offset(pixel, width, x_h, x_w, X_LAYOUT, X_ALIGN)
         A = X + (b * multiple(x_b, X_ALIGN) + (spot // tiles) * multiple(x_t, X_ALIGN))
         x = tl.load(A + (rows[:, None] + columns[None, :]), mask=live, other=0.0).to(tl.float32)
-        new = tl.minimum(pixels - first, BLOCK_P).to(tl.float32)
-        center = tl.sum(x, 0) / new
-        x = tl.where(live, x - center[None, :], 0.0)
-        step = center - mean
-        mean += step * (new / (seen + new))
-        m2 += tl.sum(x * x, 0) + step * step * (seen * new / (seen + new))
-        seen += new
+        here = tl.where(pixel < pixels, 1.0, 0.0)
+        seen += here
+        step = x - mean
+        mean += step * (here / tl.maximum(seen, 1.0))[:, None]
+        m2 += step * (x - mean) * here[:, None]
+    count = tl.sum(seen, 0)  # Welford's sums of each row of tiles, now of all rows
+    center = tl.sum(mean * seen[:, None], 0) / tl.maximum(count, 1.0)
+    off = mean - center[None, :]
+    spread = tl.sum(m2 + off * off * seen[:, None], 0)
     at = PARTS + tl.program_id(0).to(tl.int64) * 3 * C + channel
-    tl.store(at, tl.zeros((BLOCK_C,), dtype=tl.float32) + seen, mask=channel < C)
-    tl.store(at + C, mean, mask=channel < C)
-    tl.store(at + 2 * C, m2, mask=channel < C)
+    tl.store(at, tl.zeros((BLOCK_C,), dtype=tl.float32) + count, mask=channel < C)
+    tl.store(at + C, center, mask=channel < C)
+    tl.store(at + 2 * C, spread, mask=channel < C)
 
 
-@kernel
+@kernel(kind="small")
 def group_combine(
     STATS, PARTS, parts: tl.int32, eps: tl.float32, C: tl.constexpr, RUN: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -93,12 +94,12 @@ def group_sums(
 ):  # fmt: skip
     """PARTS (B, programs, 2, C): S2 and S1; without X only S1, of G itself. Grid: B * programs, channels."""
     b = (tl.program_id(0) // programs).to(tl.int64)
-    pixels = height * width
+    pixels = pixel_count(height, width, X_LAYOUT, X_ALIGN, G_LAYOUT, G_ALIGN)
     tiles = tl.cdiv(pixels, BLOCK_P)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = channel < C
-    along = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    plain = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    along = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+    plain = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
     for spot in range(tl.program_id(0) % programs, frames * tiles, programs):
         pixel = spot % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
         live = (pixel < pixels)[:, None] & known[None, :]
@@ -120,14 +121,14 @@ def group_sums(
             if BIAS is not None:
                 z = z + tl.load(BIAS + channel, mask=known, other=0.0).to(tl.float32)[None, :]
             g = g * silu_slope(z)
-            along += tl.sum(g * unit, 0)
-        plain += tl.sum(g, 0)
+            along += g * unit
+        plain += g
     at = PARTS + tl.program_id(0).to(tl.int64) * 2 * C + channel
-    tl.store(at, along, mask=known)
-    tl.store(at + C, plain, mask=known)
+    tl.store(at, tl.sum(along, 0), mask=known)
+    tl.store(at + C, tl.sum(plain, 0), mask=known)
 
 
-@kernel
+@kernel(kind="small")
 def group_moments(
     SUMS, MOMENTS, PARTS, WEIGHT, parts: tl.int32, values: tl.float32,
     C: tl.constexpr, RUN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -146,8 +147,8 @@ def group_moments(
         total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
         for first in range(0, parts, BLOCK_R):
             r = first + tl.arange(0, BLOCK_R)
-            at = PARTS + ((b * parts + r) * (2 * C) + which * C)[:, None] + channel[None, :]
-            total += tl.load(at, mask=(r < parts)[:, None] & known[None, :], other=0.0)
+            part = PARTS + ((b * parts + r) * (2 * C) + which * C)[:, None] + channel[None, :]
+            total += tl.load(part, mask=(r < parts)[:, None] & known[None, :], other=0.0)
         sums = tl.sum(total, 0)
         moment = tl.sum(tl.where(known, weight * sums, 0.0), 0) / values
         at = b * 2 * C + which * C + channel
@@ -165,7 +166,7 @@ def group_backward(
     D_LAYOUT: tl.constexpr, D_ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """DX from the moments. Grid: B * frames * tiles of H * W, blocks of channels."""
-    pixels = height * width
+    pixels = pixel_count(height, width, X_LAYOUT, X_ALIGN, G_LAYOUT, G_ALIGN)
     tiles = tl.cdiv(pixels, BLOCK_P)
     spot = tl.program_id(0)
     t = spot // tiles % frames

@@ -38,6 +38,19 @@ def channel_offset(channel, s_c, LAYOUT: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def pixel_count(
+    height, width, A_LAYOUT: tl.constexpr, A_ALIGN: tl.constexpr, B_LAYOUT: tl.constexpr, B_ALIGN: tl.constexpr
+):
+    """Of a frame; where a tensor's pixels are adjacent its ALIGN divides it, and masks are known to be as wide."""
+    count = height * width
+    if A_LAYOUT == 3:
+        count = multiple(count, A_ALIGN)
+    if B_LAYOUT == 3:
+        count = multiple(count, B_ALIGN)
+    return count
+
+
+@triton.jit
 def taps_before(start, limit, DILATION: tl.constexpr, TAPS: tl.constexpr):
     """How many of start, start + DILATION, ... (TAPS of them) lie below `limit`."""
     return tl.minimum((tl.maximum(limit - start, 0) + DILATION - 1) // DILATION, TAPS)

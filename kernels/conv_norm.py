@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from fastdit.kernels._jit import kernel, multiple
-from fastdit.kernels.conv_index import channel_offset, pixel_offset, silu, silu_slope
+from fastdit.kernels.conv_index import channel_offset, pixel_count, pixel_offset, silu, silu_slope
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def normalize(
 
     STATS (B, 2, C): mean and rstd of each channel's group. Grid: B * frames * tiles of H * W, blocks of channels.
     """
-    pixels = height * width
+    pixels = pixel_count(height, width, X_LAYOUT, X_ALIGN, Y_LAYOUT, Y_ALIGN)
     tiles = tl.cdiv(pixels, BLOCK_P)
     spot = tl.program_id(0)
     t = spot // tiles % frames
@@ -111,12 +111,12 @@ def normalize_backward(
 
     A program takes every num_programs-th of `count` tiles and sums in that order: the same bits every time.
     """
-    pixels = height * width
+    pixels = pixel_count(height, width, X_LAYOUT, X_ALIGN, G_LAYOUT, G_ALIGN)
     tiles = tl.cdiv(pixels, BLOCK_P)
     channel = tl.arange(0, BLOCK_C)
     known = channel < C
-    d_weight = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    d_bias = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    d_weight = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+    d_bias = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
     weight = tl.full((BLOCK_C,), 1.0, dtype=tl.float32)
     if WEIGHT is not None:
         weight = tl.load(WEIGHT + channel, mask=known, other=0.0).to(tl.float32)
@@ -139,8 +139,9 @@ def normalize_backward(
                 z += tl.load(BIAS + channel, mask=known, other=0.0).to(tl.float32)[None, :]
             g = g * silu_slope(z)
         if PARTS is not None:
-            d_weight += tl.sum(g * unit, 0)
-            d_bias += tl.sum(g, 0)
+            d_weight += g * unit
+            if BIAS is not None:
+                d_bias += g
         if DX is not None:
             g = g * weight[None, :]
             if NORM != 0:
@@ -154,11 +155,12 @@ def normalize_backward(
             tl.store(D + (rows[:, None] + columns[None, :]), g.to(DX.dtype.element_ty), mask=live)
     if PARTS is not None:
         at = PARTS + tl.program_id(0).to(tl.int64) * 2 * C + channel
-        tl.store(at, d_weight, mask=known)
-        tl.store(at + C, d_bias, mask=known)
+        tl.store(at, tl.sum(d_weight, 0), mask=known)
+        if BIAS is not None:
+            tl.store(at + C, tl.sum(d_bias, 0), mask=known)
 
 
-@kernel
+@kernel(kind="small")
 def sum_rows(
     Y, PARTS, rows: tl.int32, columns: tl.int32, row: tl.int64, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip

@@ -57,7 +57,7 @@ def _sweep(
     return acc0, acc1
 
 
-@kernel
+@kernel(kind="gemm")
 def conv_weight_grad(
     PARTS, X, CACHE, G,
     splits: tl.int32, samples: tl.int32, out_frames: tl.int32, out_height: tl.int32, out_width: tl.int32,
@@ -121,7 +121,7 @@ def conv_weight_grad(
         tl.store(at + c1[None, :], acc1, mask=(n < N)[:, None] & (c1 < C)[None, :])
 
 
-@kernel
+@kernel(kind="small")
 def move_weight(
     Y, X, parts: tl.int32, columns: tl.int32,
     x_p: tl.int64, x_n: tl.int64, x_c: tl.int64, x_t: tl.int64, x_h: tl.int64, x_w: tl.int64,

@@ -31,10 +31,10 @@ tunable(
 
 
 def split(width: int, most: int = 192) -> tuple[int, int]:
-    """N0 + N1 <= most that covers `width` with the fewest idle lanes, then the fewest tiles."""
+    """N0 + N1 <= most that covers `width` best: a tile costs its lanes, and about 32 for reading the other operand."""
     sums = [(n, 0) for n in (16, 32, 64, 128)] + [(32, 16), (64, 32), (128, 32), (128, 64)]
     fits = [p for p in sums if sum(p) <= most]
-    return min(fits, key=lambda p: (-(-width // sum(p)) * sum(p), -sum(p)))
+    return min(fits, key=lambda p: (-(-width // sum(p)) * (sum(p) + 32), -sum(p)))
 
 
 def _default(dtype: torch.dtype, C: int, N: int, arch: int) -> Config:
@@ -47,7 +47,7 @@ def _default(dtype: torch.dtype, C: int, N: int, arch: int) -> Config:
     k = 64 if C % 64 == 0 and arch >= 90 else 32 if C > 16 else 16
     if n0 + n1 > 96:
         return Config((128, n0, n1, k), 8, 3)
-    return Config((256, n0, n1, k), 8, 4) if arch >= 90 and n0 + n1 >= 64 else Config((128, n0, n1, k), 8, 4)
+    return Config((256, n0, n1, k), 8, 4) if arch >= 90 and n0 + n1 >= 64 else Config((128, n0, n1, k), 8, 3)
 
 
 def video_ready(x: Tensor, cache, norm_weight, norm, norm_eps: float, act) -> tuple[Tensor, Tensor | None]:

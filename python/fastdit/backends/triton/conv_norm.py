@@ -19,10 +19,10 @@ from ._launch import launch, processors
 NORM = {None: 0, "channel_l2": 1, "channel_rms": 2, "group": 3}
 WIDEST = 8192  # channels of a pixel in one tile
 
-# values of a tile
-_TILES = tuple(Config((tile,), warps) for tile, warps in ((4096, 4), (2048, 4), (8192, 4), (8192, 8), (16384, 8)))
-tunable("conv_normalize", *_TILES)
-tunable("conv_normalize_backward", *_TILES)
+# values a thread; the backward holds two tensors
+_VALUES = tuple(Config((values,), warps) for values, warps in ((32, 4), (16, 4), (64, 4), (32, 8), (16, 8)))
+tunable("conv_normalize", *_VALUES)
+tunable("conv_normalize_backward", *_VALUES)
 
 
 def empty(t: Tensor, shape=None, dtype: torch.dtype | None = None) -> Tensor:
@@ -42,7 +42,7 @@ def _laid(shape: tuple, stride: tuple, itemsize: int) -> tuple[int, int, tuple[i
     s_h = s_w * shape[4] if shape[3] == 1 else s_h
     flat = s_h == s_w * shape[4]
     if flat and s_w == 1 and s_c != 1 and shape[1] > 1:
-        layout, low = 3, s_b | s_c | s_t
+        layout, low = 3, s_b | s_c | s_t | s_h * shape[3]
     elif s_c == 1 or shape[1] == 1:
         layout, low = (1 if flat else 2), s_b | s_t | s_h | s_w
     else:
@@ -70,12 +70,15 @@ def video(t: Tensor, group: bool = False) -> Tensor:
 def tile(name: str, x: Tensor, layouts: tuple[int, ...], whole: bool) -> tuple[int, int, int]:
     """(BLOCK_P, BLOCK_C, warps). whole: all channels of a pixel in one tile."""
     C, pixels = x.shape[1], x.shape[3] * x.shape[4]
-    config = choose(name, x, (x.dtype, C, *layouts), lambda arch: _TILES[0])
-    planes = 3 in layouts
-    block_c = power(C) if whole else min(power(C), 64 if planes else 256)
-    block_p = max(config.blocks[0] // block_c, 64 if planes else 1)
-    block_p = min(block_p, power(pixels))
-    return block_p, block_c, max(config.warps, 8 if block_p * block_c > 8192 else 1)
+    config = choose(name, x, (x.dtype, C, *layouts), lambda arch: _VALUES[name.endswith("backward")])
+    if 3 in layouts:  # runs of 64 pixels
+        block_c, block_p, warps = power(C) if whole else min(power(C), 64), 64, config.warps
+        warps = min(max(warps, block_p * block_c // (32 * config.blocks[0])), 16)
+    else:  # a weight of block_c 2-byte values is read 4 bytes a thread or wider
+        block_c = power(C) if whole else min(power(C), 256)
+        warps = max(1, min(config.warps, block_c // 64))
+        block_p = max(1, 32 * warps * config.blocks[0] // block_c)
+    return min(block_p, power(pixels)), block_c, warps
 
 
 def normalize(y: Tensor, x: Tensor, cache, weight, bias, stats, norm: int, eps: float, act: bool) -> None:
@@ -149,7 +152,7 @@ def _group_parts(x: Tensor, kinds: int) -> Tensor:
 
 
 def _group_tile(x: Tensor) -> tuple[int, int, int]:
-    return tile("conv_normalize", x, (laid(x)[0],), False)
+    return tile("conv_normalize_backward", x, (laid(x)[0],), False)
 
 
 def _group_launch(kernel, tensors: tuple, x: Tensor, strides: tuple, layouts: tuple) -> None:
