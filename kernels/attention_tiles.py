@@ -39,7 +39,7 @@ def _tiles_and_cost(CU, CU_OTHER, GRIDS, s, segments, rows, BT, BH, BW, WT, WH, 
     return tl.where(s <= segments, tiles, 0), tl.where(real, cost, -1)
 
 
-@kernel
+@kernel(kind="small")
 def plan_tiles(
     PLAN, CU, CU_OTHER, GRIDS, segments: tl.int32, rows: tl.int32,
     BT: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr,
