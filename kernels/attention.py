@@ -6,7 +6,8 @@ A program owns BLOCK_M queries of one head: q, the sums o and the row facts stay
 by. First come the tiles that every query sees whole, without any mask; then the boundary tiles (segment end, kv_len,
 edge of a frame), where scores of unseen keys become -inf and V rows of foreign tokens become 0, so that no NaN of
 theirs reaches 0 * NaN. What no query of the tile sees is never loaded. Exponentials are powers of 2 with the scale
-folded in (one FMA and one exp2 a score; fp32 inputs: exp, for its rounding); the probabilities stay in registers as the second product's A operand.
+folded in (one FMA and one exp2 a score; fp32 inputs: exp, for its rounding); the probabilities stay in registers as
+the second product's A operand.
 
 Head dims that are no power of two are two pieces, D0 + D1 channels (72 = 64 + 8 of 16, 80 = 64 + 16, 96 = 64 + 32):
 products over 80 channels instead of 128, and no padded copy. Fetching keys: rows by pointers (asynchronous copies that
@@ -32,7 +33,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def load_rows(P, at, inside, FROM: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
-    """Channels FROM .. FROM + WIDTH of the rows at P + at (vector of offsets); zeros behind D and, if MASKED, outside."""
+    """Channels FROM .. FROM + WIDTH of the rows at P + at (offsets); zeros behind D and, if MASKED, outside."""
     col = FROM + tl.arange(0, WIDTH)
     at = P + at[:, None] + col[None, :]
     if MASKED:
@@ -63,7 +64,7 @@ def _scores(q0, q1, k0, k1, D1: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _add(s, v0, v1, acc0, acc1, m, l, c, D1: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One tile of keys into the sums. m: running maximum of s; c: from folded_scale, > 0; MASKED: rows may be all -inf."""
+    """A tile of keys into the sums. m: running maximum of s; c: factor of s, > 0; MASKED: rows may be all -inf."""
     m_new = tl.maximum(m, tl.max(s, 1))
     top = m_new
     if MASKED:
@@ -161,7 +162,7 @@ def _finish(O, LSE, o_at, lse_at, inside, acc0, acc1, m, l, c, D: tl.constexpr, 
 
 @triton.jit
 def _lines(
-    Q, K, KR, V, VR, O, LSE, batch, head, kv_head, row, i0, queries, keys, shift, frame, q_step, k_step, v_step, o_step, c,
+    Q, K, KR, V, VR, O, LSE, batch, kv_head, row, i0, queries, keys, shift, frame, q_step, k_step, v_step, o_step, c,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, FRAMES: tl.constexpr, NEGATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -174,14 +175,15 @@ def _lines(
     whole, end = key_range(i0, tl.minimum(i0 + BLOCK_M, queries), keys, shift, frame, FRAMES, BLOCK_N)
     ends = key_end(i0 + i, keys, shift, frame, FRAMES)
     acc0, acc1, m, l = _zeros(BLOCK_M, D0, D1)
+    plain = end if WARPS else whole
     acc0, acc1, m, l = _linear(
-        acc0, acc1, m, l, q0, q1, K, KR, V, VR, batch, kv_head, row, k_step, v_step, 0, end if WARPS else whole, whole, ends, keys, c,
+        acc0, acc1, m, l, q0, q1, K, KR, V, VR, batch, kv_head, row, k_step, v_step, 0, plain, whole, ends, keys, c,
         D, D0, D1, BLOCK_N, TMA, False, WARPS, PRECISION,
     )  # fmt: skip
     if not WARPS:
         acc0, acc1, m, l = _linear(
-            acc0, acc1, m, l, q0, q1, K, KR, V, VR, batch, kv_head, row, k_step, v_step, whole, end, whole, ends, keys, c,
-            D, D0, D1, BLOCK_N, TMA, True, False, PRECISION,
+            acc0, acc1, m, l, q0, q1, K, KR, V, VR, batch, kv_head, row, k_step, v_step,
+            whole, end, whole, ends, keys, c, D, D0, D1, BLOCK_N, TMA, True, False, PRECISION,
         )  # fmt: skip
     _finish(O, LSE, at * o_step, at, inside, acc0, acc1, m, l, c, D, D0, D1)
 
@@ -222,7 +224,7 @@ def attention_forward(
     O += ((far * N + i0) * H + head) * D
     LSE += (far * H + head) * N + i0
     _lines(
-        Q, K, KR, V, VR, O, LSE, batch, head, kv_head, 0, i0, N, keys, M - N, frame_length(frame, M),
+        Q, K, KR, V, VR, O, LSE, batch, kv_head, 0, i0, N, keys, M - N, frame_length(frame, M),
         q_step, k_step, v_step, o_step, c, D, D0, D1, FRAMES, NEGATE, BLOCK_M, BLOCK_N, TMA, WARPS, PRECISION,
     )  # fmt: skip
 
@@ -237,7 +239,7 @@ def attention_varlen_forward(
     ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, WARPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (ceil(N / BLOCK_M) + S + 1, H): the bound on the tiles; programs behind the plan's end have nothing to do."""
+    """Grid (ceil(N / BLOCK_M) + S + 1, H): a bound on the tiles; programs behind the plan's end have nothing to do."""
     tile = tl.program_id(0)
     if tile < tl.load(PLAN + segments + 1):
         head = tl.program_id(1)
@@ -262,7 +264,7 @@ def attention_varlen_forward(
         O += (far * H + head) * D
         LSE += head.to(tl.int64) * N + far
         _lines(
-            Q, K, KR, V, VR, O, LSE, 0, head, kv_head, row, i0, queries, keys, keys - queries,
+            Q, K, KR, V, VR, O, LSE, 0, kv_head, row, i0, queries, keys, keys - queries,
             frame_length(frame, keys), q_step, multiple(k_step, ALIGN), multiple(v_step, ALIGN), H * D, c,
             D, D0, D1, FRAMES, NEGATE, BLOCK_M, BLOCK_N, TMA, WARPS, PRECISION,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from fastdit.kernels._jit import kernel, multiple
 
 @triton.jit
 def _place(total, N, H, ROWS: tl.constexpr):
-    """The rows of this program: (flat row, valid, batch, token, head) with the head fastest; int64 where it multiplies."""
+    """The rows of this program: (flat row, valid, batch, token, head), the head fastest, in int64."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token = row // H
     return row, row < total, token // N, token % N, row % H

@@ -25,7 +25,7 @@ def _brick(
     BT: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     WT: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
 ):  # fmt: skip
-    """The query brick at (t0, h0, w0) of a T x H x W grid; the pointers stand at the segment's first row of the head."""
+    """The query brick at (t0, h0, w0) of a T x H x W grid; pointers stand at the head in the segment's first row."""
     t, h, w = brick_tokens(BT, BH, BW)
     t, h, w = t + t0, h + h0, w + w0
     inside = (t < T) & (h < H) & (w < W)
@@ -76,7 +76,7 @@ def attention_window_forward(
     WT: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs, heads): how many bricks there are only the device knows, so a program walks as many as it must."""
+    """Grid (programs, heads): only the device knows how many bricks there are; a program walks as many as it must."""
     head = tl.program_id(1)
     kv_head = head // group
     q_step, k_step, v_step = multiple(q_step, ALIGN), multiple(k_step, ALIGN), multiple(v_step, ALIGN)

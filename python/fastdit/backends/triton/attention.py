@@ -19,7 +19,14 @@ from ..registry import Impl, register as _register
 from ._config import Config, choose, tunable
 from ._launch import arch, dot_precision, launch, unfit
 from .attention_tiles import (
-    MOST_CHANNELS, alignment, folded_scale, pieces, plan, plan_bricks, window_bricks, window_queries,
+    MOST_CHANNELS,
+    alignment,
+    folded_scale,
+    pieces,
+    plan,
+    plan_bricks,
+    window_bricks,
+    window_queries,
 )  # fmt: skip
 
 # Below so many (query, key) pairs the boxes of TMA cost more on the host than they bring on the card.
@@ -89,10 +96,10 @@ def _boxed(t):
     return all(stride > 0 and stride * size % 16 == 0 for stride in t.stride()[:-1])
 
 
-def _boxes(k, v, block, d0, d1):
-    """Descriptors of k and v as (B, H, N, D): a tile of a head is one box, zeros behind its last row and channel."""
+def _boxes(keys, block, d0, d1):
+    """Descriptors of k and v, (B, N, H, D): a tile of a head is one box, zeros behind its last row and channel."""
     made = []
-    for t in (k, v):
+    for t in keys:
         batch, rows, heads, channels = t.shape
         s_batch, s_row, s_head, _ = t.stride()
         shape, strides = [batch, heads, rows, channels], [s_batch, s_head, s_row, 1]
@@ -127,7 +134,7 @@ def attention(q, k, v, kv_len, frame_tokens_of, frame_tokens, scale, return_lse,
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     k_rows, v_rows = k, v
     if boxed is not None:
-        k_rows, k_rest, v_rows, v_rest = _boxes(*boxed, block_n, d0, d1)
+        k_rows, k_rest, v_rows, v_rest = _boxes(boxed, block_n, d0, d1)
     factor, negate = folded_scale(scale, q.element_size())
     tiles = (tokens + block_m - 1) // block_m
     launch(
@@ -185,7 +192,7 @@ def attention_varlen(
     k_rest = v_rest = None
     k_rows, v_rows = k, v
     if boxed is not None:
-        k_rows, k_rest, v_rows, v_rest = _boxes(*boxed, block_n, d0, d1)
+        k_rows, k_rest, v_rows, v_rest = _boxes(boxed, block_n, d0, d1)
     launch(
         attention_varlen_forward,
         ((tokens + block_m - 1) // block_m + segments + 1, heads, 1),

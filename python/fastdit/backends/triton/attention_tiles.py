@@ -1,4 +1,4 @@
-"""What the attention adapters decide on the host: pieces of a head, alignment, bricks of a window, the plan of tiles."""
+"""What attention's adapters decide on the host: pieces of a head, alignment, bricks of a window, the plan of tiles."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def folded_scale(scale: float, itemsize: int) -> tuple[float, bool]:
 
 
 def plan(cu: Tensor, cu_other: Tensor, rows: int, block: int) -> Tensor:
-    """The tiles of `block` rows of a packed tensor of `rows` rows, costly segments first (kernels/attention_tiles.py)."""
+    """Tiles of `block` rows of a packed tensor of `rows` rows, costly segments first (kernels/attention_tiles.py)."""
     return _plan(cu, cu_other, None, rows, (1, 1, block), (1, 1, 1))
 
 
