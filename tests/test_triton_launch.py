@@ -238,6 +238,8 @@ OVER = {
     "causal_conv3d": (42.0, 56.0),
     "next_cache": (13.0, 19.0),
     "norm_silu": (10.5, 17.0),
+    "patch_embed3d": (13.0, 19.0),
+    "unpatchify3d": (12.0, 16.0),
 }
 FIRST = {s.op: s for s in reversed(samples()) if "triton" in registry.implementations(s.op)}
 

@@ -33,7 +33,7 @@ from .workloads import Maker, Sample, Workload
 ARCHES = (80, 90, 100, 120)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PASSES = ("fwd", "bwd")
-SCALAR = 0.1  # the most of a kernel's bytes that scalar 2-byte accesses may move: a vector that is shorter than a block
+SCALAR = 0.2  # the most of a kernel's bytes that scalar 2-byte accesses may move: a vector that is shorter than a block
 # Rows whose inner dimension is no multiple of 16 bytes: no load of theirs can be wide.
 ODD = {("patch_embed3d", "HunyuanVideo1.5-720p/8"): "65 channels"}
 
