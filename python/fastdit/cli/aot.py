@@ -56,8 +56,8 @@ def show(
     alike: dict[str, list[aot.Report]] = {}
     for r in bad:
         alike.setdefault(f"[red]{r.build.kernel} sm_{r.build.arch}[/red]: {'; '.join(r.problems)}", []).append(r)
-    for line, group in alike.items():
-        rows = list(dict.fromkeys(row for r in group for row in r.rows))
+    for line, those in alike.items():
+        rows = list(dict.fromkeys(row for r in those for row in r.rows))
         more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
         console.print(f"{line}; launched by {rows[0]}{more}", highlight=False, soft_wrap=True)
     kernels = len({(r.build.module, r.build.kernel) for r in reports})

@@ -81,7 +81,7 @@ class Build:
     arch: int
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[tuple[int, ...], Any], ...]
-    aligned: tuple[tuple[int, ...], ...]  # arguments that are multiples of 16
+    aligned: tuple[tuple[tuple[int, ...], bool], ...]  # arguments, and whether they are multiples of 16
     options: tuple[tuple[str, int], ...]
 
     @property
@@ -207,7 +207,7 @@ class Collector:
         given = {**options, "debug": False}
         bound, specialisation, extra = binder(*args, **given)
         _, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialisation, extra)
-        aligned = tuple(path for path, found in attributes.items() if found)
+        aligned = tuple((path, bool(found)) for path, found in attributes.items())
         return Build(
             kernel.fn.__module__, kernel.fn.__name__, kernel.kind, self._driver.arch, tuple(signature.items()),
             tuple(constants.items()), aligned, tuple(options.items()),
@@ -266,7 +266,7 @@ def play(subject: Workload | Sample, call: tuple[tuple, dict], pass_: str) -> No
 def compiled(build: Build) -> sass.Usage | str:
     """Compiles, or finds in Triton's cache on disk; a string is the compiler's refusal."""
     kernel = getattr(importlib.import_module(build.module), build.kernel)
-    aligned = {path: [["tt.divisibility", 16]] for path in build.aligned}
+    aligned = {path: [["tt.divisibility", 16]] if yes else [] for path, yes in build.aligned}
     source = triton.compiler.ASTSource(kernel, dict(build.signature), dict(build.constants), aligned)
     try:
         made = triton.compile(source, target=GPUTarget("cuda", build.arch, 32), options=dict(build.options))
