@@ -102,8 +102,8 @@ def toys(tmp_path_factory):
         ("weighted", None),
         ("fp32", None),  # a row is judged for accesses of 2 bytes
         ("wgmma", None),
-        ("scalar", "9 scalar loads of 2 bytes"),
-        ("unaligned pointer", "scalar loads of 2 bytes"),
+        ("scalar", "scalar loads of 2 bytes, 100 %"),
+        ("unaligned pointer", "scalar loads of 2 bytes, 100 %"),
         ("no wgmma", "no wgmma"),
         ("spills", "spills"),
         ("too large", "more than a block can have"),

@@ -33,6 +33,7 @@ from .workloads import Maker, Sample, Workload
 ARCHES = (80, 90, 100, 120)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PASSES = ("fwd", "bwd")
+SCALAR = 0.1  # the most of a kernel's bytes that scalar 2-byte accesses may move: a vector that is shorter than a block
 # Rows whose inner dimension is no multiple of 16 bytes: no load of theirs can be wide.
 ODD = {("patch_embed3d", "HunyuanVideo1.5-720p/8"): "65 channels"}
 
@@ -135,9 +136,9 @@ class Report:
             found.append("no wgmma" if build.arch in (90, 100) else "no mma")
         if build.kind == "memory" and self.odd is None:
             for name, accesses in (("loads", u.loads), ("stores", u.stores)):
-                narrow = sum(count for size, count in accesses.items() if size <= 2)
-                if build.half and narrow:
-                    found.append(f"{narrow} scalar {name} of 2 bytes")
+                narrow = 1 - sass.share(accesses, 4)
+                if build.half and narrow > SCALAR:
+                    found.append(f"scalar {name} of 2 bytes, {100 * narrow:.0f} % of the bytes")
         return found
 
     def document(self) -> dict[str, Any]:
