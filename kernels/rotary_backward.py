@@ -71,6 +71,14 @@ def _keep(SUMS, sums, row, HB: tl.constexpr, HEAD: tl.constexpr, SIDE: tl.conste
 
 
 @triton.jit
+def _input(g, n, mean_g, mean_gn, rstd, LAW: tl.constexpr):
+    """dx of fp32 channels."""
+    if LAW.NORM == "layer":
+        g = g - mean_g
+    return (g - n * mean_gn) * rstd
+
+
+@triton.jit
 def _side(
     x, g, dx, W, DW, DB, table, axes, program, programs, tokens, batch, start, stop, eps, group, groups,
     BT: tl.constexpr, HB: tl.constexpr, HEAD: tl.constexpr, SIDE: tl.constexpr, LAW: tl.constexpr,
@@ -80,7 +88,8 @@ def _side(
     KEPT: tl.constexpr = SIDE.CHUNKS if LAW.HIDDEN else 1
     COUNT: tl.constexpr = HEAD.D * SIDE.H if LAW.HIDDEN else HEAD.D
     T: tl.constexpr = g[0].dtype.element_ty
-    zero = tl.zeros((BT, HB, HEAD.P), tl.float32)
+    P: tl.constexpr = HEAD.P
+    zero = tl.zeros((BT, HB, P), tl.float32)
     dw, db = (), ()
     for _ in tl.static_range(KEPT):
         if DW is not None:
@@ -126,32 +135,31 @@ def _side(
                         db = (db[0] + g0, db[1] + g1)
                 if W is not None:
                     if LAW.HIDDEN:
-                        wa, wb = load_affine(W, head, exists, HEAD, True)
-                    g0, g1 = g0 * wa, g1 * wb
-                ns = ns + ((n0, n1),)
-                totals = totals + (g0 + g1,)
-                crosses = crosses + (g0 * n0 + g1 * n1,)
-            gs = gs + ((g0, g1),)
+                        va, vb = load_affine(W, head, exists, HEAD, True)
+                    else:
+                        va, vb = wa, wb
+                    g0, g1 = g0 * va, g1 * vb
+                if LAW.HIDDEN:
+                    gs, ns = gs + ((g0, g1),), ns + ((n0, n1),)
+                    totals, crosses = totals + (g0 + g1,), crosses + (g0 * n0 + g1 * n1,)
+                else:
+                    mean_g = tl.sum(g0 + g1, 2, keep_dims=True) / COUNT
+                    mean_gn = tl.sum(g0 * n0 + g1 * n1, 2, keep_dims=True) / COUNT
+                    g0, g1 = _input(g0, n0, mean_g, mean_gn, rstd, LAW), _input(g1, n1, mean_g, mean_gn, rstd, LAW)
+            if dx[0] is not None and not LAW.HIDDEN:
+                store_pairs(dx[0], place(dx, b, n) + head * dx[3], ok & exists, g0, g1, HEAD)
         if LAW.HIDDEN:
             if DW is not None:
                 dw = grown_w
             if DB is not None:
                 db = grown_b
-        if dx[0] is not None:
-            at = place(dx, b, n)
-            if LAW.NORM is not None:
-                mean_gn = means_of(crosses, COUNT, SIDE, LAW)
-            if LAW.NORM == "layer":
-                mean_g = means_of(totals, COUNT, SIDE, LAW)
-            for i in tl.static_range(CHUNKS):
-                head, exists = chunk_of(i, group, BT, HB, SIDE)
-                g0, g1 = gs[i]
-                if LAW.NORM == "layer":
-                    g0, g1 = g0 - mean_g[i], g1 - mean_g[i]
-                if LAW.NORM is not None:
-                    n0, n1 = ns[i]
-                    g0, g1 = (g0 - n0 * mean_gn[i]) * found[i][1], (g1 - n1 * mean_gn[i]) * found[i][1]
-                store_pairs(dx[0], at + head * dx[3], ok & exists, g0, g1, HEAD)
+            if dx[0] is not None:
+                mean_gs, mean_gns = means_of(totals, COUNT, SIDE, LAW), means_of(crosses, COUNT, SIDE, LAW)
+                for i in tl.static_range(CHUNKS):
+                    head, exists = chunk_of(i, group, BT, HB, SIDE)
+                    g0 = _input(gs[i][0], ns[i][0], mean_gs[i], mean_gns[i], found[i][1], LAW)
+                    g1 = _input(gs[i][1], ns[i][1], mean_gs[i], mean_gns[i], found[i][1], LAW)
+                    store_pairs(dx[0], place(dx, b, n) + head * dx[3], ok & exists, g0, g1, HEAD)
     row = program * groups + group
     if DW is not None:
         _keep(DW, dw, row, HB, HEAD, SIDE, LAW)
@@ -255,8 +263,9 @@ def table_gradients(
     if LAW.NORM is not None:
         found = statistics(chunks, 0, eps, BT, HB, HEAD, SIDE, LAW)
     wa, wb, ba, bb = None, None, None, None
-    p = tl.arange(0, HEAD.P)[None, None, :]
-    dcos, dsin = tl.zeros((BT, HB, HEAD.P), tl.float32), tl.zeros((BT, HB, HEAD.P), tl.float32)
+    P: tl.constexpr = HEAD.P
+    p = tl.arange(0, P)[None, None, :]
+    dcos, dsin = tl.zeros((BT, HB, P), tl.float32), tl.zeros((BT, HB, P), tl.float32)
     for i in tl.static_range(CHUNKS):
         head, exists = chunk_of(i, 0, BT, HB, SIDE)
         a0, a1 = chunks[i][0].to(tl.float32), chunks[i][1].to(tl.float32)

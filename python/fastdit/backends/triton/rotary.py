@@ -50,15 +50,16 @@ def vector(dtype: torch.dtype) -> int:
     return 16 // dtype.itemsize
 
 
-def tile(dtype: torch.dtype, D: int, Hq: int, Hk: int, hidden: bool, halves: bool) -> Config:
+def tile(dtype: torch.dtype, D: int, Hq: int, Hk: int, hidden: bool, halves: bool, held: int = 96) -> Config:
     """(BT, HB, MOST): 16 bytes per thread and load; the HB that pads H least; at most MOST chunks in a program.
 
-    halves: the channels of a head come in two loads.
+    halves: the channels of a head come in two loads. held: elements that a thread may hold.
     """
     load = power((D + 1) // 2) * (1 if halves else 2)  # channels of a head that one load brings
     lane = vector(dtype)
     heads = max(Hq, Hk, 1)
-    most = 96 // (lane * (2 if halves else 1))
+    per_chunk = lane * (2 if halves else 1)
+    most = held // per_chunk
 
     def chunks(HB: int) -> int:
         return -(-Hq // HB) - (-Hk // HB)
@@ -122,10 +123,10 @@ def constants(facts: Facts, config: Config, together: bool) -> tuple[tuple, int]
     return (BT, HB, head_of(facts), QS, KS, Law(facts.norm, facts.hidden, facts.native)), groups
 
 
-def configuration(kernel: str, q, facts: Facts) -> Config:
+def configuration(kernel: str, q, facts: Facts, default=tile) -> Config:
     halves = facts.layout != "interleaved" and bool(facts.sections)
     key = (facts.dtype, facts.D, facts.Hq, facts.Hk, facts.hidden, halves)
-    return choose(kernel, q, key, lambda arch: tile(*key))
+    return choose(kernel, q, key, lambda arch: default(*key))
 
 
 def one_side(facts: Facts) -> Facts:

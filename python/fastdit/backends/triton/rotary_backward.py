@@ -31,7 +31,21 @@ from .rotary import (
     tile,
 )
 
-PER_PROCESSOR = 4  # programs that sum parameters: more would leave more rows to add
+
+def _tile(dtype, D, Hq, Hk, hidden, halves) -> Config:
+    """The forward's; a row that stays in registers with its gradient and its sums takes more threads."""
+    if not hidden:
+        return tile(dtype, D, Hq, Hk, False, halves, 32)
+    (BT, HB, most), warps, stages = tile(dtype, D, Hq, Hk, True, halves)
+    heads = max(Hq, Hk)
+    row = -(-heads // HB) * HB * BT * 2 * power((D + 1) // 2)
+    while warps < 16 and row > 32 * warps * (16 if dtype == torch.float32 else 24):
+        warps *= 2
+        if heads % (2 * HB) == 0:
+            HB *= 2
+    return Config((BT, HB, most), warps, stages)
+
+
 tunable(
     "qk_norm_rope_backward",
     *(Config((BT, HB, 12), warps, 1) for BT, HB, warps in ((1, 4, 2), (1, 8, 4), (1, 16, 8), (2, 4, 4), (2, 8, 8))),
@@ -63,13 +77,13 @@ def qk_norm_rope_backward(grad_q, grad_k, q, k, *rest):
 def _operands(grad_q, grad_k, q, k, affine, grads, facts: Facts, q_table, k_table, compact, last):
     """Fills those gradients of q, k and the parameters that are not None."""
     batch, q_tokens, k_tokens = counted(q, k)
-    config = configuration("qk_norm_rope_backward", q, facts)
+    config = configuration("qk_norm_rope_backward", q, facts, _tile)
     mine = [[g for g in grads[i::2]] if grad is not None else [None] * 3 for i, grad in enumerate((grad_q, grad_k))]
     sides = [any(g is not None for g in of) for of in mine]
     widths = [H * facts.D if facts.hidden else facts.D for H in (facts.Hq, facts.Hk)]
     fixed, groups = constants(facts, config, False)
     BT = fixed[0]
-    most = PER_PROCESSOR * processors(q)
+    most = (2 if facts.hidden else 8) * processors(q)  # programs that sum: each leaves a row to add
     programs, begins, total = [], [], 0
     for side, tokens, (_, w, b), width in zip(sides, (q_tokens, k_tokens), mine, widths, strict=True):
         tiles = -(-batch * tokens // BT) if side else 0
@@ -103,7 +117,8 @@ def _operands(grad_q, grad_k, q, k, affine, grads, facts: Facts, q_table, k_tabl
             (-(-max(widths) // 32), 4, 1),
             (sums, q_w, q_b, k_w, k_b),
             (*(n * groups for n in programs), *widths, *begins),
-            (64, 32),
+            (256, 32),
+            8,
         )
 
 
