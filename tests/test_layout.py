@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdit.testing.workloads import FAMILIES
+from fastdit.testing.workloads import COMPOSED as COMPOSITIONS, FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,9 +29,13 @@ GROWING = {
     "triton adapter": ("python/fastdit/backends/triton", "{}.py"),
     "cuda adapter": ("python/fastdit/backends/cuda", "{}.py"),
 }
+# Where compositions of families stand that have fused kernels of their own.
+COMPOSED = {
+    *("ops", "reference", "reference adapter", "triton kernel", "triton adapter"),
+    *("workloads", "test", "benchmark"),
+}
 # Files of these places that belong to no family.
 SHARED = {
-    "ops": {"adaln"},  # compositions of several families
     "parameters": {"dtype", "isa"},
     "cpu kernel": {"isa"},
     "benchmark": {"memory", "models"},
@@ -71,13 +75,20 @@ def families_in(place: tuple[str, str]) -> set[str]:
 
 
 def family_of(stem: str) -> str | None:
-    return next((f for f in FAMILIES if stem == f or stem.startswith(f"{f}_")), None)
+    return next((f for f in (*FAMILIES, *COMPOSITIONS) if stem == f or stem.startswith(f"{f}_")), None)
 
 
 @pytest.mark.parametrize("place", COMPLETE)
 def test_every_family_stands_here(place):
     missing = set(FAMILIES) - families_in(COMPLETE[place])
     assert not missing, f"{place}: no {COMPLETE[place][0]}/{COMPLETE[place][1]} for {sorted(missing)}"
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_compositions_stand_in_their_places(name):
+    places = {**COMPLETE, **GROWING}
+    found = {place for place in places if name in families_in(places[place])}
+    assert found == COMPOSED
 
 
 @pytest.mark.parametrize("place", sorted({*COMPLETE, *GROWING} - {"test"}))

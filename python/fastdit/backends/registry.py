@@ -36,6 +36,7 @@ class Impl:
 
     supports: None when it can run the call, else the reason why not.
     backward: (*grad_outputs, *args, *saved_outputs, needs) -> one grad or None per differentiable argument.
+    pays: of an op that fuses others, None where it is the faster way, else the reason; absent: never taken by itself.
     """
 
     op: str
@@ -45,6 +46,7 @@ class Impl:
     backward: Callable
     deterministic: bool = True
     backward_backend: str | None = None  # where the gradient runs when it is another backend's
+    pays: Callable[..., str | None] | None = None
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:

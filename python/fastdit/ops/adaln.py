@@ -1,6 +1,7 @@
-"""The two halves of an adaLN-Zero block as compositions of the families: the projections stay the model's own layers.
+"""The two halves of an adaLN-Zero block: compositions of the families, or two fused GEMMs around what lies between.
 
-A projection is a callable (nn.Linear, LoRA, a quantised layer: it is called, never read) or a (weight, bias) pair.
+A projection is a callable (LoRA, a quantised layer: it is called, never read) or a (weight, bias) pair. Plain weights,
+a pair or an nn.Linear that is nothing but its weight and bias, may also be read by the fused form (adaln_fused.py).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference.activation import ACTS
-from . import _check
+from . import _check, adaln_fused
 from .activation import activation
 from .attention import attention, attention_varlen
 from .modulation import gate_residual, norm_modulate
@@ -81,6 +82,7 @@ def adaln_attention(
     post_norm_weight: Tensor | None = None,
     post_norm_eps: float = 1e-6,
     precision: str = "fp32",
+    fused: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The attention half of an adaLN block.
@@ -97,11 +99,16 @@ def adaln_attention(
         attn_scale, kv_len, frame_tokens: of `attention`; cu_seqlens, max_seqlen, window, window_stride, grids: of
             `attention_varlen`.
         gate_act, post_norm, post_norm_weight, post_norm_eps: of `gate_residual`. precision, backend: of all of them.
+        fused (bool, optional): True is three kernels (the norms, the modulation, the rotation and the gate inside the
+            GEMMs), False the parts one by one; None takes what is faster on the device. Fused reads the weights: plain
+            ones only, no post_norm, no scope "hidden".
     Returns:
         Tensor like x. Gradients for everything that a part has gradients for.
     Raises:
-        ValueError, TypeError, NoBackend: as the parts, named after the part that found it.
-    Cost:   the GEMMs (4*C*C*N FLOPs times 2) and the attention, plus about 8*N*C*itemsize bytes around them.
+        ValueError, TypeError, NoBackend: as the parts, named after the part that found it. NoBackend also where
+        fused=True cannot run.
+    Cost:   the GEMMs (4*C*C*N FLOPs times 2) and the attention, plus about 8*N*C*itemsize bytes around them,
+            none when fused.
     Source: arXiv 2212.09748; facebookresearch/DiT models.py DiTBlock.
     """
     op = "adaln_attention"
@@ -121,6 +128,23 @@ def adaln_attention(
         wrong, why = ("kv_len", "dense") if packed else ("window", "packed")
         raise ValueError(f"{op}: {wrong} is for {why} tokens; got x {list(x.shape)}, expected None; drop it.")
 
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if cu_seqlens is None or max_seqlen is None:
+            return attention(q, k, v, scale=attn_scale, kv_len=kv_len, frame_tokens=frame_tokens, backend=backend)
+        return attention_varlen(
+            q, k, v, cu_seqlens_q=cu_seqlens, max_seqlen_q=max_seqlen, scale=attn_scale, frame_tokens=frame_tokens,
+            window=window, window_stride=window_stride, grids=grids, backend=backend,
+        )  # fmt: skip
+
+    if fused is not False:
+        out = adaln_fused.attention_half(
+            x, qkv, proj, attend, num_heads, kv_heads, shift, scale, gate, row_index,
+            (norm, eps, weight, bias, weight_offset), (qk_norm, qk_eps, scope),
+            (q_weight, k_weight, q_bias, k_bias, cos, sin), (layout, rope_start, rope_len), gate_act, post_norm,
+            precision, fused, backend,
+        )  # fmt: skip
+        if out is not None:
+            return out
     h = norm_modulate(
         x, shift=shift, scale=scale, weight=weight, bias=bias, weight_offset=weight_offset, norm=norm, eps=eps,
         row_index=row_index, precision=precision, backend=backend,
@@ -136,14 +160,7 @@ def adaln_attention(
             eps=qk_eps, cos=cos, sin=sin, layout=layout, rope_start=rope_start, rope_len=rope_len,
             precision=precision, backend=backend,
         )  # fmt: skip
-    if cu_seqlens is not None and max_seqlen is not None:
-        o = attention_varlen(
-            q, k, v, cu_seqlens_q=cu_seqlens, max_seqlen_q=max_seqlen, scale=attn_scale, frame_tokens=frame_tokens,
-            window=window, window_stride=window_stride, grids=grids, backend=backend,
-        )  # fmt: skip
-    else:
-        o = attention(q, k, v, scale=attn_scale, kv_len=kv_len, frame_tokens=frame_tokens, backend=backend)
-    y = proj_layer(o.flatten(-2))
+    y = proj_layer(attend(q, k, v).flatten(-2))
     _projected(op, "proj", y, x, str(x.shape[-1]), isinstance(y, Tensor) and y.shape[-1] == x.shape[-1])
     return gate_residual(
         x, y, gate, gate_act=gate_act, post_norm=post_norm, post_norm_weight=post_norm_weight,
@@ -171,6 +188,7 @@ def adaln_mlp(
     post_norm_weight: Tensor | None = None,
     post_norm_eps: float = 1e-6,
     precision: str = "fp32",
+    fused: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The MLP half of an adaLN block.
@@ -181,18 +199,26 @@ def adaln_mlp(
         x (Tensor[B, N, C] or packed [N, C]): tokens, also the residual. shift, scale, gate, row_index: as above.
         fc1, fc2 (callable or (weight, bias)): C -> hidden, hidden -> C.
         act (str or callable): of `activation`, or any function of the hidden tokens.
+        fused: as above, two kernels; needs act to be a name.
         The rest: of `norm_modulate` and `gate_residual`.
     Returns:
         Tensor like x. Gradients for everything that a part has gradients for.
     Raises:
-        ValueError, TypeError, NoBackend: as the parts, named after the part that found it.
-    Cost:   the two GEMMs, plus about 5*N*C*itemsize bytes and one pass over the hidden tokens.
+        ValueError, TypeError, NoBackend: as above.
+    Cost:   the two GEMMs, plus about 5*N*C*itemsize bytes and one pass over the hidden tokens; fused: none of them.
     Source: arXiv 2212.09748; facebookresearch/DiT models.py DiTBlock.
     """
     op = "adaln_mlp"
     up, down = _layer(op, "fc1", fc1), _layer(op, "fc2", fc2)
     if isinstance(act, str):
         _check.choice(op, "act", act, ACTS)
+    if fused is not False:
+        out = adaln_fused.mlp_half(
+            x, fc1, fc2, act, shift, scale, gate, row_index, (norm, eps, weight, bias, weight_offset), gate_act,
+            post_norm, precision, fused, backend,
+        )  # fmt: skip
+        if out is not None:
+            return out
     h = norm_modulate(
         x, shift=shift, scale=scale, weight=weight, bias=bias, weight_offset=weight_offset, norm=norm, eps=eps,
         row_index=row_index, precision=precision, backend=backend,

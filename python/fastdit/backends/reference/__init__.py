@@ -2,7 +2,7 @@
 
 import importlib
 
-FAMILIES = ("modulation", "rotary", "attention", "patch", "conv", "activation")
+FAMILIES = ("modulation", "rotary", "attention", "patch", "conv", "activation", "adaln")
 
 
 def register_all() -> None:

@@ -7,7 +7,7 @@ import importlib.util
 
 from .. import registry
 
-FAMILIES = ("modulation", "rotary", "attention", "patch", "conv", "activation")
+FAMILIES = ("modulation", "rotary", "attention", "patch", "conv", "activation", "adaln")
 
 
 def register_all() -> None:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 FAMILIES = ("modulation", "rotary", "attention", "patch", "conv", "activation")
+# Compositions with fused kernels of their own, and the ops that their rows reach: no single op stands behind a row.
+COMPOSED = {"adaln": ("norm_modulate_qkv", "norm_modulate_linear", "linear_gate_residual", "attention")}
 
 
 class Maker:
@@ -96,6 +98,10 @@ def samples(op: str | None = None) -> list[Sample]:
 def bench(op: str | None = None) -> list[Workload]:
     found = [w for family in FAMILIES for w in _module(family).BENCH]
     return [w for w in found if op is None or w.op == op]
+
+
+def composed(family: str) -> tuple[Workload, ...]:
+    return _module(family).BENCH
 
 
 def _module(family: str):
