@@ -128,10 +128,12 @@ def _project(
     rows, tokens, x_b, x_n = _rows(x)
     BM, BN, BK = (config := _config("norm_modulate_linear", x, rows, C, F)).blocks
     R = step = 0
-    stages, tiles = config.stages, -(-F // BN)
+    warps, stages, tiles = config.warps, config.stages, -(-F // BN)
     if D:
-        if BN < D or 10 * (BN // D * D) < 7 * BN:  # heads of 72: 128 columns hold one, 256 three
-            BM, BN, stages = min(BM, 64), max(2 * BN, 1 << (D - 1).bit_length()), 2
+        while BN < D or (BN < 256 and 10 * (BN // D * D) < 7 * BN):
+            BN *= 2  # heads of 72: one fills 0.56 of 128 columns, three 0.84 of 256
+        if BN >= 256:
+            BM, warps, stages = min(BM, 64), 8, 2
         tiles = -(-(H + 2 * HKV) // (BN // D))
     cos, sin = vectors[4:]
     cos_strides, cos_align = (0, 0, 0), 1
@@ -147,6 +149,8 @@ def _project(
     shift_row, scale_row = _table(shift, tokens, indexed), _table(scale, tokens, indexed)
     pers = [row[2] for t, row in ((shift, shift_row), (scale, scale_row)) if t is not None]
     group, uniform = _groups(rows, pers, indexed, BM)
+    if not uniform:
+        stages = 2  # tiles of tables wait in shared memory beside those of x and W
     w_n = weight.stride(0)
     launch(
         _project_kernel,
@@ -165,7 +169,7 @@ def _project(
             _align(x.itemsize, x_b, x_n, w_n, *shift_row[:2], *scale_row[:2]), cos_align, dot_precision(),
             BM, BN, BK, stages,
         ),
-        config.warps, stages,
+        warps, stages,
     )  # fmt: skip
     return y, kept
 
