@@ -118,8 +118,8 @@ def test_report_names_the_problem(toys, row, problem):
 
 def test_equal_launches_are_one_build(toys):
     assert toys["wide"]["rows"] == ["wide", "wide again"]
-    assert toys["wide"]["specialisation"] == "bf16,bf16,- C=1152 BLOCK=2048 ALIGN=8 warps=4 stages=2"
-    assert toys["weighted"]["specialisation"].startswith("bf16,bf16,bf16 ")
+    assert toys["wide"]["specialisation"] == "bf16(X,Y) C=1152 BLOCK=2048 ALIGN=8 warps=4 stages=2"
+    assert toys["weighted"]["specialisation"].startswith("bf16(X,Y,W) ")
 
 
 def test_widths_of_a_copy(toys):

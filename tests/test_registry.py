@@ -11,6 +11,7 @@ import torch
 import fastdit
 from fastdit import ops
 from fastdit.backends import registry
+from fastdit.backends.triton import _launch
 
 X = torch.randn(2, 4, 8)
 
@@ -41,7 +42,8 @@ def test_use_backend_nests_and_is_per_thread():
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_explicit_choice_never_falls_back(backend):
+def test_explicit_choice_never_falls_back(backend, monkeypatch):
+    monkeypatch.setattr(_launch, "INTERPRET", False)  # as in a process of a user: no GPU, no kernels
     with pytest.raises(fastdit.NoBackend, match=f"backend='{backend}' cannot run it"):
         ops.norm_modulate(X, backend=backend)
     with fastdit.use_backend(backend), pytest.raises(fastdit.NoBackend):
@@ -64,7 +66,7 @@ def test_environment_is_read_at_import(value, code):
         "try: fastdit.ops.norm_modulate(torch.zeros(1, 2, 8)); fastdit.explain('norm_modulate', torch.zeros(1, 2, 8))\n"
         "except fastdit.NoBackend: print('NoBackend')"
     )
-    environment = {**os.environ, "FASTDIT_BACKEND": value}
+    environment = {**os.environ, "FASTDIT_BACKEND": value, "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
     assert code in done.stdout + done.stderr
 

@@ -8,7 +8,8 @@ from fastdit.testing import contract
 from fastdit.testing.workloads import samples
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SAMPLES = [s for s in samples() if "triton" in registry.implementations(s.op)]
+REFUSED = ("causal_conv3d-winograd-odd",)  # what `supports` refuses: tests/test_conv_triton.py holds it to the reason
+SAMPLES = [s for s in samples() if "triton" in registry.implementations(s.op) and str(s) not in REFUSED]
 pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
 
 import triton
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from fastdit.testing import aot, sass
 
-COLUMNS = ("kernel", "specialisation", "sm", "regs", "spill", "stack", "shared", "warps/SM", "wgmma", "mma", "TMA",
-           "loads B x n", "stores B x n", ">=16 B")  # fmt: skip
-WORDS = 2  # the first columns hold words
+COLUMNS = ("specialisation", "sm", "regs", "spill", "stack", "shared", "warps", "wgmma", "mma", "TMA", "loads",
+           "stores", ">=16 B")  # fmt: skip
 
 
 def show(
@@ -46,7 +47,9 @@ def show(
         task = progress.add_task(f"compiling {len(reports)} builds", total=len(reports))
         aot.build_all(reports, jobs or len(os.sched_getaffinity(0)), lambda: progress.advance(task))
     reports.sort(key=lambda r: (r.build.module, r.build.kernel, r.build.label, r.build.arch))
-    console.print(table(reports))
+    console.print(f"triton {triton.__version__}; built, never run: no figure here is a speed", highlight=False)
+    for _, group in itertools.groupby(reports, lambda r: (r.build.module, r.build.kernel)):
+        console.print(table(list(group)))
     for line in refused:
         console.print(f"refused: {line}", style="dim", highlight=False)
     bad = [r for r in reports if r.problems]
@@ -64,11 +67,18 @@ def show(
 
 
 def table(reports: list[aot.Report]) -> Table:
-    made = Table(title=f"triton {triton.__version__}; built, never run: no figure here is a speed")
+    """The builds of one kernel; what all of them share stands in the title."""
+    first = reports[0].build
+    shared = set.intersection(*(set(r.build.facts) for r in reports))
+    title = f"{first.kernel} ({first.kind}) {' '.join(fact for fact in first.facts if fact in shared)}"
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, name in enumerate(COLUMNS):
-        made.add_column(name, justify="left" if i < WORDS else "right", overflow="fold", no_wrap=i == 0)
+        made.add_column(name, justify="right" if i else "left", overflow="fold", no_wrap=i > 0)
+    told = ""
     for r in reports:
-        made.add_row(r.build.kernel, r.build.label, *_cells(r), style="red" if r.problems else None)
+        label = " ".join(fact for fact in r.build.facts if fact not in shared)
+        made.add_row("" if label == told else label, *_cells(r), style="red" if r.problems else None)
+        told = label
     return made
 
 

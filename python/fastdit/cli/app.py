@@ -103,8 +103,9 @@ def aot(
 ) -> None:
     """Build every Triton kernel that the ops launch at the models' shapes, for GPUs that need not be here.
 
-    Shows registers, spills, shared memory, how many warps a multiprocessor holds, tensor-core and TMA instructions,
-    and how wide global loads and stores are: bytes per thread x how many such instructions.
+    Shows registers, spilled bytes, shared memory, how many warps a multiprocessor holds, tensor-core and TMA
+    instructions, and global loads and stores: 16x25 is 25 instructions of 16 bytes a thread; `>=16 B` is the share of
+    the bytes that such wide ones move.
 
     A row is red, and the exit status 1, for spills or a stack, for a GEMM-shaped kernel without tensor cores (wgmma on
     sm_90), for scalar 2-byte accesses in a memory-bound kernel, for more shared memory than a block can have, and for a

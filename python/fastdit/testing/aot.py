@@ -84,18 +84,23 @@ class Build:
     options: tuple[tuple[str, int], ...]
 
     @property
-    def label(self) -> str:
-        """Pointer types (- for an absent one), constants, warps and stages."""
+    def facts(self) -> tuple[str, ...]:
+        """The pointers of each type, then constants, warps and stages; None and False are not told."""
         values = dict(self.constants)
-        pointers, constants = [], []
+        types: dict[str, list[str]] = {}
+        constants = []
         for i, (name, kind) in enumerate(self.signature):
+            value = values.get((i,))
             if kind.startswith(("*", "tensordesc")):
-                pointers.append(kind.removeprefix("*").removeprefix("tensordesc"))
-            elif kind == "constexpr" and values[(i,)] is None:
-                pointers.append("-")
-            elif kind == "constexpr":
-                constants.append(f"{name}={values[(i,)]}")
-        return " ".join((",".join(pointers), *constants, *(f"{k.removeprefix('num_')}={v}" for k, v in self.options)))
+                types.setdefault(kind.removeprefix("*").removeprefix("tensordesc"), []).append(name)
+            elif kind == "constexpr" and value is not None and value is not False:
+                constants.append(name if value is True else f"{name}={value}")
+        pointers = (f"{kind}({','.join(names)})" for kind, names in types.items())
+        return (*pointers, *constants, *(f"{name.removeprefix('num_')}={value}" for name, value in self.options))
+
+    @property
+    def label(self) -> str:
+        return " ".join(self.facts)
 
     @property
     def half(self) -> bool:
@@ -172,11 +177,11 @@ class Collector:
         if _launch.INTERPRET:
             raise RuntimeError("aot: the kernels were imported for the interpreter; unset TRITON_INTERPRET")
         triton.runtime.driver.set_active(self._driver)
-        _launch.collecting = self._record
+        _launch.collecting, _launch.on_cpu = self._record, True
         return self
 
     def __exit__(self, *_: object) -> None:
-        _launch.collecting = None
+        _launch.collecting, _launch.on_cpu = None, False
         self.pretend(None)
 
     def pretend(self, arch: int | None) -> None:
@@ -221,19 +226,21 @@ def collect(
                 continue
             seen.add(subject.op)
             odd = "a sample" if isinstance(subject, Sample) else ODD.get((subject.op, subject.model))
-            for arch, dtype, pass_ in itertools.product(arches, dtypes, passes):
-                collector.pretend(arch)
-                collector.name(f"{subject} {str(dtype)[6:]} {pass_}", odd)
-                try:
-                    play(subject, dtype, pass_)
-                except registry.NoBackend as error:
-                    refused.append(f"{subject} {dtype} {pass_} sm_{arch}: {error}")
+            for dtype in dtypes:
+                call = subject.make(Untouched(dtype))
+                for arch, pass_ in itertools.product(arches, passes):
+                    collector.pretend(arch)
+                    collector.name(f"{subject} {str(dtype)[6:]} {pass_}", odd)
+                    try:
+                        play(subject, call, pass_)
+                    except registry.NoBackend as error:
+                        refused.append(f"{subject} {dtype} {pass_} sm_{arch}: {error}")
     return collector.reports, refused
 
 
-def play(subject: Workload | Sample, dtype: torch.dtype, pass_: str) -> None:
-    """One public call on untouched memory, or its backward with every gradient asked for."""
-    args, kwargs = subject.make(Untouched(dtype))
+def play(subject: Workload | Sample, call: tuple[tuple, dict], pass_: str) -> None:
+    """One public call, or its backward with every gradient asked for."""
+    args, kwargs = call
     op = getattr(ops, subject.op)
     if pass_ == "fwd":
         with torch.no_grad():

@@ -18,20 +18,23 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.runtime import driver
+from triton.runtime import _allocation, driver
 
 INTERPRET: bool = triton.knobs.runtime.interpret
 _C: Any = torch._C
+_runtime: Any = triton.knobs.runtime
+_hooks: Any = _runtime.launch_enter_hook  # a chain, empty until a profiler adds to it
 
-_compiled: dict[tuple, Any] = {}
+_ready: dict[tuple, Callable[..., None]] = {}  # key of a launch -> (grid, stream, arguments) -> None
 _arch: dict[int, int] = {}
 collecting: Callable[..., None] | None = None  # (kernel, grid, args, options): set by testing/aot.py only
+on_cpu: bool = INTERPRET  # kernels take CPU tensors: the interpreter, and tests that pretend a GPU
 _pretended: int | None = None
 
 
 def unfit(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)) -> str | None:
     """The refusal that all Triton kernels share: None when x is theirs."""
-    if not (x.is_cuda or INTERPRET or collecting is not None):
+    if not (x.is_cuda or on_cpu):
         return f"needs a GPU tensor; got {x.device}"
     if x.dtype not in dtypes:
         return f"has no kernel for {x.dtype}"
@@ -76,48 +79,89 @@ def launch(
 
     tensors: Tensor, None or triton's TensorDescriptor. grid: x up to 2^31 - 1, y and z up to 65,535.
     """
-    first = tensors[0]
-    if INTERPRET or collecting is not None or triton.knobs.runtime.launch_enter_hook is not None or not first.is_cuda:
+    if INTERPRET or collecting is not None or _hooks.calls or _runtime.launch_enter_hook is not _hooks:
         _slow(kernel, grid, (*tensors, *numbers, *constants), num_warps, num_stages)
         return
-    device = first.get_device()
+    device = tensors[0].get_device()
     if device != _C._cuda_getDevice():
         with torch.cuda.device(device):
             launch(kernel, grid, tensors, numbers, constants, num_warps, num_stages)
         return
-    pointers: list[Any] = []
-    kinds: list[Any] = []
-    low = 0
-    for t in tensors:
-        if type(t) is Tensor or isinstance(t, Tensor):
-            p = t.data_ptr()
-            low |= p
-            pointers.append(p)
-            kinds.append(t.dtype)
-        elif t is None:
-            pointers.append(None)
-            kinds.append(None)
-        else:
-            pointers.append(t)
-            kinds.append((t.base.dtype, tuple(t.block_shape)))
-    aligned: Any = True
-    if low & 15:
-        aligned = tuple(p & 15 == 0 if isinstance(p, int) else None for p in pointers)
-    key = (kernel, device, tuple(kinds), aligned, constants, num_warps, num_stages)
-    compiled = _compiled.get(key)
-    if compiled is None:
-        compiled = _compiled[key] = _slow(kernel, grid, (*tensors, *numbers, *constants), num_warps, num_stages)
-        return  # that call ran it
-    compiled.run(
-        *grid, _C._cuda_getCurrentRawStream(device), compiled.function, compiled.packed_metadata, None, None, None,
-        *pointers, *numbers, *constants,
-    )  # fmt: skip
+    try:
+        pointers = [t if t is None else t.data_ptr() for t in tensors]
+        kinds = tuple([t if t is None else t.dtype for t in tensors])
+        aligned: Any = None
+        for p in pointers:
+            if p is not None and p & 15:
+                aligned = tuple([q is None or q & 15 == 0 for q in pointers])
+                break
+    except AttributeError:  # a tensor descriptor has neither
+        pointers, kinds, aligned = _described(tensors)
+    key = (id(kernel), device, kinds, aligned, constants, num_warps, num_stages)  # hash(kernel) costs 0.5 us
+    run = _ready.get(key)
+    if run is None:
+        made = _slow(kernel, grid, (*tensors, *numbers, *constants), num_warps, num_stages)  # compiles, and runs it
+        _ready[key] = _runner(made)
+        return
+    run(grid, _C._cuda_getCurrentRawStream(device), (*pointers, *numbers, *constants))
+
+
+def _described(tensors: tuple) -> tuple[list, tuple, tuple]:
+    """Arguments and key where tensor descriptors are among the tensors."""
+    pointers = [t.data_ptr() if isinstance(t, Tensor) else t for t in tensors]
+    kinds = (
+        t.dtype if isinstance(t, Tensor) else t and (t.base.dtype, tuple(t.block_shape), t.padding) for t in tensors
+    )
+    return pointers, tuple(kinds), tuple(not isinstance(p, int) or p & 15 == 0 for p in pointers)
 
 
 def _slow(kernel: Any, grid: tuple[int, int, int], args: tuple, num_warps: int, num_stages: int) -> Any:
     if collecting is not None:
         return collecting(kernel, grid, args, {"num_warps": num_warps, "num_stages": num_stages})
+    if not INTERPRET:
+        _offer_memory()
     return kernel[grid](*args, num_warps=num_warps, num_stages=num_stages)
+
+
+def _runner(made: Any) -> Callable[..., None]:
+    """(grid, stream, arguments) -> None for a compiled kernel, with as little Python in between as is safe.
+
+    `made.run`, Triton's launcher, looks for scratch memory on every call; where the kernel needs none, its C function
+    is called with what the launcher would pass.
+    """
+    launcher, function, packed = made.run, made.function, made.packed_metadata
+    scratch = launcher.global_scratch_size if hasattr(launcher, "global_scratch_size") else None
+    plain = scratch == 0 and launcher.profile_scratch_size == 0 and type(launcher).__name__ == "CudaLauncher"
+    if plain and triton.__version__.startswith(("3.6.", "3.7.")):
+        start, cooperative, pdl = launcher.launch, launcher.launch_cooperative_grid, launcher.launch_pdl
+        if hasattr(launcher, "arg_annotations"):  # 3.7
+            notes, signature = launcher.arg_annotations, launcher.kernel_signature
+            return lambda grid, stream, args: start(
+                *grid, stream, function, cooperative, pdl, packed, None, None, None, None, None, notes, signature, args
+            )
+        return lambda grid, stream, args: start(
+            *grid, stream, function, cooperative, pdl, None, None, packed, None, None, None, *args
+        )
+
+    def run(grid: tuple[int, int, int], stream: int, args: tuple) -> None:
+        if scratch:
+            _offer_memory()
+        launcher(*grid, stream, function, packed, None, None, None, *args)
+
+    return run
+
+
+def _offer_memory() -> None:
+    """Scratch memory (tensor descriptors made on the device) comes from torch, unless the user set an allocator.
+
+    Triton keeps the allocator in a context variable, which a thread of autograd does not inherit.
+    """
+    if isinstance(_allocation._allocator.get(), _allocation.NullAllocator):
+        triton.set_allocator(_scratch)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device="cuda")
 
 
 def target() -> Any:

@@ -8,85 +8,21 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from fastdit.kernels.modulation import modulation_forward
 
-from ..reference import modulation as reference
 from ..registry import Impl, register as _register
 from ._config import Config, choose, tunable
 from ._launch import launch, processors, unfit
+from .modulation_backward import gate_residual_backward, gate_residual_norm_modulate_backward, norm_modulate_backward
+from .modulation_walk import align, contiguous, fitting, strides, table, walk
 
-# blocks: lanes of a row, programs per multiprocessor
+# blocks: CHUNK, ROWS, programs per multiprocessor
 tunable(
     "modulation_forward",
-    Config((16, 8), 4, 2), Config((32, 8), 4, 2), Config((32, 4), 4, 3), Config((64, 4), 4, 2),
-    Config((64, 8), 4, 1), Config((128, 4), 4, 2), Config((128, 8), 4, 1), Config((256, 4), 8, 2),
+    Config((128, 8, 4), 4, 3), Config((256, 4, 4), 4, 3), Config((256, 4, 8), 4, 1), Config((512, 2, 4), 4, 3),
+    Config((512, 2, 8), 4, 1), Config((1024, 1, 4), 4, 3), Config((1024, 1, 8), 4, 1), Config((2048, 1, 4), 8, 3),
 )  # fmt: skip
-
-
-def row_lanes(channels: int, itemsize: int, held: int) -> int:
-    """The fewest lanes, of 16-byte loads, that leave a lane no more than `held` channels of a row."""
-    lanes, vector = 16, 16 // itemsize
-    while lanes < 1024 and -(-channels // (lanes * vector)) * vector > held:
-        lanes *= 2
-    return lanes
-
-
-def _default(channels: int, itemsize: int, seam: bool):
-    lanes = row_lanes(channels, itemsize, 32 if seam else 40)
-    return lambda arch: Config((lanes, 4), max(4, lanes // 32), 3)
-
-
-def tiles(config: Config, itemsize: int) -> tuple[int, int]:
-    """(CHUNK, ROWS) of a configuration: a row in each group of lanes."""
-    lanes = config.blocks[0]
-    return lanes * 16 // itemsize, max(1, config.warps * 32 // lanes)
-
-
-def strides(t: Tensor | None) -> tuple[int, int]:
-    """Between samples and between tokens of (B, N, C) or (N, C)."""
-    if t is None:
-        return 0, 0
-    s = t.stride()
-    return (s[0] if t.shape[0] > 1 else 0, s[1]) if len(s) == 3 else (0, s[0])
-
-
-def table(t: Tensor | None, tokens: int, index: Tensor | None) -> tuple[int, int, int]:
-    """Strides between samples and between rows of a sample, and the consecutive tokens that share a row."""
-    if t is None:
-        return 0, 0, 1
-    s = t.stride()
-    if index is not None:
-        return 0, s[0] if t.shape[0] > 1 else 0, 1
-    if len(s) == 3:
-        return s[0], s[1] if t.shape[1] > 1 else 0, tokens // t.shape[1]
-    return s[0] if t.shape[0] > 1 else 0, 0, tokens
-
-
-def align(x: Tensor, *steps: int) -> int:
-    """ALIGN: 16 bytes' worth of channels where every stride is a multiple of it."""
-    vector = 16 // x.element_size()
-    return vector if math.gcd(*steps) % vector == 0 else 1
-
-
-def walk(rows: int, run: int, programs: int, least: int) -> tuple[int, int, int]:
-    """(span, splits, per): how `programs` share the tokens. Nobody's tokens begin in the middle of a foreign run.
-
-    A long run is split among `splits` programs, `per` >= least tokens each; several short ones go to one program.
-    """
-    runs = rows // run
-    if runs >= programs:
-        span = runs // programs * run
-        return span, 1, span
-    splits = max(1, min(-(-programs // runs), run // least))
-    per = -(-run // splits)
-    per = -(-per // least) * least
-    return run, -(-run // per), per
-
-
-def _flat(index: Tensor | None) -> Tensor | None:
-    return None if index is None else index.contiguous()
 
 
 def _forward(
@@ -103,9 +39,9 @@ def _forward(
     itemsize = y.element_size()
     config = choose(
         "modulation_forward", y, (y.dtype, channels, residual is not None),
-        _default(channels, itemsize, residual is not None),
+        lambda arch: fitting(channels, itemsize, 40 if residual is None else 32, 4),
     )  # fmt: skip
-    chunk, at_once = tiles(config, itemsize)
+    chunk, at_once, per_processor = config.blocks
     gates, shifts, scales = table(gate, tokens, gate_index), table(shift, tokens, index), table(scale, tokens, index)
     steps = (*strides(y), *strides(residual))
     run = rows
@@ -114,11 +50,11 @@ def _forward(
         run = math.gcd(*(of[2] for t, of in ((gate, gates), (shift, shifts), (scale, scales)) if t is not None)) or rows
         if run < 4 * at_once:
             run, gather = rows, True
-    span, splits, per = walk(rows, run, processors(y) * config.blocks[1], at_once)
+    span, splits, per = walk(rows, run, processors(y) * per_processor, at_once)
     launch(
         modulation_forward,
         (-(-rows // span) * splits, 1, 1),
-        (y, residual, r, h, gate, shift, scale, weight, bias, post_weight, _flat(gate_index), _flat(index)),
+        (y, residual, r, h, gate, shift, scale, weight, bias, post_weight, contiguous(gate_index), contiguous(index)),
         (rows, tokens, span, splits, per, run, *steps, *gates, *shifts, *scales, eps, post_eps),
         (
             float(weight_offset), channels, chunk, at_once, norm == "rms", gate_act == "tanh", post_norm is not None,
@@ -148,6 +84,9 @@ gate_residual_norm_modulate = _forward
 
 
 def register() -> None:
-    for name in ("norm_modulate", "gate_residual", "gate_residual_norm_modulate"):
-        backward = getattr(reference, f"{name}_backward")
-        _register(Impl(name, "triton", lambda x, *_: unfit(x), globals()[name], backward, backward_backend="reference"))
+    for op, forward, backward in (
+        ("norm_modulate", norm_modulate, norm_modulate_backward),
+        ("gate_residual", gate_residual, gate_residual_backward),
+        ("gate_residual_norm_modulate", gate_residual_norm_modulate, gate_residual_norm_modulate_backward),
+    ):
+        _register(Impl(op, "triton", lambda x, *_: unfit(x), forward, backward))

@@ -1,0 +1,92 @@
+"""What attention's adapters decide on the host: pieces of a head, alignment, bricks of a window, the plan of tiles."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from ...kernels.attention_tiles import plan_tiles
+from ._launch import launch
+
+LOG2E = 1.4426950408889634
+MOST_CHANNELS = 512
+
+
+@functools.cache
+def pieces(channels: int) -> tuple[int, int]:
+    """A head of `channels` as two powers of two, the second 0 where one is no wider: 72 -> 64, 16; 112 -> 128, 0."""
+    whole = max(1 << (channels - 1).bit_length(), 16)
+    first = whole // 2
+    rest = max(1 << max(channels - first - 1, 0).bit_length(), 16)
+    return (first, rest) if first >= 16 and first + rest < whole else (whole, 0)
+
+
+def alignment(itemsize: int, *strides: int) -> int:
+    """Elements in 16 bytes where every stride is a multiple of them, else 1."""
+    elements = 16 // itemsize
+    for stride in strides:
+        if stride % elements:
+            return 1
+    return elements
+
+
+def folded_scale(scale: float, itemsize: int) -> tuple[float, bool]:
+    """(factor of the scores, q is negated). The factor is positive and takes log2(e) along where powers are of 2: not
+    for fp32. Scale 0 becomes one that no score survives."""
+    return abs(scale) * (1.0 if itemsize == 4 else LOG2E) or 1e-30, scale < 0
+
+
+def plan(cu: Tensor, cu_other: Tensor, rows: int, block: int) -> Tensor:
+    """Tiles of `block` rows of a packed tensor of `rows` rows, costly segments first (kernels/attention_tiles.py)."""
+    return _plan(cu, cu_other, None, rows, (1, 1, block), (1, 1, 1))
+
+
+def plan_bricks(cu: Tensor, grids: Tensor, rows: int, brick: tuple, window: tuple) -> Tensor:
+    return _plan(cu, None, grids, rows, brick, window)
+
+
+def _plan(cu, cu_other, grids, rows, brick, window):
+    segments = cu.shape[0] - 1
+    made = torch.empty((2, segments + 2), dtype=torch.int32, device=cu.device)
+    launch(
+        plan_tiles, (segments + 1, 1, 1), (made, cu, cu_other, grids), (segments, rows), (*brick, *window, 128), 1, 1
+    )
+    return made
+
+
+@functools.cache
+def window_queries(window: tuple, stride: tuple) -> int:
+    """128 or 64 queries a brick: the smaller one reads every key twice as often, so it must save a quarter of them."""
+    met = {n: math.prod(_box(window_bricks(window, stride, n, 64)[0], window, stride)) for n in (64, 128)}
+    return 64 if 4 * met[64] <= 3 * met[128] else 128
+
+
+@functools.cache
+def window_bricks(window: tuple, stride: tuple, queries: int, keys: int) -> tuple[tuple, tuple]:
+    """(BT, BH, BW) and (KT, KH, KW) with `queries` and `keys` tokens: the query brick whose windows together hold the
+    fewest keys, and the key brick that covers their box with the least overhang. Bricks wider along w win ties."""
+
+    def overhang(brick):
+        return math.prod(-(-side // b) * b for side, b in zip(met, brick, strict=True))
+
+    own = min(_bricks(queries), key=lambda brick: math.prod(_box(brick, window, stride)))
+    met = _box(own, window, stride)
+    return own, min(_bricks(keys), key=overhang)
+
+
+def _box(brick, window, stride):
+    """Sides of the keys that a brick of queries sees together, away from the borders."""
+    # an axis of b queries meets so many more stride blocks than one, each of which moves the window on by a stride
+    steps = (0 if s % b == 0 else -(-b // s) - (b % s == 0) for b, s in zip(brick, stride, strict=True))
+    return tuple(w + n * s for w, n, s in zip(window, steps, stride, strict=True))
+
+
+def _bricks(tokens: int):
+    """All bricks of powers of two with this many tokens, the widest along w first, then along h."""
+    bits = tokens.bit_length() - 1
+    shapes = ((t, bits - t - w, w) for w, t in itertools.product(range(bits, -1, -1), range(bits + 1)) if t + w <= bits)
+    return [(1 << t, 1 << h, 1 << w) for t, h, w in shapes]

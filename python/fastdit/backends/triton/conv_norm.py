@@ -1,0 +1,263 @@
+"""norm_silu, next_cache and the layout pass on the Triton kernels (kernels/conv_norm.py, kernels/conv_group.py).
+
+Launches: 1 (GroupNorm 3), backward 2 (GroupNorm 5, and one for each of d_weight and d_bias).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fastdit.kernels import conv_group, conv_norm as kernels
+
+from ...reference.conv import NORM_EPS, memory_format
+from ._config import Config, choose, tunable
+from ._launch import launch, processors
+
+NORM = {None: 0, "channel_l2": 1, "channel_rms": 2, "group": 3}
+WIDEST = 8192  # channels of a pixel in one tile
+
+# values a thread; the backward holds two tensors
+_VALUES = tuple(Config((values,), warps) for values, warps in ((32, 4), (16, 4), (64, 4), (32, 8), (16, 8)))
+tunable("conv_normalize", *_VALUES)
+tunable("conv_normalize_backward", *_VALUES)
+
+
+def empty(t: Tensor, shape=None, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised, in t's memory format."""
+    shape = t.shape if shape is None else shape
+    return torch.empty(shape, dtype=dtype or t.dtype, device=t.device, memory_format=memory_format(t))
+
+
+def power(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@lru_cache(4096)
+def _laid(shape: tuple, stride: tuple, itemsize: int) -> tuple[int, int, tuple[int, ...]]:
+    s_b, s_c, s_t, s_h, s_w = (0 if n == 1 else s for n, s in zip(shape, stride, strict=True))
+    s_w = s_h if shape[4] == 1 else s_w
+    s_h = s_w * shape[4] if shape[3] == 1 else s_h
+    flat = s_h == s_w * shape[4]
+    if flat and s_w == 1 and s_c != 1 and shape[1] > 1:
+        layout, low = 3, s_b | s_c | s_t | s_h * shape[3]
+    elif s_c == 1 or shape[1] == 1:
+        layout, low = (1 if flat else 2), s_b | s_t | s_h | s_w
+    else:
+        layout, low = 0, 1
+    most = 16 // itemsize
+    return layout, min(low & -low, most) if low else most, (s_b, s_c, s_t, s_h, s_w)
+
+
+def laid(t: Tensor | None) -> tuple[int, int, tuple[int, ...]]:
+    """(LAYOUT, ALIGN, strides with 0 for dims of size 1): see kernels/conv_index.py."""
+    return (0, 1, (0, 0, 0, 0, 0)) if t is None else _laid(t.shape, t.stride(), t.element_size())
+
+
+def video(t: Tensor, group: bool = False) -> Tensor:
+    """Any norm_silu input as (B, C, T, H, W); without pixels the rows are them, where no statistics forbid it."""
+    if t.dim() == 5:
+        return t
+    if t.dim() == 4:
+        return t[:, :, None]
+    if t.dim() == 3:
+        return t[:, :, None, None]
+    return t[:, :, None, None, None] if group else t.t()[None, :, None, None]
+
+
+def tile(name: str, x: Tensor, layouts: tuple[int, ...], whole: bool) -> tuple[int, int, int]:
+    """(BLOCK_P, BLOCK_C, warps). whole: all channels of a pixel in one tile."""
+    C, pixels = x.shape[1], x.shape[3] * x.shape[4]
+    config = choose(name, x, (x.dtype, C, *layouts), lambda arch: _VALUES[name.endswith("backward")])
+    if 3 in layouts:  # runs of 64 pixels
+        block_c, block_p, warps = power(C) if whole else min(power(C), 64), 64, config.warps
+        warps = min(max(warps, block_p * block_c // (32 * config.blocks[0])), 16)
+    else:  # a weight of block_c 2-byte values is read 4 bytes a thread or wider
+        block_c = power(C) if whole else min(power(C), 256)
+        warps = max(1, min(config.warps, block_c // 64))
+        block_p = max(1, 32 * warps * config.blocks[0] // block_c)
+    return min(block_p, power(pixels)), block_c, warps
+
+
+def normalize(y: Tensor, x: Tensor, cache, weight, bias, stats, norm: int, eps: float, act: bool) -> None:
+    """y (B, C, T, H, W) = act(norm(the last T frames of cat(cache, x))); all of x is among them."""
+    cached = 0 if cache is None else y.shape[2] - x.shape[2]
+    if cached <= 0:
+        cache, cached = None, 0
+    elif cache.shape[2] != cached:
+        cache = cache[:, :, cache.shape[2] - cached :]
+    x_layout, x_align, x_stride = laid(x)
+    c_layout, c_align, c_stride = laid(cache)
+    y_layout, y_align, y_stride = laid(y)
+    block_p, block_c, warps = tile("conv_normalize", y, (x_layout, y_layout), norm in (1, 2))
+    B, C, T, H, W = y.shape
+    launch(
+        kernels.normalize,
+        (B * T * -(-(H * W) // block_p), -(-C // block_c), 1),
+        (y, x, cache, weight, bias, stats),
+        (T, cached, H, W, *x_stride, *c_stride, *y_stride, eps),
+        (C, norm, act, x_layout, x_align, c_layout, c_align, y_layout, y_align, block_p, block_c),
+        warps,
+    )
+
+
+def normalize_backward(dx, x: Tensor, g: Tensor, weight, bias, norm: int, eps: float, act: bool, sums: bool):
+    """Writes dx (or None); returns the parts (programs, 2, C) of the sums for weight and bias where wanted."""
+    x_layout, x_align, x_stride = laid(x)
+    g_layout, g_align, g_stride = laid(g)
+    d_layout, d_align, d_stride = laid(dx)
+    block_p, block_c, warps = tile("conv_normalize_backward", x, (x_layout, g_layout), True)
+    B, C, T, H, W = x.shape
+    count = B * T * -(-(H * W) // block_p)
+    programs = min(count, 4 * processors(x))
+    parts = torch.empty((programs, 2, C), dtype=torch.float32, device=x.device) if sums else None
+    launch(
+        kernels.normalize_backward,
+        (programs, 1, 1),
+        (x, g, dx, weight, bias, parts),
+        (count, T, H, W, *x_stride, *g_stride, *d_stride, eps),
+        (C, norm, act, x_layout, x_align, g_layout, g_align, d_layout, d_align, block_p, block_c),
+        warps,
+    )
+    return parts
+
+
+def sum_rows(parts: Tensor, which: int, like: Tensor) -> Tensor:
+    """Sum over parts[:, which] (rows, C), in like's dtype."""
+    out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    rows, C = parts.shape[0], parts.shape[-1]
+    block = min(power(C), 64)
+    launch(kernels.sum_rows, (-(-C // block), 1, 1), (out, parts[:, which]), (rows, C, parts.stride(0)), (32, block))
+    return out
+
+
+def pixel_sums(g: Tensor, like: Tensor) -> Tensor:
+    """Sum of g (B, C, T, H, W) over all but the channels, in like's dtype: 1 * itemsize bytes a value."""
+    parts = _group_parts(g, 2)
+    layout, align, stride = laid(g)
+    _group_launch(
+        conv_group.group_sums, (parts, None, g, None, None, None), g, (*laid(None)[2], *stride), (0, 1, layout, align)
+    )
+    return sum_rows(parts.view(-1, 2, g.shape[1]), 1, like)
+
+
+def _group_parts(x: Tensor, kinds: int) -> Tensor:
+    B, C, T, H, W = x.shape
+    block_p, block_c, _ = _group_tile(x)
+    most = -(-8 * processors(x) // (B * -(-C // block_c)))
+    programs = max(1, min(T * -(-(H * W) // block_p), most))
+    return torch.empty((B, programs, kinds, C), dtype=torch.float32, device=x.device)
+
+
+def _group_tile(x: Tensor) -> tuple[int, int, int]:
+    return tile("conv_normalize_backward", x, (laid(x)[0],), False)
+
+
+def _group_launch(kernel, tensors: tuple, x: Tensor, strides: tuple, layouts: tuple) -> None:
+    block_p, block_c, warps = _group_tile(x)
+    B, C, T, H, W = x.shape
+    programs = tensors[0].shape[1]
+    grid = (B * programs, -(-C // block_c), 1)
+    launch(kernel, grid, tensors, (programs, T, H, W, *strides), (C, *layouts, block_p, block_c), warps)
+
+
+def _statistics(x: Tensor, groups: int, eps: float) -> Tensor:
+    """(B, 2, C): mean and rstd of each channel's group."""
+    B, C = x.shape[:2]
+    layout, align, stride = laid(x)
+    parts = _group_parts(x, 3)
+    _group_launch(conv_group.group_statistics, (parts, x), x, stride, (layout, align))
+    stats = torch.empty((B, 2, C), dtype=torch.float32, device=x.device)
+    block = power(C // groups)
+    launch(
+        conv_group.group_combine, (groups * B, 1, 1), (stats, parts), (parts.shape[1], eps),
+        (C, C // groups, max(1, min(power(parts.shape[1]), 2048 // block)), block),
+    )  # fmt: skip
+    return stats
+
+
+def norm_silu(x, weight, bias, norm, groups, eps):
+    y = empty(x)
+    if y.numel():
+        group = norm == "group"
+        eps = NORM_EPS[norm] if eps is None else eps
+        x, out = video(x, group), video(y, group)
+        stats = _statistics(x, groups, eps) if group else None
+        normalize(out, x, None, weight, bias, stats, NORM[norm], eps, True)
+    return y
+
+
+def norm_silu_backward(grad, x, weight, bias, norm, groups, eps, needs):
+    need_x, need_weight, need_bias = (need and t is not None for need, t in zip(needs, (x, weight, bias), strict=True))
+    if grad is None or grad.numel() == 0:
+        return zeros_or_none((x, weight, bias), needs)
+    d_x = empty(x) if need_x else None
+    group = norm == "group"
+    eps = NORM_EPS[norm] if eps is None else eps
+    x, g = video(x, group), video(grad, group)
+    out = None if d_x is None else video(d_x, group)
+    if group:
+        parts = _group_backward(out, x, g, weight, bias, groups, eps)
+    else:
+        parts = normalize_backward(out, x, g, weight, bias, NORM[norm], eps, True, need_weight or need_bias)
+    d_weight = sum_rows(parts, 0, weight) if need_weight else None
+    return d_x, d_weight, sum_rows(parts, 1, bias) if need_bias else None
+
+
+def _group_backward(dx, x: Tensor, g: Tensor, weight, bias, groups: int, eps: float) -> Tensor:
+    """Writes dx (or None); returns (B, 2, C): each sample's sums for weight and bias."""
+    B, C, T, H, W = x.shape
+    x_layout, x_align, x_stride = laid(x)
+    g_layout, g_align, g_stride = laid(g)
+    stats = _statistics(x, groups, eps)
+    parts = _group_parts(x, 2)
+    _group_launch(
+        conv_group.group_sums, (parts, x, g, weight, bias, stats), x, (*x_stride, *g_stride),
+        (x_layout, x_align, g_layout, g_align),
+    )  # fmt: skip
+    sums, moments = torch.empty((2, B, 2, C), dtype=torch.float32, device=x.device)
+    block = power(C // groups)
+    launch(
+        conv_group.group_moments, (groups * B, 1, 1), (sums, moments, parts, weight),
+        (parts.shape[1], float(T * H * W * (C // groups))),
+        (C, C // groups, max(1, min(power(parts.shape[1]), 2048 // block)), block),
+    )  # fmt: skip
+    if dx is not None:
+        d_layout, d_align, d_stride = laid(dx)
+        block_p, block_c, warps = _group_tile(x)
+        launch(
+            conv_group.group_backward,
+            (B * T * -(-(H * W) // block_p), -(-C // block_c), 1),
+            (dx, x, g, weight, bias, stats, moments),
+            (T, H, W, *x_stride, *g_stride, *d_stride),
+            (C, x_layout, x_align, g_layout, g_align, d_layout, d_align, block_p, block_c),
+            warps,
+        )
+    return sums
+
+
+def zeros_or_none(tensors, needs) -> tuple:
+    return tuple(empty(t).zero_() if need and t is not None else None for t, need in zip(tensors, needs, strict=True))
+
+
+def next_cache(x, cache, k_t):
+    new = min(k_t - 1, x.shape[2])
+    old = 0 if cache is None else min(k_t - 1 - new, cache.shape[2])
+    out = empty(x, (*x.shape[:2], old + new, *x.shape[3:]))
+    if out.numel():
+        normalize(out, x[:, :, x.shape[2] - new :], cache if old else None, None, None, None, 0, 0.0, False)
+    return out
+
+
+def next_cache_backward(grad, x, cache, k_t, needs):
+    d_x, d_cache = zeros_or_none((x, cache), needs)
+    if grad is not None:
+        new = min(k_t - 1, x.shape[2])
+        old = grad.shape[2] - new
+        if d_x is not None:
+            d_x[:, :, x.shape[2] - new :].copy_(grad[:, :, old:])
+        if d_cache is not None and cache is not None:
+            d_cache[:, :, cache.shape[2] - old :].copy_(grad[:, :, :old])
+    return d_x, d_cache

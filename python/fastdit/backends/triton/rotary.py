@@ -1,0 +1,252 @@
+"""rotary on the Triton kernels (kernels/rotary.py): tensors to strides, layouts to constants.
+
+Launches: one for q and k, in place or not; one more before it where the grids of a pack want their running totals.
+Bytes: 2 * N * (Hq + Hk) * D * itemsize and one reading of the table; about 8 FLOPs an element.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from fastdit.kernels import rotary as kernels, rotary_table
+from fastdit.kernels.rotary import Law
+from fastdit.kernels.rotary_table import Head, Side
+
+from ..reference import rotary as reference
+from ..registry import Impl, register as _register
+from ._config import Config, choose, tunable
+from ._launch import launch, unfit
+
+WIDEST = 1 << 15  # channels that share a statistic: a row stays in registers
+_END = (1 << 31) - 1  # where a slice ends that has no end of its own
+_NO_TABLE = (None, None, 0, 0, 0, 0)
+_NO_AXES = ((None,) * 8, (0,) * 5)
+
+
+def supports(q, k, *args):
+    reason = unfit(q)
+    if reason is not None:
+        return reason
+    heads = max(q.shape[-2], k.shape[-2]) if args[16] == "hidden" else 1
+    if heads * q.shape[-1] > WIDEST:
+        return f"has no kernel for a norm over more than {WIDEST} channels"
+    for t in args[:14]:
+        if t is not None and t.dtype == torch.float64:
+            return "has no kernel for parameters or tables in float64"
+    return None
+
+
+# ---- static facts -> constants --------------------------------------------------------------------------------
+def power(n: int) -> int:
+    """The least power of two that is no less."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def vector(dtype: torch.dtype) -> int:
+    """Elements of 16 bytes."""
+    return 16 // dtype.itemsize
+
+
+def tile(dtype: torch.dtype, D: int, Hq: int, Hk: int, hidden: bool, halves: bool) -> Config:
+    """(BT, HB, MOST): 16 bytes per thread and load; the HB that pads H least; at most MOST chunks in a program.
+
+    halves: the channels of a head come in two loads.
+    """
+    load = power((D + 1) // 2) * (1 if halves else 2)  # channels of a head that one load brings
+    lane = vector(dtype)
+    heads = max(Hq, Hk, 1)
+    most = 96 // (lane * (2 if halves else 1))
+
+    def chunks(HB: int) -> int:
+        return -(-Hq // HB) - (-Hk // HB)
+
+    blocks = [1 << n for n in range(heads.bit_length() + 1) if 1 << n <= power(heads)]
+    fits = [HB for HB in blocks if HB == 1 or HB * load <= 128 * lane]
+    if hidden:  # all heads at once, whatever that takes
+        fits = [HB for HB in fits if chunks(HB) <= most] or [next((b for b in blocks if chunks(b) <= most), blocks[-1])]
+    HB = min(fits, key=lambda HB: chunks(HB) * (HB + 0.25))
+    BT = max(1, 128 * lane // (HB * load))
+    return Config((BT, HB, most), min(max(BT * HB * load // (32 * lane), 1), 16), 1)
+
+
+tunable(
+    "qk_norm_rope",
+    *(Config((BT, HB, 12), warps, 1) for BT, HB, warps in ((1, 4, 2), (1, 8, 4), (1, 16, 8), (2, 4, 4), (2, 8, 8))),
+    *(Config((BT, HB, 6), warps, 1) for BT, HB, warps in ((1, 8, 2), (1, 16, 4), (2, 8, 4))),
+)
+
+
+class Facts(NamedTuple):
+    """All that decides the constants of a launch, beside its configuration."""
+
+    dtype: torch.dtype
+    D: int
+    Hq: int
+    Hk: int
+    layout: str
+    sections: tuple[int, ...]
+    q_table: tuple  # TABLE, PER_HEAD, UNIT, ROUND
+    k_table: tuple
+    norm: str | None
+    hidden: bool
+    native: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def head_of(facts: Facts) -> Head:
+    D, grain = facts.D, vector(facts.dtype)
+    w0, w1, w2 = (*facts.sections, 0, 0, 0)[:3]
+    pairs = w0 + w1 + w2
+    starts = (w0, w1, w2) if facts.layout == "axis_half" else (pairs,)
+    if any(w % grain for w in starts) or (D - 2 * pairs) % (2 * grain):
+        grain = 1
+    return Head(D, power((D + 1) // 2), facts.layout if pairs else "interleaved", w0, w1, w2, grain)
+
+
+@functools.lru_cache(maxsize=4096)
+def constants(facts: Facts, config: Config, together: bool) -> tuple[tuple, int]:
+    """(BT, HB, HEAD, QS, KS, LAW), and how many groups of heads there are."""
+    BT, HB, most = config.blocks
+    q_chunks, k_chunks = (max(1, -(-H // HB)) for H in (facts.Hq, facts.Hk))
+    groups = 1
+    if not facts.hidden:
+        held = q_chunks + k_chunks if together else max(q_chunks, k_chunks)
+        least = -(-held // most)
+        even = (g for g in range(least, 2 * least + 1) if q_chunks % g == 0 and k_chunks % g == 0)
+        groups = next(even, least)
+        q_chunks, k_chunks = -(-q_chunks // groups), -(-k_chunks // groups)
+    QS, KS = Side(facts.Hq, q_chunks, *facts.q_table), Side(facts.Hk, k_chunks, *facts.k_table)
+    return (BT, HB, head_of(facts), QS, KS, Law(facts.norm, facts.hidden, facts.native)), groups
+
+
+# ---- tensors -> pointers and strides --------------------------------------------------------------------------
+def strides(x):
+    """(batch, token, head); 0 where there is one."""
+    shape, stride = x.shape, x.stride()
+    if len(shape) == 3:
+        return 0, stride[0] if shape[0] > 1 else 0, stride[1] if shape[1] > 1 else 0
+    return tuple([s if n > 1 else 0 for n, s in zip(shape[:3], stride, strict=False)])
+
+
+def alignment(dtype: torch.dtype, *numbers: int) -> int:
+    """What kernels may take for granted of strides: 16 bytes' worth of elements, or nothing."""
+    width = 16 // dtype.itemsize
+    low = 0
+    for n in numbers:
+        low |= n
+    return 1 if low % width else width
+
+
+def table(cos, sin, x):
+    """Kind of the table for the constants, its pointers and strides, from sample to pair."""
+    if cos is None:
+        return (None, False, True, False), _NO_TABLE
+    if cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    steps = [s if n > 1 else 0 for n, s in zip(cos.shape, cos.stride(), strict=True)]
+    steps[-1] = cos.stride(-1)
+    if len(steps) == 2:
+        steps.insert(1, 0)
+    if len(steps) == 3:
+        steps.insert(0, 0)
+    rounds = cos.dtype == x.dtype != torch.float32
+    return ("dense", steps[2] != 0, steps[3] == 1, rounds), (cos, sin, *steps)
+
+
+def axes(tables, grids, packed: bool, dtype: torch.dtype):
+    """Widths and kind for the constants; the pointers and numbers of the kernels' `axes`."""
+    tables = [None if t is None else t.contiguous() for t in tables]
+    grids = grids.contiguous()
+    segments, count = grids.shape
+    widths = tuple([t.shape[1] for t in tables[: 2 * count : 2]])
+    sizes = [t.shape[0] if t is not None else 0 for t in tables[::2]]
+    kind = ("axes" if segments else None, False, True, tables[0].dtype == dtype != torch.float32)
+    ends = None
+    if packed and segments > 1:
+        ends = torch.empty(segments, dtype=torch.int32, device=grids.device)
+        launch(rotary_table.segment_ends, (1, 1, 1), (grids, ends), (segments,), (count, 128))
+    return widths, kind, ((*tables, grids, ends), (*sizes, segments, segments.bit_length()))
+
+
+def described(
+    q, k, cos, sin, k_cos, k_sin, cos_t, sin_t, cos_h, sin_h, cos_w, sin_w, grids,
+    norm, scope, eps, layout, rope_start, rope_len, precision,
+):  # fmt: skip
+    """Facts; the table of q, of k, and the axes; (start, stop, eps)."""
+    q_kind, q_table = table(cos, sin, q)
+    k_kind, k_table = table(cos, sin, k) if k_cos is None else table(k_cos, k_sin, k)
+    compact, sections = _NO_AXES, ()
+    if grids is not None:
+        axis_tables = (cos_t, sin_t, cos_h, sin_h, cos_w, sin_w)
+        sections, q_kind, compact = axes(axis_tables, grids, q.dim() == 3, q.dtype)
+        if k_cos is None:
+            k_kind = q_kind
+    elif cos is not None or k_cos is not None:
+        pairs = (k_cos if cos is None else cos).shape[-1]
+        sections = (pairs // 3,) * 3 if layout == "axis_half" else (pairs,)
+    stop = _END if rope_len is None else rope_start + rope_len
+    native = precision == "native" and q.dtype != torch.float32
+    shape = (q.dtype, q.shape[-1], q.shape[-2], k.shape[-2])
+    facts = Facts(*shape, layout, sections, q_kind, k_kind, norm, scope == "hidden", native)
+    return facts, q_table, k_table, compact, (rope_start, stop, eps)
+
+
+def counted(q, k) -> tuple[int, int, int]:
+    """Samples, tokens of q and of k."""
+    return (1, q.shape[0], k.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[1], k.shape[1])
+
+
+# ---- forward --------------------------------------------------------------------------------------------------
+def _forward(q, k, q_out, k_out, q_weight, k_weight, q_bias, k_bias, *rest):
+    facts, q_table, k_table, compact, last = described(q, k, *rest)
+    batch, q_tokens, k_tokens = counted(q, k)
+    q_any, k_any = q.numel() > 0, k.numel() > 0
+    k_cos = rest[2]
+    together = q_any and k_any and q_tokens == k_tokens and k_cos is None
+    dtype, D, Hq, Hk = facts[:4]
+    if not (q_any and k_any):  # one kernel serves the other alone
+        facts = facts._replace(Hq=max(Hq, Hk), Hk=max(Hq, Hk))
+    halves = facts.layout != "interleaved" and bool(facts.sections)
+    shape = (dtype, D, Hq, Hk, facts.hidden, halves)
+    config = choose("qk_norm_rope", q, shape, lambda arch: tile(*shape))
+    fixed, groups = constants(facts, config, together)
+    BT = fixed[0]
+    q_tiles = -(-batch * q_tokens // BT) if q_any else 0
+    k_tiles = -(-batch * k_tokens // BT) if k_any and not together else 0
+    steps = (*strides(q), *strides(k), *strides(q_out), *strides(k_out))
+    table_steps = (*q_table[2:], *k_table[2:])
+    launch(
+        kernels.qk_norm_rope,
+        (q_tiles + k_tiles, groups, 1),
+        (
+            q, k, q_out, k_out, q_weight, k_weight, q_bias, k_bias, *q_table[:2], *k_table[:2], *compact[0],
+        ),
+        (batch, q_tokens, k_tokens, q_tiles, *steps, *table_steps, *compact[1], *last),
+        (*fixed, together, alignment(dtype, *steps), alignment(torch.float32, *q_table[2:5], *k_table[2:5])),
+        config.warps,
+        config.stages,
+    )  # fmt: skip
+
+
+def _empty(t):
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def qk_norm_rope(q, k, *args):
+    q_out, k_out = _empty(q), _empty(k)
+    if q.numel() or k.numel():
+        _forward(q, k, q_out, k_out, *args)
+    return q_out, k_out
+
+
+def qk_norm_rope_(q, k, *args):
+    if q.numel() or k.numel():
+        _forward(q, k, q, k, *args)
+
+
+def register() -> None:
+    _register(Impl("qk_norm_rope", "triton", supports, qk_norm_rope, reference.qk_norm_rope_backward))
+    _register(Impl("qk_norm_rope_", "triton", supports, qk_norm_rope_, reference.no_backward))
