@@ -17,7 +17,7 @@ from .. import registry
 
 def _part(op, args):
     """This backend's implementation of another family's op, or else the best one."""
-    own = registry.implementations(op).get("triton")
+    own = registry.find(op, "triton")
     return own if own is not None and own.supports(*args) is None else registry.select(op, args, None)
 
 
