@@ -266,7 +266,7 @@ def _sum(Part, Out, Offsets, home, block, slots, per, count, C: tl.constexpr, BL
     tl.store(Out + home.to(tl.int64) * C + channel, tl.sum(acc, 0).to(Out.dtype.element_ty), mask=mask)
 
 
-@kernel
+@kernel(kind="small")
 def modulation_sums(
     Part, Out0, Out1, Out2, Out3, Out4, Out5, Offsets, first: tl.int64, slots: tl.int64, per: tl.int32, count: tl.int32,
     C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
