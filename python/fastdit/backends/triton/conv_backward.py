@@ -41,6 +41,7 @@ def causal_conv3d_backward(
     )
     if grad is None or grad.numel() == 0:
         return zeros_or_none(tensors, needs)
+    stride, dilation = tuple(stride), tuple(dilation)
     d_residual = grad if need_residual else None
     d_bias = pixel_sums(grad, bias) if need_bias else None
     if (need_weight or need_x or need_cache or need_norm) and laid(grad)[0] not in (1, 2):
