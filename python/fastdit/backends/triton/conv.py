@@ -42,7 +42,7 @@ def split(width: int, most: int = 192) -> tuple[int, int]:
 
 def _default(dtype: torch.dtype, C: int, N: int, arch: int) -> Config:
     if INTERPRET:  # pays by the step, not by the lane
-        return Config((256, *split(N), max(16, min(power(C), 128))))
+        return Config((64, *split(N), max(16, min(power(C), 128))))
     if dtype == torch.float32:
         n0, n1 = split(N, 96)
         return Config((64, n0, n1, 16), 4, 3)

@@ -99,7 +99,7 @@ def causal_conv3d_backward(
 # ---- towards the weight -------------------------------------------------------------------------------
 def _default(dtype: torch.dtype, C: int, N: int, arch: int) -> Config:
     if INTERPRET:  # pays by the step, not by the lane
-        return Config((256, 64, *conv.split(C)))
+        return Config((64, 64, *conv.split(C)))
     if dtype == torch.float32:
         n0, n1 = conv.split(C, 64)
         return Config((32, 64 if N > 32 else 32, n0, n1), 4, 2)
