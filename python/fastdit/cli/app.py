@@ -69,6 +69,7 @@ def bench(
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Time torch.compile as a peer.")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here; auto: results folder.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a table and a plot here.")] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="Find this GPU's tile sizes instead, and write them.")] = False,
 ) -> None:
     """Measure every op at the models' own shapes, and whole models (--op model), against their peers, interleaved.
 
@@ -79,7 +80,14 @@ def bench(
 
     Examples: `fastdit bench --op norm_modulate`, `fastdit bench --op model --model Wan`,
     `fastdit bench --suite cpu --pass fwd --pass bwd --pass fwd+bwd --json results.json --html results.html`
+
+    `--tune` times the few tile sizes that each Triton kernel offers on the rows at hand (--op, --model), and writes the
+    faster ones to the package's table for this GPU. Nothing is tuned while a model runs.
     """
+    if tune:
+        from . import tune as tuner
+
+        raise typer.Exit(tuner.show(console, op=op, model=model, json_file=json_file))
     from . import bench as command
 
     status = command.show(

@@ -7,6 +7,7 @@ own ceiling at that size: a copy of the same bytes, or torch's GEMM at the same 
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -174,6 +175,17 @@ def call(workload: Workload, dtype: torch.dtype, device: str = "cpu", pass_: str
     return _call(getattr(ops, workload.op), workload, args, kwargs, pass_, device)
 
 
+def prepared(function: Callable, workload: Workload, args: tuple, kwargs: dict, pass_: str) -> timing.Call:
+    """A function without arguments that does one pass of `function` on these inputs, as it is: no CUDA graph."""
+    return _call(function, workload, args, kwargs, pass_, "cpu")
+
+
+def judge(workload: Workload, dtype: torch.dtype, device: str, backend: str | None = None) -> float:
+    """Largest share of the allowed error on a backend; raises AssertionError where the row is wrong."""
+    args, kwargs = workload.make(Maker(dtype, device))
+    return _check(workload, functools.partial(getattr(ops, workload.op), backend=backend), args, kwargs)
+
+
 def document(measured: list[Measured], device: str, ceilings: dict[str, float]) -> dict[str, Any]:
     """What `fastdit bench --json` writes."""
     return {"machine": describe(device), "ceilings": ceilings, "rows": [row for m in measured for row in m.rows()]}
@@ -199,8 +211,9 @@ def _check(workload: Workload, op: Callable, args: tuple, kwargs: dict) -> float
     wide = tree_map(_double, (args, kwargs))
     with torch.no_grad():
         actual = close.flat(op(*args, **kwargs))
-        baseline = close.flat(op(*args, **kwargs, backend="reference"))
-        truth = close.flat(op(*wide[0], **wide[1], backend="reference"))
+        reference = functools.partial(getattr(ops, workload.op), backend="reference")
+        baseline = close.flat(reference(*args, **kwargs))
+        truth = close.flat(reference(*wide[0], **wide[1]))
     return max(
         close.assert_close(a, t, b, f"{workload} output {i}").ratio
         for i, (a, t, b) in enumerate(zip(actual, truth, baseline, strict=True))

@@ -46,10 +46,19 @@ def choose(kernel: str, x: Tensor, key: tuple, default: Callable[[int], Config])
     spot = (kernel, x.get_device(), key)
     found = _chosen.get(spot)
     if found is None:
-        name = f"{kernel}|{','.join(str(k).removeprefix('torch.') for k in key)}"
-        found = _forced.get(kernel) or table(device_name(x)).get(name) or default(arch(x))
+        found = _forced.get(kernel) or table(device_name(x)).get(_name(kernel, key)) or default(arch(x))
         _chosen[spot] = found
     return found
+
+
+def _name(kernel: str, key: tuple) -> str:
+    """The key of a choice in its table."""
+    return f"{kernel}|{','.join(str(k).removeprefix('torch.') for k in key)}"
+
+
+def chosen() -> dict[str, Config]:
+    """What was chosen since `forget()` or the last change of `forced`, by the names in the tables."""
+    return {_name(kernel, key): config for (kernel, _, key), config in _chosen.items()}
 
 
 def device_name(x: Tensor) -> str:
@@ -64,6 +73,18 @@ def table(device: str) -> dict[str, Config]:
         rows = json.loads(file.read_text("utf-8")) if file.is_file() else {}
         _tables[device] = {k: Config(tuple(v["blocks"]), v["warps"], v["stages"]) for k, v in rows.items()}
     return _tables[device]
+
+
+def save(device: str, rows: dict[str, Config]) -> Path:
+    """Adds rows to the device's table on disk; they hold from the next choice on."""
+    forget()
+    file = FOLDER / f"{device}.json"
+    known = {name: c._asdict() for name, c in sorted((table(device) | rows).items())}
+    file.write_text(
+        "{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in known.items()) + "\n}\n", "utf-8"
+    )
+    forget()
+    return file
 
 
 @contextlib.contextmanager
