@@ -150,8 +150,11 @@ def channel_of(pair, side, D: tl.constexpr, R: tl.constexpr, LAYOUT: tl.constexp
     if LAYOUT == "interleaved":
         channel = 2 * pair + side
     else:
-        S: tl.constexpr = R // 2 if LAYOUT == "half" else R // 6
-        channel = pair // S * (2 * S) + pair % S + side * S
+        if LAYOUT == "half":
+            channel = pair + side * (R // 2)
+        else:
+            S: tl.constexpr = R // 6
+            channel = pair // S * (2 * S) + pair % S + side * S
         if R != D:
             channel = tl.where(pair < R // 2, channel, pair + R // 2 + side * ((D - R) // 2))
     return channel

@@ -102,6 +102,7 @@ def modulation_forward(
         for tile in tl.range(begin, stop, ROWS, num_stages=STAGES):
             row = tile + lane
             ok = row < stop
+            sample = row // N if GATHER else begin // N  # a run of gathered tables may go on into the next sample
             if GATHER:
                 at = table_at(GateIndex, row, ok, N, gate_b, gate_m, gate_tokens, ALIGN)
                 gate = opened(load_row(Gate, at, ok, C, CHUNK), TANH, T, NATIVE)
@@ -113,10 +114,10 @@ def modulation_forward(
                 gate = run_gate
                 scale = run_scale
                 shift = run_shift
-            x = load_row(Y, token_at(row, N, y_b, y_n, ALIGN), ok, C, CHUNK)
+            x = load_row(Y, token_at(row, sample, N, y_b, y_n, ALIGN), ok, C, CHUNK)
             if Res is not None:
                 x = branch(x, gate, post, post_eps, POST, T, NATIVE, C, CHUNK)
-                x = add(load_row(Res, token_at(row, N, res_b, res_n, ALIGN), ok, C, CHUNK), x)
+                x = add(load_row(Res, token_at(row, sample, N, res_b, res_n, ALIGN), ok, C, CHUNK), x)
                 x = rounded(x, R.dtype.element_ty, True)
                 store_row(R, row.to(tl.int64) * C, ok, x, C, CHUNK)
             if H is not None:

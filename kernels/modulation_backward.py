@@ -94,13 +94,15 @@ def modulation_backward(
     scale_b: tl.int64, scale_m: tl.int64, scale_tokens: tl.int32,
     eps: tl.float32, post_eps: tl.float32,
     OFFSET: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, RMS: tl.constexpr,
-    TANH: tl.constexpr, POST: tl.constexpr, RUN_GATE: tl.constexpr, RUN_SCALE: tl.constexpr,
+    TANH: tl.constexpr, POST: tl.constexpr, ACROSS: tl.constexpr, RUN_GATE: tl.constexpr,
+    RUN_SCALE: tl.constexpr,
     TO_GATE: tl.constexpr, TO_SHIFT: tl.constexpr, TO_SCALE: tl.constexpr,
     TO_W: tl.constexpr, TO_BIAS: tl.constexpr, TO_POST: tl.constexpr,
     ALIGN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs share the tokens as in `modulation_forward`; with Walk they share the positions of Order instead, and
-    Offsets says where the tokens of each table row begin. RUN_GATE, RUN_SCALE: a run has one row of that table.
+    Offsets says where the tokens of each table row begin. ACROSS: a run may have tokens of several samples.
+    RUN_GATE, RUN_SCALE: it has one row of that table.
     """
     F: tl.constexpr = tl.float32
     lane = tl.arange(0, ROWS)[:, None]
@@ -148,6 +150,7 @@ def modulation_backward(
             if Order is not None:
                 row = tl.load(Order + row, mask=ok, other=0)
             out = row.to(tl.int64) * C
+            sample = row // N if ACROSS else at // N
             if RUN_GATE:
                 gate = run_gate
             else:
@@ -160,7 +163,7 @@ def modulation_backward(
                 scale = one_plus(load_row(Scale, place, ok, C, CHUNK), F, False)
 
             # r again, as the forward stored it
-            unit = load_row(Y, token_at(row, N, y_b, y_n, ALIGN), ok, C, CHUNK)
+            unit = load_row(Y, token_at(row, sample, N, y_b, y_n, ALIGN), ok, C, CHUNK)
             if POST:
                 _, square = moments(unit, False, C, CHUNK)
                 post_root = tl.where(ok, tl.rsqrt(square + post_eps), 0.0)  # a row that is not there adds no NaN
@@ -169,12 +172,12 @@ def modulation_backward(
             if GradH is not None:
                 r = unit
                 if Res is not None:
-                    r = load_row(Res, token_at(row, N, res_b, res_n, ALIGN), ok, C, CHUNK)
+                    r = load_row(Res, token_at(row, sample, N, res_b, res_n, ALIGN), ok, C, CHUNK)
                     r = rounded(add(r, multiply(branch, gate)), Res.dtype.element_ty, True)
                 mean, square = moments(r, not RMS, C, CHUNK)
                 root = tl.where(ok, tl.rsqrt(square + eps), 0.0)
                 n = standardised(r, mean, root)
-                g = load_row(GradH, token_at(row, N, grad_h_b, grad_h_n, ALIGN), ok, C, CHUNK)
+                g = load_row(GradH, token_at(row, sample, N, grad_h_b, grad_h_n, ALIGN), ok, C, CHUNK)
                 if TO_SHIFT == -1:
                     store_row(DShift, out, ok, g, C, CHUNK)
                 if TO_SHIFT >= 0:
@@ -195,9 +198,9 @@ def modulation_backward(
                     d_bias = add(d_bias, g)
                 d = _through_norm(multiply(g, weight), n, root, RMS, C)
                 if GradR is not None:
-                    d = add(d, load_row(GradR, token_at(row, N, grad_r_b, grad_r_n, ALIGN), ok, C, CHUNK))
+                    d = add(d, load_row(GradR, token_at(row, sample, N, grad_r_b, grad_r_n, ALIGN), ok, C, CHUNK))
             else:
-                d = load_row(GradR, token_at(row, N, grad_r_b, grad_r_n, ALIGN), ok, C, CHUNK)
+                d = load_row(GradR, token_at(row, sample, N, grad_r_b, grad_r_n, ALIGN), ok, C, CHUNK)
             store_row(DRes, out, ok, d, C, CHUNK)
             if Res is not None:
                 if TO_GATE >= -1:
@@ -263,7 +266,7 @@ def _sum(Part, Out, Offsets, home, block, slots, per, count, C: tl.constexpr, BL
     tl.store(Out + home.to(tl.int64) * C + channel, tl.sum(acc, 0).to(Out.dtype.element_ty), mask=mask)
 
 
-@kernel
+@kernel(kind="small")
 def modulation_sums(
     Part, Out0, Out1, Out2, Out3, Out4, Out5, Offsets, first: tl.int64, slots: tl.int64, per: tl.int32, count: tl.int32,
     C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,

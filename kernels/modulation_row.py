@@ -127,9 +127,10 @@ def standardised(x, mean, root):
 
 # ---- where things stand -------------------------------------------------------------------------------
 @triton.jit
-def token_at(row, N, stride_b, stride_n, ALIGN: tl.constexpr):
-    """Offset of token `row` of B x N in a tensor with these strides."""
-    return (row // N).to(tl.int64) * multiple(stride_b, ALIGN) + (row % N).to(tl.int64) * multiple(stride_n, ALIGN)
+def token_at(row, sample, N, stride_b, stride_n, ALIGN: tl.constexpr):
+    """Offset of token `row` of B x N, of sample `sample`, in a tensor with these strides."""
+    n = (row - sample * N).to(tl.int64)
+    return sample.to(tl.int64) * multiple(stride_b, ALIGN) + n * multiple(stride_n, ALIGN)
 
 
 @triton.jit
@@ -138,7 +139,9 @@ def table_at(Index, row, ok, N, stride_b, stride_m, tokens, ALIGN: tl.constexpr)
     if Index is not None:
         return tl.load(Index + row, mask=ok, other=0).to(tl.int64) * multiple(stride_m, ALIGN)
     else:
-        return token_at(row, N, stride_b, 0, ALIGN) + (row % N // tokens).to(tl.int64) * multiple(stride_m, ALIGN)
+        sample = row // N
+        m = ((row - sample * N) // tokens).to(tl.int64)
+        return sample.to(tl.int64) * multiple(stride_b, ALIGN) + m * multiple(stride_m, ALIGN)
 
 
 @triton.jit

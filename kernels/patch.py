@@ -1,8 +1,8 @@
 """Patch embedding: y[b, n, d] = sum_k W[d, k] x[patch(b, n)][k] + bias[d] + pos[n, d], k = (c, dt, dh, dw).
 
 One kernel gathers, multiplies, adds, rounds once and packs; no matrix of patches is stored. A program owns BM tokens
-and `per` tiles of BN outputs. K is small (16 to 192 in the models), so the gathered tile A[BM, BK] is one k-step, or
-two, and stays while the loop runs over outputs: the traffic is y, written once in 16-byte stores, and W from L2, BN
+and `per` tiles of BN outputs. K is small (16 to 192 in the models), so the gathered tile A[BM, BK] is one to three
+k-steps, and stays while the loop runs over outputs: the traffic is y, written once in 16-byte stores, and W from L2, BN
 rows a step. Larger K takes the k loop inside. Programs of one token tile are neighbours: they gather again from L2.
 
 A list of videos of any sizes is one launch for up to eight of them: `locate` finds a tile's video by comparing with
@@ -118,10 +118,12 @@ def patch_embed(
     corner = corners(row, N, h, w, sB, sT, sH, step, PT, PH, PW)
     k = tl.arange(0, BK)
     wide: tl.constexpr = W.dtype.element_ty
-    if STEPS <= 2:
+    if STEPS <= 3:
         x0 = gather(X, corner, live, k, sC, sT, sH, step, K, PT, PH, PW).to(wide)
-    if STEPS == 2:
+    if STEPS == 2 or STEPS == 3:
         x1 = gather(X, corner, live, k + BK, sC, sT, sH, step, K, PT, PH, PW).to(wide)
+    if STEPS == 3:
+        x2 = gather(X, corner, live, k + 2 * BK, sC, sT, sH, step, K, PT, PH, PW).to(wide)
     out = Y + (row0 + row).to(tl.int64)[:, None] * D
     if POS is not None:
         pN, pB = multiple(pN, PALIGN), multiple(pB, PALIGN)
@@ -130,12 +132,15 @@ def patch_embed(
     for j in range(part * per, last):
         d = j * BN + tl.arange(0, BN)
         acc = tl.zeros((BM, BN), tl.float32)
-        if STEPS <= 2:
+        if STEPS <= 3:
             b = weights(W, d, k, wD, wC, wT, wH, wW, D, K, PT, PH, PW, PACKED, BN, BK)
             acc = tl.dot(x0, b, acc, input_precision=PRECISION)
-            if STEPS == 2:
+            if STEPS >= 2:
                 b = weights(W, d, k + BK, wD, wC, wT, wH, wW, D, K, PT, PH, PW, PACKED, BN, BK)
                 acc = tl.dot(x1, b, acc, input_precision=PRECISION)
+            if STEPS == 3:
+                b = weights(W, d, k + 2 * BK, wD, wC, wT, wH, wW, D, K, PT, PH, PW, PACKED, BN, BK)
+                acc = tl.dot(x2, b, acc, input_precision=PRECISION)
         else:
             for i in range(0, STEPS):
                 ki = k + i * BK

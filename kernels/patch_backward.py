@@ -24,9 +24,11 @@ def patch_embed_dx(
     C: tl.constexpr, D: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, PACKED: tl.constexpr,
     MANY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid: token tiles, tiles of K. G (rows, D) and DX (the videos) are contiguous."""
+    """Grid: token tiles * tiles of K, which are neighbours and read g together. G (rows, D) and DX (the videos) are
+    contiguous."""
     K: tl.constexpr = C * PT * PH * PW
-    tile = tl.program_id(0)
+    KTILES: tl.constexpr = (K + BK - 1) // BK
+    tile = tl.program_id(0) // KTILES
     row0 = 0
     if MANY:
         first, row0, rows, h, w = locate(
@@ -40,7 +42,7 @@ def patch_embed_dx(
     sC = N.to(tl.int64) * (PT * PH * PW)
     row = tile * BM + tl.arange(0, BM)
     live = row < rows
-    k = tl.program_id(1) * BK + tl.arange(0, BK)
+    k = tl.program_id(0) % KTILES * BK + tl.arange(0, BK)
     grad = G + (row0 + row).to(tl.int64)[:, None] * D
     acc = tl.zeros((BM, BK), tl.float32)
     for start in range(0, D, BN):
@@ -63,10 +65,11 @@ def patch_embed_dw(
     a8: tl.int64, s0: tl.int64, s1: tl.int64, s2: tl.int64, s3: tl.int64, s4: tl.int64, s5: tl.int64, s6: tl.int64,
     s7: tl.int64,
     C: tl.constexpr, D: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, UNIT: tl.constexpr,
-    ALIGN: tl.constexpr, MANY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ALIGN: tl.constexpr, DALIGN: tl.constexpr, MANY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of D * tiles of K, splits. Split s writes DW + (split0 + s) * pitch, and DB likewise."""
+    """Grid: tiles of D * tiles of K, splits. Split s writes DW + (split0 + s) * pitch, and DB likewise.
+    DALIGN divides pitch."""
     K: tl.constexpr = C * PT * PH * PW
     KTILES: tl.constexpr = (K + BK - 1) // BK
     d = tl.program_id(0) // KTILES * BN + tl.arange(0, BN)
@@ -101,7 +104,7 @@ def patch_embed_dw(
             acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
         if DB is not None:
             total += tl.sum(g.to(tl.float32), axis=0)
-    at = (split0 + split).to(tl.int64) * pitch
+    at = (split0 + split).to(tl.int64) * multiple(pitch, DALIGN)
     if DW is not None:
         spot = DW + at + d.to(tl.int64)[:, None] * K + k[None, :]
         tl.store(spot, acc.to(DW.dtype.element_ty), mask=(d < D)[:, None] & (k < K)[None, :])
@@ -113,10 +116,15 @@ def patch_embed_dw(
 
 
 @kernel(kind="small")
-def patch_sum(P, OUT, TAIL, count: tl.int32, size: tl.int64, tail: tl.int64, pitch: tl.int64, BLOCK: tl.constexpr):
+def patch_sum(
+    P, OUT, TAIL, count: tl.int32, size: tl.int64, tail: tl.int64, pitch: tl.int64, ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """OUT[i] = sum_s P[s * pitch + i] for i < size, TAIL[i - size] for the next `tail`; s ascends. Either may be None.
 
-    Grid: blocks of size + tail. The second stage of dW and db, and pos's gradient (the sum over the batch)."""
+    Grid: blocks of size + tail; ALIGN divides size, tail and pitch. The second stage of dW and db, and pos's gradient
+    (the sum over the batch)."""
+    size, tail, pitch = multiple(size, ALIGN), multiple(tail, ALIGN), multiple(pitch, ALIGN)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = i < size + tail
     acc = tl.zeros((BLOCK,), tl.float32)

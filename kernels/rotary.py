@@ -140,7 +140,7 @@ def statistics(
         totals = ()
         for i in tl.static_range(CHUNKS):
             totals = totals + (chunks[i][0].to(tl.float32) + chunks[i][1].to(tl.float32),)
-        means = _shared(totals, COUNT, SIDE, LAW)
+        means = means_of(totals, COUNT, SIDE, LAW)
     squares = ()
     for i in tl.static_range(CHUNKS):
         if LAW.NORM == "layer":
@@ -149,7 +149,7 @@ def statistics(
         else:
             a, b = chunks[i][0].to(tl.float32), chunks[i][1].to(tl.float32)
         squares = squares + (a * a + b * b,)
-    variances = _shared(squares, COUNT, SIDE, LAW)
+    variances = means_of(squares, COUNT, SIDE, LAW)
     found = ()
     for i in tl.static_range(CHUNKS):
         rstd = tl.rsqrt(variances[i] + eps)
@@ -161,7 +161,7 @@ def statistics(
 
 
 @triton.jit
-def _shared(tiles, COUNT: tl.constexpr, SIDE: tl.constexpr, LAW: tl.constexpr):
+def means_of(tiles, COUNT: tl.constexpr, SIDE: tl.constexpr, LAW: tl.constexpr):
     """Means over the tile of each chunk, or over all of them."""
     CHUNKS: tl.constexpr = SIDE.CHUNKS
     found = ()

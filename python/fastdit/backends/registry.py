@@ -95,6 +95,10 @@ def implementations(op: str) -> dict[str, Impl]:
     return dict(_impls[op])
 
 
+def find(op: str, backend: str) -> Impl | None:
+    return _impls[op].get(backend)
+
+
 def get(op: str, backend: str) -> Impl:
     impl = _impls[op].get(backend)
     if impl is None:

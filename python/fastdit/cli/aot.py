@@ -53,9 +53,13 @@ def show(
     for line in refused:
         console.print(f"refused: {line}", style="dim", highlight=False)
     bad = [r for r in reports if r.problems]
+    alike: dict[str, list[aot.Report]] = {}
     for r in bad:
-        where = f"{r.build.kernel} sm_{r.build.arch} of {r.rows[0]}"
-        console.print(f"[red]{where}[/red]: {'; '.join(r.problems)}", highlight=False, soft_wrap=True)
+        alike.setdefault(f"[red]{r.build.kernel} sm_{r.build.arch}[/red]: {'; '.join(r.problems)}", []).append(r)
+    for line, those in alike.items():
+        rows = list(dict.fromkeys(row for r in those for row in r.rows))
+        more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+        console.print(f"{line}; launched by {rows[0]}{more}", highlight=False, soft_wrap=True)
     kernels = len({(r.build.module, r.build.kernel) for r in reports})
     console.print(f"{len(reports)} builds of {kernels} kernels, {len(bad)} with a problem", highlight=False)
     if json_file is not None:

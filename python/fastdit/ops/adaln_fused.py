@@ -97,13 +97,14 @@ def _weights(what: str, layer) -> tuple[Any, Any, str | None]:
 
 
 def _refusal(name: str, calls: Sequence[tuple[Op, tuple]], by_itself: bool) -> str | None:
+    """Why backend `name` does not run these ops. The first op of a half speaks for both where speed is asked."""
     for op, args in calls:
-        impl = registry.implementations(op.name).get(name)
+        impl = registry.find(op.name, name)
         if impl is None:
             return registry.unavailable().get(name, f"has no {op.name}")
         reason = impl.supports(*args)
         if reason is None and by_itself:
-            reason = "never taken by itself" if impl.pays is None else impl.pays(*args)
+            reason, by_itself = "never taken by itself" if impl.pays is None else impl.pays(*args), False
         if reason is not None:
             return reason
     return None

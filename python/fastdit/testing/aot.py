@@ -33,6 +33,7 @@ from .workloads import Maker, Sample, Workload
 ARCHES = (80, 90, 100, 120)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PASSES = ("fwd", "bwd")
+SCALAR = 0.2  # the most of a kernel's bytes that scalar 2-byte accesses may move: a vector that is shorter than a block
 # Rows whose inner dimension is no multiple of 16 bytes: no load of theirs can be wide.
 ODD = {("patch_embed3d", "HunyuanVideo1.5-720p/8"): "65 channels"}
 
@@ -80,7 +81,7 @@ class Build:
     arch: int
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[tuple[int, ...], Any], ...]
-    aligned: tuple[tuple[int, ...], ...]  # arguments that are multiples of 16
+    aligned: tuple[tuple[tuple[int, ...], bool], ...]  # arguments, and whether they are multiples of 16
     options: tuple[tuple[str, int], ...]
 
     @property
@@ -135,9 +136,9 @@ class Report:
             found.append("no wgmma" if build.arch in (90, 100) else "no mma")
         if build.kind == "memory" and self.odd is None:
             for name, accesses in (("loads", u.loads), ("stores", u.stores)):
-                narrow = sum(count for size, count in accesses.items() if size <= 2)
-                if build.half and narrow:
-                    found.append(f"{narrow} scalar {name} of 2 bytes")
+                narrow = 1 - sass.share(accesses, 4)
+                if build.half and narrow > SCALAR:
+                    found.append(f"scalar {name} of 2 bytes, {100 * narrow:.0f} % of the bytes")
         return found
 
     def document(self) -> dict[str, Any]:
@@ -206,7 +207,7 @@ class Collector:
         given = {**options, "debug": False}
         bound, specialisation, extra = binder(*args, **given)
         _, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialisation, extra)
-        aligned = tuple(path for path, found in attributes.items() if found)
+        aligned = tuple((path, bool(found)) for path, found in attributes.items())
         return Build(
             kernel.fn.__module__, kernel.fn.__name__, kernel.kind, self._driver.arch, tuple(signature.items()),
             tuple(constants.items()), aligned, tuple(options.items()),
@@ -265,7 +266,7 @@ def play(subject: Workload | Sample, call: tuple[tuple, dict], pass_: str) -> No
 def compiled(build: Build) -> sass.Usage | str:
     """Compiles, or finds in Triton's cache on disk; a string is the compiler's refusal."""
     kernel = getattr(importlib.import_module(build.module), build.kernel)
-    aligned = {path: [["tt.divisibility", 16]] for path in build.aligned}
+    aligned = {path: [["tt.divisibility", 16]] if yes else [] for path, yes in build.aligned}
     source = triton.compiler.ASTSource(kernel, dict(build.signature), dict(build.constants), aligned)
     try:
         made = triton.compile(source, target=GPUTarget("cuda", build.arch, 32), options=dict(build.options))

@@ -27,6 +27,7 @@ _hooks: Any = _runtime.launch_enter_hook  # a chain, empty until a profiler adds
 
 _ready: dict[tuple, Callable[..., None]] = {}  # key of a launch -> (grid, stream, arguments) -> None
 _arch: dict[int, int] = {}
+_PROCESSORS = {80: 108, 90: 132, 100: 148, 120: 188}  # of A100, H200, B200, RTX PRO 6000, where they are pretended
 collecting: Callable[..., None] | None = None  # (kernel, grid, args, options): set by testing/aot.py only
 on_cpu: bool = INTERPRET  # kernels take CPU tensors: the interpreter, and tests that pretend a GPU
 _pretended: int | None = None
@@ -63,6 +64,8 @@ def pretend(capability: int | None) -> None:
 
 def processors(x: Tensor) -> int:
     """Multiprocessors of x's device: how many programs a persistent kernel starts. Few where none run in parallel."""
+    if _pretended is not None:
+        return _PROCESSORS.get(_pretended, 128)
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
 
 
@@ -172,3 +175,8 @@ def target() -> Any:
 def dot_precision() -> str:
     """How tl.dot multiplies fp32: exactly, unless the user allowed TF32 to torch's own matmuls."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of two matrices by the vendor's GEMM; while launches are only collected it does not run either."""
+    return a @ b if collecting is None else a.new_empty(a.shape[0], b.shape[1])

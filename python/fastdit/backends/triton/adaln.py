@@ -128,10 +128,12 @@ def _project(
     rows, tokens, x_b, x_n = _rows(x)
     BM, BN, BK = (config := _config("norm_modulate_linear", x, rows, C, F)).blocks
     R = step = 0
-    stages, tiles = config.stages, -(-F // BN)
+    warps, stages, tiles = config.warps, config.stages, -(-F // BN)
     if D:
-        if BN < D or 10 * (BN // D * D) < 7 * BN:  # heads of 72: 128 columns hold one, 256 three
-            BM, BN, stages = min(BM, 64), max(2 * BN, 1 << (D - 1).bit_length()), 2
+        while BN < D or (BN < 256 and 10 * (BN // D * D) < 7 * BN):
+            BN *= 2  # heads of 72: one fills 0.56 of 128 columns, three 0.84 of 256
+        if BN >= 256:
+            BM, warps, stages = min(BM, 64), 8, 2
         tiles = -(-(H + 2 * HKV) // (BN // D))
     cos, sin = vectors[4:]
     cos_strides, cos_align = (0, 0, 0), 1
@@ -147,6 +149,8 @@ def _project(
     shift_row, scale_row = _table(shift, tokens, indexed), _table(scale, tokens, indexed)
     pers = [row[2] for t, row in ((shift, shift_row), (scale, scale_row)) if t is not None]
     group, uniform = _groups(rows, pers, indexed, BM)
+    if not uniform:
+        stages = 2  # tiles of tables wait in shared memory beside those of x and W
     w_n = weight.stride(0)
     launch(
         _project_kernel,
@@ -165,7 +169,7 @@ def _project(
             _align(x.itemsize, x_b, x_n, w_n, *shift_row[:2], *scale_row[:2]), cos_align, dot_precision(),
             BM, BN, BK, stages,
         ),
-        config.warps, stages,
+        warps, stages,
     )  # fmt: skip
     return y, kept
 
@@ -233,34 +237,31 @@ def _supports_gate(residual, y, weight, bias, *_):
     return _supports(y, weight, bias)
 
 
+def _bound(x):
+    """Rows up to which a call is fused."""
+    C = x.shape[-1]
+    default = 0 if x.dtype == torch.float32 or C > CHANNELS else ROWS
+    return choose("adaln", x, (x.dtype, C), lambda _: Config((default,))).blocks[0]
+
+
 @torch.compiler.assume_constant_result
-def _bound(x_dtype, C, index):
-    """Rows up to which a call is fused; -1 stands for a tensor that is on no GPU."""
-    where = torch.empty(0, device="cpu" if index < 0 else f"cuda:{index}")
-    default = 0 if x_dtype == torch.float32 or C > CHANNELS else ROWS
-    return choose("adaln", where, (x_dtype, C), lambda _: Config((default,))).blocks[0]
+def _bound_of(dtype, C, device):
+    """The same for a tensor that is being traced: a table is read, which a graph cannot hold."""
+    return _bound(torch.empty(0, C, dtype=dtype, device=device))
 
 
-def _pays(x, C):
-    bound = _bound(x.dtype, C, x.get_device())
+def _pays(x, *_):
+    bound = _bound_of(x.dtype, x.shape[-1], x.device) if torch.compiler.is_compiling() else _bound(x)
     rows = x.shape[0] * x.shape[1] if x.dim() == 3 else x.shape[0]
     if rows > bound:
-        return f"the vendor's GEMM between fused kernels above {bound} tokens of {C} channels in {x.dtype}"
+        return f"the vendor's GEMM between fused kernels above {bound} tokens of {x.shape[-1]} channels in {x.dtype}"
     return None
-
-
-def _pays_linear(x, *_):
-    return _pays(x, x.shape[-1])
-
-
-def _pays_gate(residual, *_):
-    return _pays(residual, residual.shape[-1])
 
 
 def register() -> None:
     for forward, backward, supports, pays in (
-        (norm_modulate_linear, _backward.norm_modulate_linear, _supports_linear, _pays_linear),
-        (norm_modulate_qkv, _backward.norm_modulate_qkv, _supports_qkv, _pays_linear),
-        (linear_gate_residual, _backward.linear_gate_residual, _supports_gate, _pays_gate),
+        (norm_modulate_linear, _backward.norm_modulate_linear, _supports_linear, _pays),
+        (norm_modulate_qkv, _backward.norm_modulate_qkv, _supports_qkv, _pays),
+        (linear_gate_residual, _backward.linear_gate_residual, _supports_gate, None),
     ):
         _register(Impl(forward.__name__, "triton", supports, forward, backward, pays=pays))

@@ -47,7 +47,9 @@ def _forward(
     run = rows
     gather = gate_index is not None or index is not None
     if not gather:
-        run = math.gcd(*(of[2] for t, of in ((gate, gates), (shift, shifts), (scale, scales)) if t is not None)) or rows
+        run = (
+            math.gcd(*(of[2] for t, of in ((gate, gates), (shift, shifts), (scale, scales)) if t is not None)) or tokens
+        )
         if run < 4 * at_once:
             run, gather = rows, True
     span, splits, per = walk(rows, run, processors(y) * per_processor, at_once)

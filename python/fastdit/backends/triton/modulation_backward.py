@@ -73,11 +73,12 @@ def _walk(args, indices, order, rest, outputs, wanted) -> None:
     channels, tokens = y.shape[-1], y.shape[-2]
     rows, itemsize = y.numel() // channels, y.element_size()
     ways = [table(gate, tokens, gate_index), table(shift, tokens, index), table(scale, tokens, index)]
-    count = sum(g is not None for g in wanted)
+    sums = sum(g is not None for g in wanted)
+    tables = sum(t is not None for t in (gate, scale, weight, post_weight))
+    held = sums + tables + (3 if residual is None else 5 if post_norm is None else 7)  # rows that a lane keeps
     config = choose(
-        "modulation_backward", y, (y.dtype, channels, count),
-        lambda arch: fitting(channels, itemsize, 24 if count <= 2 else 16, 2),
-    )  # fmt: skip
+        "modulation_backward", y, (y.dtype, channels, held), lambda arch: fitting(channels, itemsize, 240 // held, 2)
+    )
     chunk, at_once, per_processor = config.blocks
     warps = config.warps
 
@@ -89,7 +90,9 @@ def _walk(args, indices, order, rest, outputs, wanted) -> None:
     ]
     run, together = rows, 0
     if order is None:
-        run = math.gcd(*(way[2] for way, of in zip(ways, natural, strict=True) if of)) or rows
+        run = math.gcd(*(way[2] for way, of in zip(ways, natural, strict=True) if of)) or (
+            tokens if tokens > 64 else rows
+        )
         for way, of, grad in zip(ways, natural, wanted, strict=False):
             if of and grad is not None and way[2] != run:
                 together = math.gcd(together, way[2] // run)
@@ -139,7 +142,7 @@ def _walk(args, indices, order, rest, outputs, wanted) -> None:
         (rows, tokens, span, splits, per, run, slots, *steps, *ways[0], *ways[2], eps, post_eps),
         (
             float(weight_offset), channels, chunk, at_once, norm == "rms", gate_act == "tanh", post_norm is not None,
-            natural[0] if order is None else _same(gate_index, order),
+            order is not None or tokens % run != 0, natural[0] if order is None else _same(gate_index, order),
             natural[2] if order is None else _same(index, order),
             *to, align(y, *steps, *ways[0][:2], *ways[2][:2]), config.stages,
         ),

@@ -10,14 +10,17 @@ from ._config import Config
 
 
 def fitting(channels: int, itemsize: int, held: int, programs: int) -> Config:
-    """Blocks (CHUNK, ROWS, programs per multiprocessor): a row in the fewest lanes, of 16-byte loads, that leave a lane
-    no more than `held` of its channels; a row in each such group of lanes.
+    """Blocks (CHUNK, ROWS, programs per multiprocessor): a row in each group of lanes, and groups of the fewest lanes
+    that leave a lane no more than `held` channels. Loads are 16 bytes wide, or 8 where that fits better.
     """
-    lanes, vector = 16, 16 // itemsize
-    while lanes < 1024 and -(-channels // (lanes * vector)) * vector > held:
+    lanes = 16
+    while lanes < 256 and -(-channels // (4 * lanes)) * 4 > held:
         lanes *= 2
+    chunk, each = 4 * lanes, -(-channels // (4 * lanes)) * 4
+    if itemsize == 2 and -(-channels // (2 * chunk)) * 8 <= min(held, each * 9 / 8):
+        chunk *= 2
     warps = max(4, lanes // 32)
-    return Config((lanes * vector, warps * 32 // lanes, programs), warps, 3)
+    return Config((chunk, warps * 32 // lanes, programs), warps, 3)
 
 
 def strides(t: Tensor | None) -> tuple[int, int]:

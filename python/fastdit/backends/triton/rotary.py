@@ -50,15 +50,16 @@ def vector(dtype: torch.dtype) -> int:
     return 16 // dtype.itemsize
 
 
-def tile(dtype: torch.dtype, D: int, Hq: int, Hk: int, hidden: bool, halves: bool) -> Config:
+def tile(dtype: torch.dtype, D: int, Hq: int, Hk: int, hidden: bool, halves: bool, held: int = 96) -> Config:
     """(BT, HB, MOST): 16 bytes per thread and load; the HB that pads H least; at most MOST chunks in a program.
 
-    halves: the channels of a head come in two loads.
+    halves: the channels of a head come in two loads. held: elements that a thread may hold.
     """
     load = power((D + 1) // 2) * (1 if halves else 2)  # channels of a head that one load brings
     lane = vector(dtype)
     heads = max(Hq, Hk, 1)
-    most = 96 // (lane * (2 if halves else 1))
+    per_chunk = lane * (2 if halves else 1)
+    most = held // per_chunk
 
     def chunks(HB: int) -> int:
         return -(-Hq // HB) - (-Hk // HB)
@@ -120,6 +121,18 @@ def constants(facts: Facts, config: Config, together: bool) -> tuple[tuple, int]
         q_chunks, k_chunks = -(-q_chunks // groups), -(-k_chunks // groups)
     QS, KS = Side(facts.Hq, q_chunks, *facts.q_table), Side(facts.Hk, k_chunks, *facts.k_table)
     return (BT, HB, head_of(facts), QS, KS, Law(facts.norm, facts.hidden, facts.native)), groups
+
+
+def configuration(kernel: str, q, facts: Facts, default=tile) -> Config:
+    halves = facts.layout != "interleaved" and bool(facts.sections)
+    key = (facts.dtype, facts.D, facts.Hq, facts.Hk, facts.hidden, halves)
+    return choose(kernel, q, key, lambda arch: default(*key))
+
+
+def one_side(facts: Facts) -> Facts:
+    """The kernel that serves q or k alone has no code of its own for the other, which is empty or absent."""
+    H = max(facts.Hq, facts.Hk)
+    return facts._replace(Hq=H, Hk=H)
 
 
 # ---- tensors -> pointers and strides --------------------------------------------------------------------------
@@ -206,37 +219,31 @@ def _forward(q, k, q_out, k_out, q_weight, k_weight, q_bias, k_bias, *rest):
     q_any, k_any = q.numel() > 0, k.numel() > 0
     k_cos = rest[2]
     together = q_any and k_any and q_tokens == k_tokens and k_cos is None
-    dtype, D, Hq, Hk = facts[:4]
-    if not (q_any and k_any):  # one kernel serves the other alone
-        facts = facts._replace(Hq=max(Hq, Hk), Hk=max(Hq, Hk))
-    halves = facts.layout != "interleaved" and bool(facts.sections)
-    shape = (dtype, D, Hq, Hk, facts.hidden, halves)
-    config = choose("qk_norm_rope", q, shape, lambda arch: tile(*shape))
+    config = configuration("qk_norm_rope", q, facts)
+    if not (q_any and k_any):
+        facts = one_side(facts)
     fixed, groups = constants(facts, config, together)
     BT = fixed[0]
     q_tiles = -(-batch * q_tokens // BT) if q_any else 0
     k_tiles = -(-batch * k_tokens // BT) if k_any and not together else 0
     steps = (*strides(q), *strides(k), *strides(q_out), *strides(k_out))
-    table_steps = (*q_table[2:], *k_table[2:])
     launch(
         kernels.qk_norm_rope,
         (q_tiles + k_tiles, groups, 1),
-        (
-            q, k, q_out, k_out, q_weight, k_weight, q_bias, k_bias, *q_table[:2], *k_table[:2], *compact[0],
-        ),
-        (batch, q_tokens, k_tokens, q_tiles, *steps, *table_steps, *compact[1], *last),
-        (*fixed, together, alignment(dtype, *steps), alignment(torch.float32, *q_table[2:5], *k_table[2:5])),
+        (q, k, q_out, k_out, q_weight, k_weight, q_bias, k_bias, *q_table[:2], *k_table[:2], *compact[0]),
+        (batch, q_tokens, k_tokens, q_tiles, *steps, *q_table[2:], *k_table[2:], *compact[1], *last),
+        (*fixed, together, alignment(q.dtype, *steps), alignment(torch.float32, *q_table[2:5], *k_table[2:5])),
         config.warps,
         config.stages,
-    )  # fmt: skip
+    )
 
 
-def _empty(t):
+def empty(t):
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def qk_norm_rope(q, k, *args):
-    q_out, k_out = _empty(q), _empty(k)
+    q_out, k_out = empty(q), empty(k)
     if q.numel() or k.numel():
         _forward(q, k, q_out, k_out, *args)
     return q_out, k_out
@@ -248,5 +255,7 @@ def qk_norm_rope_(q, k, *args):
 
 
 def register() -> None:
-    _register(Impl("qk_norm_rope", "triton", supports, qk_norm_rope, reference.qk_norm_rope_backward))
+    from .rotary_backward import qk_norm_rope_backward
+
+    _register(Impl("qk_norm_rope", "triton", supports, qk_norm_rope, qk_norm_rope_backward))
     _register(Impl("qk_norm_rope_", "triton", supports, qk_norm_rope_, reference.no_backward))

@@ -1,0 +1,73 @@
+"""unpatchify3d and its gradient on the Triton kernel (kernels/patch_unpatchify.py): one launch each; of a list, one for
+every eight videos. 2*N*K*itemsize bytes, no FLOPs."""
+
+from __future__ import annotations
+
+import torch
+
+from fastdit.kernels.patch_unpatchify import unpatchify
+
+from ._config import Config, choose, tunable
+from ._launch import launch
+from .patch_plan import NO_TABLE, divisor, power, tables
+
+tunable("unpatchify", *(Config((q,), warps, 1) for q in (32, 64, 128, 256) for warps in (4, 8)))
+
+
+def _move(tokens, video, grid, patch, channels, order, back):
+    """One launch of the move; video is (B, C, T, H, W), or flat for a list."""
+    pt, ph, pw = patch
+    offset, K = {}, 1
+    size = {"c": channels, "t": pt, "h": ph, "w": pw}
+    for letter in reversed(order):
+        offset[letter] = K
+        K *= size[letter]
+    itemsize, many = tokens.element_size(), video.dim() == 1
+    lines = channels * pt * ph
+    turn = K & (K - 1) == 0 and K <= 1024 and pw <= 64
+    config = choose("unpatchify", tokens, (tokens.dtype, channels, *patch, order), lambda _: Config((0,), 4, 1))
+    Q = config.blocks[0] or min(128, max(16, 8192 // power(lines)))
+    if turn:
+        Q = max(Q, pw)
+    block = lines if turn else min(power(lines), max(16, 8192 // Q))
+    if many:
+        t = h = w = 0
+        nB, nN = 0, tokens.stride(0)
+        strides = (0, 0, 0, 0, 1)
+        align = divisor(itemsize, *(n * pw for n in grid[2::3]))  # all else is a multiple of a line
+        found = tables(tuple(grid), Q, pw)
+    else:
+        t, h, w = grid
+        nB, nN, _ = tokens.stride()
+        strides = video.stride()
+        align = divisor(itemsize, *strides[:4], w * pw)
+        found = ((tokens.shape[0] * t * h * -(-w * pw // Q), NO_TABLE),)
+    constants = (
+        channels, pt, ph, pw, *(offset[letter] for letter in "cthw"), strides[4] == 1, align,
+        divisor(itemsize, nB, nN), many, back, turn, Q, block,
+    )  # fmt: skip
+    for tiles, table in found:
+        if tiles:
+            launch(
+                unpatchify, (tiles, -(-lines // block), 1), (tokens, video), (t, h, w, nB, nN, *strides, *table),
+                constants, config.warps, config.stages,
+            )  # fmt: skip
+
+
+def unpatchify3d(tokens, grid, patch, channels, order):
+    if tokens.dim() == 2:
+        y = tokens.new_empty((tokens.numel(),))
+    else:
+        y = tokens.new_empty((tokens.shape[0], channels, *(g * p for g, p in zip(grid, patch, strict=True))))
+    if y.numel():
+        _move(tokens, y, grid, patch, channels, order, False)
+    return y
+
+
+def unpatchify3d_backward(grad, tokens, grid, patch, channels, order, needs):
+    if grad is None or not needs[0]:
+        return (torch.zeros_like(tokens) if needs[0] else None,)
+    out = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
+    if out.numel():
+        _move(out, grad.contiguous() if grad.dim() == 1 else grad, grid, patch, channels, order, True)
+    return (out,)
