@@ -80,15 +80,15 @@ def choice(name: str, x: Tensor) -> Config:
     return choose(name, x, key, lambda arch: _VALUES[name.endswith("backward")])
 
 
-def tile(config: Config, shape: tuple, layouts: tuple[int, ...], whole: bool) -> tuple[int, int, int]:
+def tile(config: Config, shape: tuple, itemsize: int, layouts: tuple[int, ...], whole: bool) -> tuple[int, int, int]:
     """(BLOCK_P, BLOCK_C, warps). whole: all channels of a pixel in one tile."""
     C, pixels = shape[1], shape[3] * shape[4]
     if 3 in layouts:  # runs of 64 pixels
         block_c, block_p, warps = power(C) if whole else min(power(C), 64), 64, config.warps
         warps = min(max(warps, block_p * block_c // (32 * config.blocks[0])), 16)
-    else:  # a weight of block_c 2-byte values is read 4 bytes a thread or wider
+    else:  # block_c values of a weight are 4 bytes a thread, or more
         block_c = power(C) if whole else min(power(C), 256)
-        warps = max(1, min(config.warps, block_c // 64))
+        warps = max(1, min(config.warps, block_c * itemsize // 128))
         block_p = max(1, 32 * warps * config.blocks[0] // block_c)
     return min(block_p, power(pixels)), block_c, warps
 
@@ -99,7 +99,7 @@ def _plan(y, x, cache, itemsize: int, norm: int, eps: float, act: bool, config: 
     x_layout, x_align, x_stride = _laid(*x, itemsize)
     c_layout, c_align, c_stride = _laid(*cache, itemsize) if cache else NOTHING
     y_layout, y_align, y_stride = _laid(*y, itemsize)
-    block_p, block_c, warps = tile(config, y[0], (x_layout, y_layout), norm in (1, 2))
+    block_p, block_c, warps = tile(config, y[0], itemsize, (x_layout, y_layout), norm in (1, 2))
     B, C, T, H, W = y[0]
     return (
         (B * T * -(-(H * W) // block_p), -(-C // block_c), 1),
@@ -126,7 +126,8 @@ def normalize_backward(dx, x: Tensor, g: Tensor, weight, bias, norm: int, eps: f
     x_layout, x_align, x_stride = laid(x)
     g_layout, g_align, g_stride = laid(g)
     d_layout, d_align, d_stride = laid(dx)
-    block_p, block_c, warps = tile(choice("conv_normalize_backward", x), x.shape, (x_layout, g_layout), True)
+    config = choice("conv_normalize_backward", x)
+    block_p, block_c, warps = tile(config, x.shape, x.element_size(), (x_layout, g_layout), True)
     B, C, T, H, W = x.shape
     count = B * T * -(-(H * W) // block_p)
     programs = min(count, 4 * processors(x))
@@ -170,7 +171,7 @@ def _group_parts(x: Tensor, kinds: int) -> Tensor:
 
 
 def _group_tile(x: Tensor) -> tuple[int, int, int]:
-    return tile(choice("conv_normalize_backward", x), x.shape, (laid(x)[0],), False)
+    return tile(choice("conv_normalize_backward", x), x.shape, x.element_size(), (laid(x)[0],), False)
 
 
 def _group_launch(kernel, tensors: tuple, x: Tensor, strides: tuple, layouts: tuple) -> None:
