@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-full lint bench gpu wheel sanitize clean
+.PHONY: help setup demo test test-full lint bench aot gpu wheel sanitize clean
 
 # The choice of torch outlives the call that made it: it changes only when TORCH is given and differs.
 ifneq ($(strip $(TORCH)),)
@@ -44,6 +44,16 @@ lint: setup  ## ruff, mypy, clang-format
 bench: setup  ## throughput against the peers on this machine, into build/bench/
 	mkdir -p build/bench
 	$(BIN)/fastdit bench --json build/bench/results.json --html build/bench/results.html $(ARGS)
+
+# With the Triton of torch's current CUDA build and with the oldest one that is supported.
+OLD_TRITON := build/triton-3.6.0
+aot: setup $(OLD_TRITON)/installed  ## build every Triton kernel for sm_80, 90, 100 and 120 and report what each one uses
+	$(BIN)/fastdit aot --json build/aot/triton.json $(ARGS)
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/fastdit aot --json build/aot/triton-3.6.0.json $(ARGS)
+
+$(OLD_TRITON)/installed: $(VENV)/dependencies
+	$(BIN)/pip install -q --no-deps --upgrade --target $(OLD_TRITON) triton==3.6.0
+	@touch $@
 
 gpu: setup  ## on a machine with an NVIDIA GPU: pytest -m gpu, then the benchmarks
 	@$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || { \

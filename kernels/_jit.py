@@ -13,11 +13,24 @@ import triton.language as tl
 _NUMBERS = (tl.int32, tl.int64, tl.float32)
 
 
-def kernel(fn):
-    """triton.jit whose annotated numbers are never specialised: one build serves every token count and stride."""
+KINDS = ("memory", "gemm", "small")
+
+
+def kernel(fn=None, *, kind="memory"):
+    """triton.jit whose annotated numbers are never specialised: one build serves every token count and stride.
+
+    kind says what the ahead-of-time report must find. "memory": every access of 2-byte elements is vectorised.
+    "gemm": 16-bit inputs meet the tensor cores, by wgmma on sm_90. "small": little work, nothing of that is asked.
+    """
+    if fn is None:
+        return lambda fn: kernel(fn, kind=kind)
+    if kind not in KINDS:
+        raise ValueError(f"kernel: unknown kind of {fn.__name__}; got {kind!r}, expected one of {KINDS}")
     parameters = inspect.signature(fn).parameters
     numbers = [name for name, p in parameters.items() if p.annotation in _NUMBERS]
-    return triton.jit(fn, do_not_specialize=numbers)
+    made = triton.jit(fn, do_not_specialize=numbers)
+    made.kind = kind
+    return made
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """Fixtures that every family's tests use."""
 
+import importlib.util
 import os
 
 import pytest
@@ -10,6 +11,11 @@ if not torch.cuda.is_available():  # read when the kernels are imported: without
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastdit import _cpu
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    from fastdit.testing import interpret
+
+    interpret.install()
 
 _ORDER = ("portable", "avx2", "avx512", "avx512_bf16")
 ISAS = _ORDER[: _ORDER.index(_cpu.best_isa()) + 1]

@@ -1,4 +1,4 @@
-"""`fastdit info | verify | bench | demo`, also as `python -m fastdit`."""
+"""`fastdit info | verify | bench | aot | demo`, also as `python -m fastdit`."""
 
 from __future__ import annotations
 
@@ -85,6 +85,38 @@ def bench(
     status = command.show(
         console, suite=suite, op=op, model=model, passes=tuple(passes or ("fwd",)), rounds=rounds, compiled=compiled,
         json_file=json_file, html_file=html_file,
+    )  # fmt: skip
+    raise typer.Exit(status)
+
+
+@app.command()
+def aot(
+    text: Annotated[str | None, typer.Option("--filter", help="Only ops with this in the name, e.g. norm.")] = None,
+    arch: Annotated[list[int] | None, typer.Option(help="80, 90, 100 or 120; may be repeated. Default: all.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="bf16, fp16 or fp32; may be repeated. Default: all.")] = None,
+    passes: Annotated[
+        list[str] | None, typer.Option("--pass", help="fwd or bwd; may be repeated. Default: both.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Only the first workload of each op.")] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Compilers at a time. Default: one per core.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+) -> None:
+    """Build every Triton kernel that the ops launch at the models' shapes, for GPUs that need not be here.
+
+    Shows registers, spills, shared memory, how many warps a multiprocessor holds, tensor-core and TMA instructions,
+    and how wide global loads and stores are: bytes per thread x how many such instructions.
+
+    A row is red, and the exit status 1, for spills or a stack, for a GEMM-shaped kernel without tensor cores (wgmma on
+    sm_90), for scalar 2-byte accesses in a memory-bound kernel, for more shared memory than a block can have, and for a
+    build that fails. A second run finds the builds in Triton's cache (TRITON_CACHE_DIR) and takes seconds.
+
+    Examples: `fastdit aot --filter norm_modulate --arch 90 --dtype bf16`, `fastdit aot --json build/aot.json`
+    """
+    from . import aot as command
+
+    status = command.show(
+        console, text=text, arches=tuple(arch or ()), dtypes=tuple(dtype or ()), passes=tuple(passes or ()),
+        quick=quick, jobs=jobs, json_file=json_file,
     )  # fmt: skip
     raise typer.Exit(status)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
 
 import torch
 from rich.console import Console
@@ -11,6 +11,8 @@ from rich.table import Table
 import fastdit
 from fastdit.backends import registry
 from fastdit.testing.machine import describe
+
+ON_GPU = ("cuda", "triton", "flash_attn")
 
 
 def show(console: Console) -> None:
@@ -42,11 +44,16 @@ def reason(backend: str) -> str | None:
         return unavailable[backend]
     if not any(backend in registry.implementations(op) for op in registry.ops()):
         return "this version has no kernels for it"
-    if backend in ("cuda", "triton", "flash_attn") and not torch.cuda.is_available():
-        return _no_gpu()
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install fastdit[triton]"
+    if backend in ON_GPU and not torch.cuda.is_available():
+        if backend != "triton":
+            return _no_gpu()
+        return None if interpreted() else f"{_no_gpu()}; TRITON_INTERPRET=1 runs its kernels on the CPU, slowly"
     return None
+
+
+def interpreted() -> bool:
+    """True where Triton kernels run in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _no_gpu() -> str:

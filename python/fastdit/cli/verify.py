@@ -14,7 +14,7 @@ from fastdit.backends import registry
 from fastdit.testing import close, contract, workloads
 from fastdit.testing.workloads import Sample
 
-from .info import reason
+from .info import ON_GPU, interpreted, reason
 
 
 @dataclass
@@ -33,6 +33,10 @@ class Line:
 
 def show(console: Console, *, op: str | None, backend: str | None, backward: bool) -> int:
     """Prints the table; 0 when everything passes, 1 on a failure, 2 when there was nothing to do."""
+    if interpreted():
+        from fastdit.testing import interpret
+
+        interpret.install()
     names = list(dict.fromkeys(s.op for s in workloads.samples(op)))
     backends = [backend] if backend else [b for b in registry.BACKENDS if reason(b) is None]
     if not names or (backend and backend not in registry.BACKENDS):
@@ -62,7 +66,7 @@ def show(console: Console, *, op: str | None, backend: str | None, backward: boo
 def verify(op: str, backend: str, dtype: torch.dtype, backward: bool) -> Line:
     """Every sample of one op. A refusal (NoBackend) is counted, it is not a failure; anything else that raises is."""
     line = Line(op, backend, dtype)
-    device = "cuda" if backend in ("cuda", "triton", "flash_attn") else "cpu"
+    device = "cuda" if backend in ON_GPU and torch.cuda.is_available() else "cpu"
     for sample in workloads.samples(op):
         found = _run(line, sample, contract.forward, device)
         if found is None:

@@ -31,9 +31,9 @@ def poisoned() -> Iterator[None]:
         shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
         dtype = dtype or torch.get_default_dtype()
         plain = real_empty(shape, dtype=dtype, device=device, memory_format=memory_format, **kwargs)
-        if plain.device.type != "cpu" or plain.numel() == 0 or dtype is torch.bool or dtype.is_complex:
+        if plain.device.type not in ("cpu", "cuda") or plain.numel() == 0 or dtype is torch.bool or dtype.is_complex:
             return plain
-        wide = real_empty(plain.numel() + 2 * GUARD, dtype=dtype)
+        wide = real_empty(plain.numel() + 2 * GUARD, dtype=dtype, device=plain.device)
         wide.fill_(float("nan") if dtype.is_floating_point else _PATTERN.get(dtype, 0x5A))
         guards.append((wide, plain.numel()))
         return wide.as_strided(shape, plain.stride(), GUARD)
@@ -59,7 +59,10 @@ def poisoned() -> Iterator[None]:
         edge = torch.cat([bits[:GUARD], bits[GUARD + count :]])
         clean = _bits(
             torch.full(
-                (1,), float("nan") if wide.dtype.is_floating_point else _PATTERN.get(wide.dtype, 0x5A), dtype=wide.dtype
+                (1,),
+                float("nan") if wide.dtype.is_floating_point else _PATTERN.get(wide.dtype, 0x5A),
+                dtype=wide.dtype,
+                device=wide.device,
             )
         )
         if not bool((edge == clean).all()):
