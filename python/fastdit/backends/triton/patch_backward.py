@@ -29,14 +29,14 @@ tunable(
 
 
 def _dx_default(K: int, wide: bool):
+    # values of a token that are no multiple of 16 bytes move one by one, each with an address of its own
     if wide:
-        return lambda arch: Config((64, 32), 4, 2)
-    # rows of K values that are no multiple of 16 bytes come one by one, each with an address of its own
+        return lambda arch: Config((64, 32), 4 if K % 4 == 0 else 8, 2)
     return lambda arch: Config((64, 64 if K % 8 == 0 else 32), 4 if K <= 64 else 8, 3)
 
 
 def _dw_default(wide: bool):
-    return lambda arch: Config((32, 64), 4, 2) if wide else Config((64, 128), 4 if arch < 90 else 8, 3)
+    return lambda arch: Config((32, 64), 4, 2) if wide else Config((64, 128 if arch != 100 else 64), 8, 3)
 
 
 def _zeros(inputs, needs):
