@@ -49,7 +49,7 @@ def positions(token, b, GRIDS, ENDS, segments, steps, AXES: tl.constexpr):
             low = tl.where(before, tl.minimum(middle + 1, high), low)
             high = tl.where(before, high, middle)
         segment = low
-        token = token - tl.load(ENDS + low - 1, mask=low > 0, other=0)
+        token = token - tl.where(low > 0, tl.load(ENDS + tl.maximum(low - 1, 0)), 0)
     first, second, third = token, token, token
     if AXES > 1:
         last = tl.maximum(tl.load(GRIDS + segment * AXES + (AXES - 1)).to(tl.int32), 1)

@@ -384,6 +384,18 @@ def test_statistics_far_from_zero(dtype, small):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("layout", ["interleaved", "half"])
+def test_rope_tables_of_any_strides(layout, small):
+    """Doubled tables of the models read every other column; sin may be laid out unlike cos."""
+    doubled = torch.randn(2, N, C // H)
+    cos, sin = doubled[0, :, 0::2], doubled[1, :, 0::2]
+    op, args, kwargs = _call(fused=True, layout=layout)
+    expected = op(*args, **kwargs, cos=cos.contiguous(), sin=sin.contiguous())
+    close.assert_bitwise(op(*args, **kwargs, cos=cos, sin=sin), expected)
+    close.assert_bitwise(op(*args, **kwargs, cos=cos, sin=sin.t().contiguous().t()), expected)
+
+
+@torch.no_grad()
 def test_nan_stays_in_its_row(small):
     op, (x,), kwargs = _call("adaln_mlp", fused=True)
     clean = op(x, **kwargs)

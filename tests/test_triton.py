@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_contract import HOT_SAMPLES, LISTS
 
 from fastdit.backends import registry
 from fastdit.testing import contract
@@ -10,6 +11,7 @@ from fastdit.testing.workloads import samples
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REFUSED = ("causal_conv3d-winograd-odd",)  # what `supports` refuses: tests/test_conv_triton.py holds it to the reason
 SAMPLES = [s for s in samples() if "triton" in registry.implementations(s.op) and str(s) not in REFUSED]
+HOT = [s for s in HOT_SAMPLES if s in SAMPLES]
 pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
 
 
@@ -23,3 +25,18 @@ def test_forward(sample, dtype):
 @pytest.mark.parametrize("sample", [s for s in SAMPLES if not s.moves], ids=str)
 def test_backward(sample, dtype):
     contract.backward(sample, dtype, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("sample", HOT, ids=str)
+def test_opcheck(sample):
+    assert contract.opcheck(sample, "triton", DEVICE) == 2
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_fast_path_equals_torch_ops(sample):
+    contract.paths_equal(sample, torch.bfloat16, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("sample", HOT, ids=str)
+def test_compile(sample):
+    contract.compile_dynamic(sample, "triton", **({"lengths": (6,)} if sample in LISTS else {}), device=DEVICE)

@@ -111,7 +111,7 @@ void pack_tile(const AttentionGradParams& p, const Sequence& s, int64_t head, co
     if (i >= tile.count || lse[tile.query[i]] == -infinity) continue;
     to.shift[i] = lse[tile.query[i]] * static_cast<S>(M::unit);
     to.delta[i] = dot(d_o_row(i), o + tile.query[i] * p.o_stride[1], p.head_dim);
-    if (p.d_lse) to.delta[i] -= *row<S>(p.d_lse, p.d_lse_stride, s.batch, s.first_q + tile.query[i], head);
+    if (p.d_lse) to.delta[i] -= *row<S>(p.d_lse, p.d_lse_stride, s.batch, head, s.first_q + tile.query[i]);
   }
 }
 

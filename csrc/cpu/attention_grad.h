@@ -88,7 +88,7 @@ __attribute__((noinline)) void grad_groups(const typename M::Word* v, const int6
     if constexpr (M::pair == 2) {
 #pragma GCC unroll 12
       for (int r = 0; r < 8 * G; r += 2)
-        store_raw(ds_columns + r / 2 * kLanes<M> + n * M::lanes, M::join(acc[r][n], acc[r + 1][n]));
+        store_raw(ds_columns + r / 2 * kLanes<M> + n * M::lanes, zip_bf16(acc[r][n], acc[r + 1][n]));
     }
   }
 }

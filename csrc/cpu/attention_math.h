@@ -71,23 +71,7 @@ struct Fp32Math {
   }
   // A weight is exp(s * c - shift) with c = scale * unit: base e keeps s - max exact where it is small.
   static constexpr double unit = 1.0;
-  static FASTDIT_INLINE V power(V t) {
-#if defined(__AVX512F__)
-    const vf x = higher(splat(-110.0f), t);  // exp(-110) = 0; NaN stays
-    const vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), 0x08);
-    const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    vf p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-    return exp(t);
-#endif
-  }
+  static FASTDIT_INLINE V power(V t) { return exp(t); }
   static FASTDIT_INLINE V log(V x) { return natural_log(x); }
   static FASTDIT_INLINE Word negate(Word x) { return -x; }
 };
@@ -124,12 +108,6 @@ struct Bf16Math {
   static constexpr int pair = 2;
   static FASTDIT_INLINE V multiply_add(V acc, Word a, V b) {
     return (V)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
-  }
-  // Two rows of fp32 -> one row of pairs.
-  static FASTDIT_INLINE __m512i join(V low, V high) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
-                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
   }
   // A weight is 2^(s * c - shift): floor, a polynomial on the fraction, exponent add. Degree 5: 7.5e-8. Degree 3 would
   // do for weights that are rounded to bf16, but their sum also gives lse, in fp32.

@@ -226,7 +226,7 @@ inline void weigh_block(typename M::S* s, int64_t rows, typename M::S c, const t
         if constexpr (M::pair == 2) {
           const V next = M::power(load_raw<V>(s + pitch + n * M::lanes) * c - shift[n]);
           part[n] += next;
-          store_raw(out + n * M::lanes, M::join(p, next));
+          store_raw(out + n * M::lanes, zip_bf16(p, next));
         } else {
           store_raw(out + n * M::lanes, p);
         }

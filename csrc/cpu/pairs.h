@@ -56,9 +56,7 @@ FASTDIT_INLINE vu bf16_bits(vf v) {  // in the upper halves, rounded to nearest 
 template <>
 FASTDIT_INLINE void store_pairs<bf16, vf>(bf16* p, Pair<vf> v, bool stream) {
 #if defined(__AVX512BF16__)
-  const __m512i merge = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  put_raw(p, _mm512_permutexvar_epi16(merge, (__m512i)_mm512_cvtne2ps_pbh((__m512)v.b, (__m512)v.a)), stream);
+  put_raw(p, zip_bf16(v.a, v.b), stream);
 #else
   put_raw(p, (bf16_bits(v.a) >> 16) | (bf16_bits(v.b) & 0xffff0000u), stream);
 #endif

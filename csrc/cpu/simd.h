@@ -261,6 +261,14 @@ FASTDIT_INLINE double sum(vd v) {
   for (int i = 0; i < WD; ++i) s += v[i];
   return s;
 }
+#if defined(__AVX512BF16__)
+// Two rows of fp32 -> one row of bf16 pairs (low[i], high[i]).
+FASTDIT_INLINE __m512i zip_bf16(vf low, vf high) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                         23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+}
+#endif
 FASTDIT_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 FASTDIT_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 

@@ -32,7 +32,7 @@ struct AttentionGradParams : AttentionParams {
   const void* d_lse;                                                // (B, H, N) or (H, N), dtype of lse, or null
   void *dq, *dk, *dv;                                               // as q, k, v; null where not asked for
   int64_t d_o_stride[3], dq_stride[3], dk_stride[3], dv_stride[3];  // batch, token, head
-  int64_t d_lse_stride[3];                                          // batch, token, head
+  int64_t d_lse_stride[3];                                          // batch, head, token
 };
 
 struct MergeAttentionParams {

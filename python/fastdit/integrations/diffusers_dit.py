@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdit import ops
+from fastdit.integrations.diffusers_processor import Processor, shared
 from fastdit.integrations.registry import RECORD, Kind, register
 from fastdit.integrations.structure import has, itemsize
 
@@ -106,19 +106,13 @@ register(
 # Attention --------------------------------------------------------------------------------------------------------
 
 
-class FastditAttnProcessor:
-    """AttnProcessor2_0 with `fastdit.ops.attention`; what that does not cover goes to the original.
-
-    One instance serves all layers: processors are guarded by identity under torch.compile.
-    """
-
-    _attention_backend = None
-    _parallel_config = None
+class FastditAttnProcessor(Processor):
+    """AttnProcessor2_0 with `fastdit.ops.attention`; what that does not cover goes to the original."""
 
     def __init__(self):
         from diffusers.models.attention_processor import AttnProcessor2_0
 
-        self.original = AttnProcessor2_0()
+        super().__init__(AttnProcessor2_0())
 
     def __call__(
         self,
@@ -149,17 +143,6 @@ class FastditAttnProcessor:
             hidden_states = hidden_states / attn.rescale_output_factor
         return hidden_states
 
-    def __deepcopy__(self, memo):
-        return self
-
-    def __reduce__(self):
-        return shared_processor, ()
-
-
-@cache
-def shared_processor() -> FastditAttnProcessor:
-    return FastditAttnProcessor()
-
 
 def refuse_attention(attn: Any) -> str | None:
     name = type(attn.processor).__name__
@@ -176,7 +159,7 @@ register(
         ops=("attention",),
         match=lambda m: has(m, "to_q", "to_k", "to_v", "to_out", "heads", "processor", "norm_cross", "spatial_norm"),
         refuse=refuse_attention,
-        patches=lambda attn: [(attn, "processor", shared_processor())],
+        patches=lambda attn: [(attn, "processor", shared(FastditAttnProcessor))],
         # the division by rescale_output_factor = 1; the op's own gain is arithmetic, not traffic
         saving=lambda attn: 2 * attn.out_dim * itemsize(attn) if attn.rescale_output_factor == 1.0 else 0,
     )

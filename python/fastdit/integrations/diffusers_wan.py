@@ -6,13 +6,13 @@ Modulation is the fp32 law: table + temb stay in fp32 beside bf16 tokens, whatev
 from __future__ import annotations
 
 import inspect
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdit import ops
+from fastdit.integrations.diffusers_processor import Processor, shared
 from fastdit.integrations.registry import RECORD, Kind, register
 from fastdit.integrations.structure import has, itemsize
 
@@ -99,19 +99,13 @@ register(
 # Attention --------------------------------------------------------------------------------------------------------
 
 
-class FastditWanAttnProcessor:
-    """WanAttnProcessor with `qk_norm_rope` and `attention`; masks and foreign backends go to the original.
-
-    One instance serves all layers: processors are guarded by identity under torch.compile.
-    """
-
-    _attention_backend = None
-    _parallel_config = None
+class FastditWanAttnProcessor(Processor):
+    """WanAttnProcessor with `qk_norm_rope` and `attention`; masks and foreign backends go to the original."""
 
     def __init__(self):
         from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-        self.original = WanAttnProcessor()
+        super().__init__(WanAttnProcessor())
 
     def __call__(
         self,
@@ -136,12 +130,6 @@ class FastditWanAttnProcessor:
             _, k = normed(k[:, :0], k, None, attn.norm_added_k)
             o = o + ops.attention(q, k, v).flatten(2)
         return attn.to_out[1](attn.to_out[0](o))
-
-    def __deepcopy__(self, memo):
-        return self
-
-    def __reduce__(self):
-        return shared_processor, ()
 
 
 def projections(attn: Any, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
@@ -180,11 +168,6 @@ def normed(
     )
 
 
-@cache
-def shared_processor() -> FastditWanAttnProcessor:
-    return FastditWanAttnProcessor()
-
-
 def refuse_attention(attn: Any) -> str | None:
     processor = attn.processor
     if type(processor).__name__ != "WanAttnProcessor":
@@ -203,7 +186,7 @@ register(
         ops=("qk_norm_rope", "attention"),
         match=lambda m: has(m, "to_q", "to_k", "to_v", "to_out", "heads", "processor", "add_k_proj", "kv_inner_dim"),
         refuse=refuse_attention,
-        patches=lambda attn: [(attn, "processor", shared_processor())],
+        patches=lambda attn: [(attn, "processor", shared(FastditWanAttnProcessor))],
         absorbs=lambda attn: [attn.norm_q, attn.norm_k] + ([attn.norm_added_k] if attn.add_k_proj is not None else []),
         # q and k: norm 2, then four strided products, two sums, two scattered writes (14 halves) against 2
         saving=lambda attn: 2 * 7 * attn.inner_dim * itemsize(attn),

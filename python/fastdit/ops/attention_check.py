@@ -72,10 +72,8 @@ def validate_varlen(q, k, v, cu_q, cu_k, frame_tokens_of, grids, max_q, max_k, f
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if isinstance(q, Tensor) and q.is_cpu:  # device.type costs as much as the rest
-        device = "cpu"
-    else:
-        device = q.device.type if isinstance(q, Tensor) else "cpu"
+    # device.type costs as much as the rest
+    device = "cpu" if not isinstance(q, Tensor) or q.is_cpu else q.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return q, k, v
     dtype = torch.get_autocast_dtype(device)

@@ -199,7 +199,9 @@ def causal_conv3d(
         packed copy of the weight while it lives (4/3 of its size with winograd), and rows in flight: 1.5 MiB a
         thread, more only where a few rows of a frame are larger. Backward: as much again for the gradient of the
         input (missing frames skipped, 2/3 with winograd), and for the weight's, which takes 6 MiB and the weight's size
-        in fp32; no activation is kept: norm and SiLU are computed again from x.
+        in fp32; no activation is kept: norm and SiLU are computed again from x. The Triton backend keeps nothing
+        between calls: it packs the weight in each (not one in channels_last_3d and x's dtype), and writes
+        act(norm(cat(cache, x))) once, 2 * itemsize bytes a value, where there is a norm or act, or x is NCDHW.
     Source: diffusers WanCausalConv3d, CogVideoXCausalConv3d, HunyuanVideoCausalConv3d, LTXVideoCausalConv3d, Mochi.
     """
     op = "causal_conv3d"

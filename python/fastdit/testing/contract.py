@@ -108,9 +108,9 @@ class _Record(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def torch_calls(sample: Sample, backend: str, dtype: torch.dtype = torch.float32) -> list[tuple[Any, tuple]]:
+def torch_calls(sample: Sample, backend: str, device: str = "cpu") -> list[tuple[Any, tuple]]:
     """The torch.ops.fastdit calls behind a public call, forward and backward, with their arguments."""
-    args, kwargs = sample.make(Maker(dtype))
+    args, kwargs = sample.make(Maker(torch.float32, device))
     args, kwargs, leaves = _leaves(sample, args, kwargs)
     with _Record() as record:
         out = [o for o in close.flat(public(sample.op)(*args, **kwargs, backend=backend)) if o.requires_grad]
@@ -119,9 +119,9 @@ def torch_calls(sample: Sample, backend: str, dtype: torch.dtype = torch.float32
     return record.calls
 
 
-def opcheck(sample: Sample, backend: str) -> int:
+def opcheck(sample: Sample, backend: str, device: str = "cpu") -> int:
     """All torch.library.opcheck utilities on every op behind the call; returns how many ops were checked."""
-    calls = torch_calls(sample, backend)
+    calls = torch_calls(sample, backend, device)
     if not calls:
         raise AssertionError(f"{sample}: no torch.ops.fastdit call was reached")
     for func, args in calls:
@@ -137,9 +137,9 @@ def opcheck(sample: Sample, backend: str) -> int:
     return len(calls)
 
 
-def paths_equal(sample: Sample, dtype: torch.dtype, backend: str) -> None:
+def paths_equal(sample: Sample, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
     """The eager fast path and torch.ops give the same bits, forward and backward."""
-    args, kwargs = sample.make(Maker(dtype))
+    args, kwargs = sample.make(Maker(dtype, device))
     op = public(sample.op)
 
     def run():
@@ -173,7 +173,9 @@ def gradcheck(sample: Sample, backend: str) -> None:
     assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
 
 
-def compile_dynamic(sample: Sample, backend: str, lengths: tuple[int, ...] = (6, 8, 12, 20)) -> None:
+def compile_dynamic(
+    sample: Sample, backend: str, lengths: tuple[int, ...] = (6, 8, 12, 20), device: str = "cpu"
+) -> None:
     """fullgraph=True over several token counts: no graph break, one static and one dynamic graph, the eager result."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -186,7 +188,7 @@ def compile_dynamic(sample: Sample, backend: str, lengths: tuple[int, ...] = (6,
 
     compiled = torch.compile(call, fullgraph=True, backend=counter)
     for n in lengths:
-        args, kwargs = sample.make(Maker(torch.float32, n=n))
+        args, kwargs = sample.make(Maker(torch.float32, device, n=n))
         eager = close.flat(call(args, kwargs))
         graph = close.flat(compiled(args, kwargs))
         for a, b in zip(graph, eager, strict=True):

@@ -116,45 +116,32 @@ def _dit_inputs(batch: int, size: int, dtype: torch.dtype, device: str) -> tuple
     return x, torch.linspace(120, 880, batch).long().to(device), torch.arange(batch, device=device) * 7 % 1000
 
 
-def _dit(name: str, layers: int, heads: int, head_dim: int, size: int, batch: int) -> Whole:
+def _dit_forward(model: Any, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x, t, y, return_dict=False)[0]
+
+
+def _dit_training(model: Any, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """Forward and backward of a batch; judged by the gradient of the input, which has passed through every layer."""
+    for p in (x.requires_grad_(), *model.parameters()):
+        p.grad = None
+    model(x, t, y, return_dict=False)[0].float().square().mean().backward()
+    assert x.grad is not None
+    return x.grad
+
+
+def _dit(
+    name: str, layers: int, heads: int, head_dim: int, size: int, batch: int,
+    call: Callable[..., Tensor] = _dit_forward, pass_: str = "fwd",
+) -> Whole:  # fmt: skip
     def run(dtype: torch.dtype, device: str) -> Run:
         inputs = _dit_inputs(batch, size, dtype, device)
+        return lambda model: call(model, *inputs)
 
-        def call(model: Any) -> Tensor:
-            with torch.no_grad():
-                return model(*inputs, return_dict=False)[0]
-
-        return call
-
-    tokens = size * size // 4
     return Whole(
-        name, f"{batch}x{tokens}x{heads * head_dim}, {layers} blocks",
+        name, f"{batch}x{size * size // 4}x{heads * head_dim}, {layers} blocks",
         lambda: models.diffusers_dit(layers=layers, heads=heads, head_dim=head_dim, size=size), run,
-        compile=_compile_blocks,
-    )  # fmt: skip
-
-
-def _dit_training(name: str, layers: int, heads: int, head_dim: int, size: int, batch: int) -> Whole:
-    """Forward and backward of a batch; judged by the gradient of the input, which has passed through every layer."""
-
-    def run(dtype: torch.dtype, device: str) -> Run:
-        x, t, y = _dit_inputs(batch, size, dtype, device)
-        x.requires_grad_()
-
-        def call(model: Any) -> Tensor:
-            for p in (x, *model.parameters()):
-                p.grad = None
-            model(x, t, y, return_dict=False)[0].float().square().mean().backward()
-            assert x.grad is not None
-            return x.grad
-
-        return call
-
-    tokens = size * size // 4
-    return Whole(
-        name, f"{batch}x{tokens}x{heads * head_dim}, {layers} blocks",
-        lambda: models.diffusers_dit(layers=layers, heads=heads, head_dim=head_dim, size=size), run,
-        compile=_compile_blocks, pass_="fwd+bwd",
+        compile=_compile_blocks, pass_=pass_,
     )  # fmt: skip
 
 
@@ -207,6 +194,6 @@ ROWS = (
     _dit("DiT-XL/2-256", 28, 16, 72, 32, batch=2),
     _dit("DiT-XL/2-512", 28, 16, 72, 64, batch=2),
     _wan_block("Wan2.1-1.3B block", 12, 8960, (4, 32, 32)),
-    _dit_training("DiT-B/2-256 training step", 12, 12, 64, 32, batch=8),
+    _dit("DiT-B/2-256 training step", 12, 12, 64, 32, batch=8, call=_dit_training, pass_="fwd+bwd"),
     _wan_decode(3, 16),
 )

@@ -6,7 +6,7 @@ import torch
 
 from ... import _cpu
 from ..registry import Impl, register as _register
-from ._abi import DTYPE, on_cpu, pointer
+from ._abi import DTYPE, empty, on_cpu, pointer, rows_contiguous
 
 _ACT = {"gelu": 0, "gelu_tanh": 1, "silu": 2, "relu": 3}
 
@@ -28,12 +28,8 @@ def _shared(x, x_stride, up, up_stride, act):
     )  # fmt: skip
 
 
-def _empty(t):
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
 def activation(x, up, act):
-    y = _empty(x)
+    y = empty(x)
     if y.numel():
         x, x_stride = _rows(x)
         up, up_stride = _rows(up)
@@ -42,15 +38,13 @@ def activation(x, up, act):
 
 
 def activation_backward(grad, x, up, act, needs):
-    d_x, d_up = (_empty(x) if need and t is not None else None for t, need in zip((x, up), needs, strict=True))
+    d_x, d_up = (empty(x) if need and t is not None else None for t, need in zip((x, up), needs, strict=True))
     if grad is None:
         return tuple(None if d is None else d.zero_() for d in (d_x, d_up))
     if x.numel():
-        if grad.stride(-1) != 1:  # autograd may hand over an expanded one
-            grad = grad.contiguous()
         x, x_stride = _rows(x)
         up, up_stride = _rows(up)
-        grad, grad_stride = _rows(grad)
+        grad, grad_stride = _rows(rows_contiguous(grad))
         _cpu.activation_backward(
             *_shared(x, x_stride, up, up_stride, act), grad.data_ptr(), grad_stride, pointer(d_x), pointer(d_up),
             torch.get_num_threads(),

@@ -6,12 +6,7 @@ import torch
 
 from ... import _cpu
 from ..registry import Impl, register as _register
-from ._abi import DTYPE, on_cpu, pointer
-
-
-def _empty(t):
-    # half the cost of torch.empty(t.shape, dtype=t.dtype)
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
+from ._abi import DTYPE, empty, on_cpu, pointer, rows_contiguous
 
 
 def _strides(t):
@@ -50,7 +45,7 @@ def _packed(q, k, v, o, lse, cu_q, cu_k, frame_tokens_of, grids, frame_tokens, w
 
 def attention(q, k, v, kv_len, frame_tokens_of, frame_tokens, scale, return_lse, deterministic):
     batch, tokens, heads, _ = q.shape
-    o, lse = _empty(q), torch.empty((batch, heads, tokens), dtype=_lse_dtype(q))
+    o, lse = empty(q), torch.empty((batch, heads, tokens), dtype=_lse_dtype(q))
     if batch and tokens and heads:
         kv_len, frame_tokens_of = _dense_index(kv_len), _dense_index(frame_tokens_of)
         _cpu.attention_forward(_dense(q, k, v, o, lse, kv_len, frame_tokens_of, frame_tokens, scale))
@@ -62,7 +57,7 @@ def attention_varlen(
     window, window_stride, scale, return_lse, deterministic,
 ):  # fmt: skip
     tokens, heads, _ = q.shape
-    o, lse = _empty(q), torch.empty((heads, tokens), dtype=_lse_dtype(q))
+    o, lse = empty(q), torch.empty((heads, tokens), dtype=_lse_dtype(q))
     if tokens and heads:
         cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
         frame_tokens_of, grids = _dense_index(frame_tokens_of), _dense_index(grids)
@@ -74,27 +69,13 @@ def attention_varlen(
 
 def _gradients(do, dlse, q, k, v, o, lse, needs, tell):
     """tell(o, lse) gives the shared parameters; a gradient that nobody asked for is not computed."""
-    grads = [_empty(t) if need else None for t, need in zip((q, k, v), needs, strict=True)]
+    grads = [empty(t) if need else None for t, need in zip((q, k, v), needs, strict=True)]
     if q.numel() == 0 or k.numel() == 0 or (do is None and dlse is None):
         return tuple(None if g is None else g.zero_() for g in grads)
-    if do is None:
-        do = torch.zeros_like(o)
-    elif do.stride(-1) != 1:  # autograd may hand over an expanded one
-        do = do.contiguous()
+    do = torch.zeros_like(o) if do is None else rows_contiguous(do)
     o, lse = o.contiguous(), lse.contiguous()
-    _cpu.attention_backward(
-        tell(o, lse), (do.data_ptr(), _strides(do)), _rows(dlse),
-        *(None if g is None else (g.data_ptr(), _strides(g)) for g in grads),
-    )  # fmt: skip
+    _cpu.attention_backward(tell(o, lse), _of_o(do), _of_lse(dlse), *(_of_o(g) for g in grads))
     return tuple(grads)
-
-
-def _rows(lse):
-    """Address and (batch, token, head) strides of (B, H, N) or (H, N)."""
-    if lse is None:
-        return None
-    *batch, heads, tokens = lse.stride()
-    return lse.data_ptr(), (*(batch or (0,)), tokens, heads)
 
 
 def attention_backward(
@@ -144,20 +125,17 @@ def _of_lse(t):
 
 
 def merge_attention(o1, lse1, o2, lse2):
-    o, lse = _empty(o1), _empty(lse1)
+    o, lse = empty(o1), empty(lse1)
     if lse.numel():
         _cpu.merge_attention_forward(_two(o1, lse1, o2, lse2), _of_o(o), _of_lse(lse))
     return o, lse
 
 
 def merge_attention_backward(do, dlse, o1, lse1, o2, lse2, needs):
-    grads = [_empty(t) if need else None for t, need in zip((o1, lse1, o2, lse2), needs, strict=True)]
+    grads = [empty(t) if need else None for t, need in zip((o1, lse1, o2, lse2), needs, strict=True)]
     if lse1.numel() == 0 or (do is None and dlse is None):
         return tuple(None if g is None else g.zero_() for g in grads)
-    if do is None:
-        do = torch.zeros_like(o1)
-    elif do.stride(-1) != 1:
-        do = do.contiguous()
+    do = torch.zeros_like(o1) if do is None else rows_contiguous(do)
     d_o1, d_lse1, d_o2, d_lse2 = grads
     _cpu.merge_attention_backward(
         _two(o1, lse1, o2, lse2), _of_o(do), _of_lse(dlse), _of_o(d_o1), _of_lse(d_lse1), _of_o(d_o2), _of_lse(d_lse2)

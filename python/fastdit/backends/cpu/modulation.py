@@ -6,7 +6,7 @@ import torch
 
 from ... import _cpu
 from ..registry import Impl, register as _register
-from ._abi import DTYPE, on_cpu, pointer
+from ._abi import DTYPE, empty, on_cpu, pointer, rows_contiguous
 
 _NORM = {None: 0, "layer": 1, "rms": 2}
 
@@ -32,11 +32,6 @@ def _layout(t):
         return t.shape, t.stride()[:2]
     tokens, channels = t.shape
     return (1, tokens, channels), (0, t.stride(0))
-
-
-def _empty(t):
-    # half the cost of torch.empty(t.shape, dtype=t.dtype)
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def _indices(first, second):
@@ -70,7 +65,7 @@ def _shared(
 
 
 def norm_modulate(x, shift, scale, weight, bias, row_index, norm, eps, weight_offset, precision):
-    h = _empty(x)
+    h = empty(x)
     (batch, tokens, channels), strides = _layout(x)
     if batch and tokens:
         indexed, dtype = row_index is not None, DTYPE[x.dtype]
@@ -96,8 +91,8 @@ def gate_residual(residual, y, gate, post_norm_weight, row_index, gate_act, post
 def gate_residual_norm_modulate(
     residual, y, gate, shift, scale, weight, bias, post_norm_weight, gate_row_index, row_index, norm, *rest
 ):
-    r = _empty(residual)
-    h = _empty(y) if norm is not None else None
+    r = empty(residual)
+    h = empty(y) if norm is not None else None
     if r.numel():
         gate_index, index, wide = _indices(gate_row_index, row_index)
         shared = _shared(
@@ -112,24 +107,23 @@ def _table_grad(t, wanted):
     """An empty gradient of a table or vector, and what the kernel needs to know of it."""
     if t is None or not wanted:
         return None, None
-    grad = _empty(t)
+    grad = empty(t)
     rows_b = t.shape[1] if t.dim() == 3 else 1
     return grad, (grad.data_ptr(), DTYPE[t.dtype], grad.numel() // t.shape[-1], rows_b)
 
 
 def _incoming(grad):
-    """(address, stride_b, stride_n) of an output's gradient; autograd may hand over an expanded one."""
+    """(address, stride_b, stride_n) of an output's gradient."""
     if grad is None:
         return None, (0, 0, 0)
-    if grad.stride(-1) != 1:
-        grad = grad.contiguous()
+    grad = rows_contiguous(grad)
     return grad, (grad.data_ptr(), *_layout(grad)[1])
 
 
 def _gradients(grad_r, grad_h, residual, y, tables, indices, rest, needs):
     """tables: gate, shift, scale, weight, bias, post_norm_weight; needs: for residual, y and each of them."""
-    d_residual = _empty(residual) if residual is not None and needs[0] else None
-    d_y = _empty(y) if needs[1] else None
+    d_residual = empty(residual) if residual is not None and needs[0] else None
+    d_y = empty(y) if needs[1] else None
     made = [_table_grad(t, need) for t, need in zip(tables, needs[2:], strict=True)]
     if y.numel() == 0 or (grad_r is None and grad_h is None):
         return [None if g is None else g.zero_() for g in (d_residual, d_y, *(g for g, _ in made))]

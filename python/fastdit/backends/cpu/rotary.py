@@ -7,7 +7,7 @@ import torch
 from ... import _cpu
 from ..reference import rotary as reference
 from ..registry import Impl, register as _register
-from ._abi import DTYPE, on_cpu, pointer
+from ._abi import DTYPE, empty, on_cpu, pointer, rows_contiguous
 
 _NORM = {None: 0, "rms": 1, "layer": 2}
 _LAYOUT = {"interleaved": 0, "half": 1, "axis_half": 2}
@@ -60,12 +60,8 @@ def _shared(
     return shared, kept
 
 
-def _empty(t):
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
 def qk_norm_rope(q, k, *args):
-    q_out, k_out = _empty(q), _empty(k)
+    q_out, k_out = empty(q), empty(k)
     shared, _kept = _shared(q_out.data_ptr(), k_out.data_ptr(), q, k, *args)
     _cpu.qk_norm_rope_forward(shared)
     return q_out, k_out
@@ -86,7 +82,7 @@ def _table_sums(tables, needs):
 def qk_norm_rope_backward(grad_q, grad_k, q, k, *rest):
     *args, needs = rest
     affine, tables, axes, grids = args[:4], args[4:8], args[8:14], args[14]
-    grads = [_empty(t) if need and t is not None else None for t, need in zip((q, k, *affine), needs, strict=False)]
+    grads = [empty(t) if need and t is not None else None for t, need in zip((q, k, *affine), needs, strict=False)]
     own, ks, compact = (
         _table_sums(t, need) for t, need in ((tables[:2], needs[6:8]), (tables[2:], needs[8:10]), (axes, needs[10:]))
     )
@@ -99,7 +95,7 @@ def qk_norm_rope_backward(grad_q, grad_k, q, k, *rest):
                 if t is not None:
                     t.zero_()
             continue
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        grad = rows_contiguous(grad)
         pair = ks if i == 1 and tables[2] is not None else own
         operands.append((grad, (grad.data_ptr(), grad.stride(), pointer(mine[1]), pointer(mine[2]), _table(*pair))))
     if operands != [None, None]:

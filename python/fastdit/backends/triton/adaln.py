@@ -29,7 +29,7 @@ ROWS, CHANNELS = 2048, 1536
 _BUCKETS = (512, 2048, 8192)
 _HALF = (
     Config((128, 128, 64), 8, 3), Config((64, 128, 64), 4, 3), Config((64, 64, 64), 4, 4), Config((64, 64, 128), 4, 3),
-    Config((128, 256, 64), 8, 2), Config((128, 128, 32), 8, 4), Config((128, 64, 64), 4, 3),
+    Config((64, 256, 64), 8, 2), Config((128, 128, 32), 8, 4), Config((128, 64, 64), 4, 3),
 )  # fmt: skip
 _WIDE = Config((64, 64, 32), 4, 2)
 tunable("norm_modulate_linear", *_HALF, _WIDE)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from .. import registry
+from ._launch import matmul
 
 
 def _part(op, args):
@@ -32,8 +33,8 @@ def _linear(d, weight, bias, needs, input_):
     """(dbias, dW, dh): d (rows, F); input_ () -> (rows, K), called only for the weight's gradient."""
     need_input, need_weight, need_bias = needs
     d_bias = d.sum(0) if need_bias and bias is not None else None
-    d_weight = d.t() @ input_() if need_weight else None
-    return d @ weight if need_input else None, d_weight, d_bias
+    d_weight = matmul(d.t(), input_()) if need_weight else None
+    return matmul(d, weight) if need_input else None, d_weight, d_bias
 
 
 def _through_norm(d, x, shift, scale, norm_weight, norm_bias, row_index, weight, bias, options, needs):

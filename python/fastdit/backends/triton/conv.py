@@ -8,6 +8,9 @@ and fill no cp.async; x itself is read in place where it is channels_last_3d and
 
 from __future__ import annotations
 
+from functools import lru_cache
+from math import gcd
+
 import torch
 from torch import Tensor
 
@@ -18,7 +21,7 @@ from ..registry import Impl, register as _register
 from . import conv_norm
 from ._config import Config, choose, tunable
 from ._launch import INTERPRET, dot_precision, launch, unfit
-from .conv_norm import NORM, WIDEST, empty, laid, next_cache, norm_silu, power
+from .conv_norm import NORM, NOTHING, WIDEST, _laid, empty, laid, next_cache, norm_silu, power, shapes
 
 PAD = {"zeros": 0, "first": 1, "replicate": 1, "reflect": 2}
 
@@ -39,7 +42,7 @@ def split(width: int, most: int = 192) -> tuple[int, int]:
 
 def _default(dtype: torch.dtype, C: int, N: int, arch: int) -> Config:
     if INTERPRET:  # pays by the step, not by the lane
-        return Config((256, *split(N), max(16, min(power(C), 128))))
+        return Config((64, *split(N), max(16, min(power(C), 128))))
     if dtype == torch.float32:
         n0, n1 = split(N, 96)
         return Config((64, n0, n1, 16), 4, 3)
@@ -97,47 +100,60 @@ def convolve(
 
     weight: channels adjacent; w_stride: element of tap 0, then strides of (N, KT, KH, KW), which may be negative.
     """
-    B, N, T, H, W = y.shape
-    C = x.shape[1]
+    C, N = x.shape[1], y.shape[1]
     config = choose("conv", x, (x.dtype, C, N), lambda arch: _default(x.dtype, C, N, arch))
+    plan = _plan(
+        shapes(y), shapes(x), shapes(cache), shapes(residual), x.element_size(), y.element_size(), kernel, w_stride,
+        stride, dilation, start, time_first, space, dot_precision(), config,
+    )  # fmt: skip
+    launch(kernels.conv, plan[0], (y, x, cache, weight, bias, residual), plan[1], plan[2], config.warps, config.stages)
+
+
+@lru_cache(4096)
+def _plan(
+    y, x, cache, residual, itemsize: int, y_itemsize: int, kernel, w_stride, stride, dilation, start,
+    time_first: bool, space: int, precision: str, config: Config,
+) -> tuple:  # fmt: skip
+    """Grid, numbers and constants of `conv` for (shape, strides) of its tensors."""
+    B, N, T, H, W = y[0]
+    frames, cached = x[0][2], cache[0][2] if cache else 0
     block_m, n0, n1, k = config.blocks
-    _, x_align, x_stride = laid(x)
-    _, c_align, c_stride = laid(cache)
-    if cache is not None:
-        x_align = min(x_align, c_align)
-    low = w_stride[0] | w_stride[1] | w_stride[2] | w_stride[3] | w_stride[4]
-    most = 16 // x.element_size()
-    w_align = min(low & -low, most) if low else most
-    y_layout, y_align, y_stride = laid(y)
-    r_layout, r_align, r_stride = laid(residual)
-    launch(
-        kernels.conv,
+    _, x_align, x_stride = _laid(*x, itemsize)
+    _, c_align, c_stride = _laid(*cache, itemsize) if cache else NOTHING
+    low = 16 // itemsize
+    for s in w_stride:
+        low = gcd(low, s)
+    y_layout, y_align, y_stride = _laid(*y, y_itemsize)
+    r_layout, r_align, r_stride = _laid(*residual, itemsize) if residual else NOTHING
+    return (
         (B * T * -(-(H * W) // block_m) * -(-N // (n0 + n1)), 1, 1),
-        (y, x, cache, weight, bias, residual),
         (
-            T, H, W, x.shape[2], 0 if cache is None else cache.shape[2], x.shape[3], x.shape[4], *start,
+            T, H, W, frames, cached, *x[0][3:], *start,
             x_stride[0], *x_stride[2:], c_stride[0], *c_stride[2:], *w_stride, *y_stride, *r_stride,
         ),
         (
-            C, N, *kernel, *stride, *dilation, time_first, space, x_align, w_align,
-            y_layout, y_align, r_layout, r_align, dot_precision(), block_m, n0, n1, k,
+            x[0][1], N, *kernel, *stride, *dilation, time_first, space, min(x_align, c_align) if cache else x_align,
+            low, y_layout, y_align, r_layout, r_align, precision, block_m, n0, n1, k,
         ),
-        config.warps,
-        config.stages,
     )  # fmt: skip
+
+
+_shape = lru_cache(4096)(output_shape)
 
 
 def causal_conv3d(
     x, weight, bias, cache, norm_weight, residual,
     stride, dilation, padding, time_pad, space_pad, norm, norm_eps, act, algo,
 ):  # fmt: skip
-    y = empty(x, output_shape(x.shape, weight.shape, stride, dilation, padding))
+    stride, dilation, padding = tuple(stride), tuple(dilation), tuple(padding)
+    y = empty(x, _shape(x.shape, weight.shape, stride, dilation, padding))
     if y.numel():
         start = ((0 if cache is None else cache.shape[2]) - padding[0], -padding[2], -padding[4])
         x, cache = video_ready(x, cache, norm_weight, norm, norm_eps, act)
         packed = pack(weight, x.dtype)
+        n, _, *taps = packed.stride()
         convolve(
-            y, x, cache, packed, packed.shape[2:], (0, packed.stride(0), *packed.stride()[2:]), bias, residual,
+            y, x, cache, packed, packed.shape[2:], (0, n, *taps), bias, residual,
             stride, dilation, start, time_pad == "first", PAD[space_pad],
         )  # fmt: skip
     return y

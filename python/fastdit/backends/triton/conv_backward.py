@@ -41,6 +41,7 @@ def causal_conv3d_backward(
     )
     if grad is None or grad.numel() == 0:
         return zeros_or_none(tensors, needs)
+    stride, dilation = tuple(stride), tuple(dilation)
     d_residual = grad if need_residual else None
     d_bias = pixel_sums(grad, bias) if need_bias else None
     if (need_weight or need_x or need_cache or need_norm) and laid(grad)[0] not in (1, 2):
@@ -98,7 +99,7 @@ def causal_conv3d_backward(
 # ---- towards the weight -------------------------------------------------------------------------------
 def _default(dtype: torch.dtype, C: int, N: int, arch: int) -> Config:
     if INTERPRET:  # pays by the step, not by the lane
-        return Config((256, 64, *conv.split(C)))
+        return Config((64, 64, *conv.split(C)))
     if dtype == torch.float32:
         n0, n1 = conv.split(C, 64)
         return Config((32, 64 if N > 32 else 32, n0, n1), 4, 2)

@@ -51,9 +51,12 @@ def _laid(shape: tuple, stride: tuple, itemsize: int) -> tuple[int, int, tuple[i
     return layout, min(low & -low, most) if low else most, (s_b, s_c, s_t, s_h, s_w)
 
 
+NOTHING = (0, 1, (0, 0, 0, 0, 0))
+
+
 def laid(t: Tensor | None) -> tuple[int, int, tuple[int, ...]]:
     """(LAYOUT, ALIGN, strides with 0 for dims of size 1): see kernels/conv_index.py."""
-    return (0, 1, (0, 0, 0, 0, 0)) if t is None else _laid(t.shape, t.stride(), t.element_size())
+    return NOTHING if t is None else _laid(t.shape, t.stride(), t.element_size())
 
 
 def video(t: Tensor, group: bool = False) -> Tensor:
@@ -67,40 +70,55 @@ def video(t: Tensor, group: bool = False) -> Tensor:
     return t[:, :, None, None, None] if group else t.t()[None, :, None, None]
 
 
-def tile(name: str, x: Tensor, layouts: tuple[int, ...], whole: bool) -> tuple[int, int, int]:
+def shapes(t: Tensor | None) -> tuple | None:
+    return None if t is None else (t.shape, t.stride())
+
+
+def choice(name: str, x: Tensor) -> Config:
+    C = x.shape[1]
+    key = (x.dtype, C, x.stride(1) == 1)
+    return choose(name, x, key, lambda arch: _VALUES[name.endswith("backward")])
+
+
+def tile(config: Config, shape: tuple, itemsize: int, layouts: tuple[int, ...], whole: bool) -> tuple[int, int, int]:
     """(BLOCK_P, BLOCK_C, warps). whole: all channels of a pixel in one tile."""
-    C, pixels = x.shape[1], x.shape[3] * x.shape[4]
-    config = choose(name, x, (x.dtype, C, *layouts), lambda arch: _VALUES[name.endswith("backward")])
+    C, pixels = shape[1], shape[3] * shape[4]
     if 3 in layouts:  # runs of 64 pixels
         block_c, block_p, warps = power(C) if whole else min(power(C), 64), 64, config.warps
         warps = min(max(warps, block_p * block_c // (32 * config.blocks[0])), 16)
-    else:  # a weight of block_c 2-byte values is read 4 bytes a thread or wider
+    else:  # block_c values of a weight are 4 bytes a thread, or more
         block_c = power(C) if whole else min(power(C), 256)
-        warps = max(1, min(config.warps, block_c // 64))
+        warps = max(1, min(config.warps, block_c * itemsize // 128))
         block_p = max(1, 32 * warps * config.blocks[0] // block_c)
     return min(block_p, power(pixels)), block_c, warps
 
 
-def normalize(y: Tensor, x: Tensor, cache, weight, bias, stats, norm: int, eps: float, act: bool) -> None:
-    """y (B, C, T, H, W) = act(norm(the last T frames of cat(cache, x))); all of x is among them."""
-    cached = 0 if cache is None else y.shape[2] - x.shape[2]
-    if cached <= 0:
-        cache, cached = None, 0
-    elif cache.shape[2] != cached:
-        cache = cache[:, :, cache.shape[2] - cached :]
-    x_layout, x_align, x_stride = laid(x)
-    c_layout, c_align, c_stride = laid(cache)
-    y_layout, y_align, y_stride = laid(y)
-    block_p, block_c, warps = tile("conv_normalize", y, (x_layout, y_layout), norm in (1, 2))
-    B, C, T, H, W = y.shape
-    launch(
-        kernels.normalize,
+@lru_cache(4096)
+def _plan(y, x, cache, itemsize: int, norm: int, eps: float, act: bool, config: Config) -> tuple:
+    """Grid, numbers, constants and warps of `normalize` for (shape, strides) of its tensors."""
+    x_layout, x_align, x_stride = _laid(*x, itemsize)
+    c_layout, c_align, c_stride = _laid(*cache, itemsize) if cache else NOTHING
+    y_layout, y_align, y_stride = _laid(*y, itemsize)
+    block_p, block_c, warps = tile(config, y[0], itemsize, (x_layout, y_layout), norm in (1, 2))
+    B, C, T, H, W = y[0]
+    return (
         (B * T * -(-(H * W) // block_p), -(-C // block_c), 1),
-        (y, x, cache, weight, bias, stats),
-        (T, cached, H, W, *x_stride, *c_stride, *y_stride, eps),
+        (T, T - x[0][2], H, W, *x_stride, *c_stride, *y_stride, eps),
         (C, norm, act, x_layout, x_align, c_layout, c_align, y_layout, y_align, block_p, block_c),
         warps,
     )
+
+
+def normalize(y: Tensor, x: Tensor, cache, weight, bias, stats, norm: int, eps: float, act: bool) -> None:
+    """y (B, C, T, H, W) = act(norm(the last T frames of cat(cache, x))); all of x is among them."""
+    cached = y.shape[2] - x.shape[2]
+    if cached == 0:
+        cache = None
+    elif cache.shape[2] != cached:
+        cache = cache[:, :, cache.shape[2] - cached :]
+    config = choice("conv_normalize", y)
+    plan = _plan(shapes(y), shapes(x), shapes(cache), y.element_size(), norm, eps, act, config)
+    launch(kernels.normalize, plan[0], (y, x, cache, weight, bias, stats), plan[1], plan[2], plan[3])
 
 
 def normalize_backward(dx, x: Tensor, g: Tensor, weight, bias, norm: int, eps: float, act: bool, sums: bool):
@@ -108,7 +126,8 @@ def normalize_backward(dx, x: Tensor, g: Tensor, weight, bias, norm: int, eps: f
     x_layout, x_align, x_stride = laid(x)
     g_layout, g_align, g_stride = laid(g)
     d_layout, d_align, d_stride = laid(dx)
-    block_p, block_c, warps = tile("conv_normalize_backward", x, (x_layout, g_layout), True)
+    config = choice("conv_normalize_backward", x)
+    block_p, block_c, warps = tile(config, x.shape, x.element_size(), (x_layout, g_layout), True)
     B, C, T, H, W = x.shape
     count = B * T * -(-(H * W) // block_p)
     programs = min(count, 4 * processors(x))
@@ -152,7 +171,7 @@ def _group_parts(x: Tensor, kinds: int) -> Tensor:
 
 
 def _group_tile(x: Tensor) -> tuple[int, int, int]:
-    return tile("conv_normalize_backward", x, (laid(x)[0],), False)
+    return tile(choice("conv_normalize_backward", x), x.shape, x.element_size(), (laid(x)[0],), False)
 
 
 def _group_launch(kernel, tensors: tuple, x: Tensor, strides: tuple, layouts: tuple) -> None:
@@ -247,7 +266,8 @@ def next_cache(x, cache, k_t):
     old = 0 if cache is None else min(k_t - 1 - new, cache.shape[2])
     out = empty(x, (*x.shape[:2], old + new, *x.shape[3:]))
     if out.numel():
-        normalize(out, x[:, :, x.shape[2] - new :], cache if old else None, None, None, None, 0, 0.0, False)
+        x = x if new == x.shape[2] else x[:, :, x.shape[2] - new :]
+        normalize(out, x, cache, None, None, None, 0, 0.0, False)
     return out
 
 

@@ -26,6 +26,17 @@ def _packed(m: Maker):
     return (m.randn(m.n, 40),), dict(shift=shift, scale=scale, row_index=m.randint(0, 3, (m.n,)))
 
 
+def _per_token(m: Maker):
+    shift, scale = _tables(m, 2, m.n, 40)[:2]
+    return (m.randn(2, m.n, 40),), dict(shift=shift, scale=scale, weight=m.randn(40))
+
+
+def _indexed_batch(m: Maker):
+    index = m.randint(0, 3, (2, m.n), dtype=torch.int64)
+    shift, scale = _tables(m, 4, 40)[:2]  # a row that nobody uses
+    return (m.randn(2, m.n, 40),), dict(shift=shift, scale=scale, row_index=index)
+
+
 def _affine(norm: str, offset: float = 0.0, bias: bool = True, C: int = 40, precision: str = "fp32"):
     def make(m: Maker):
         kwargs = dict(weight=m.randn(C), norm=norm, weight_offset=offset, eps=1e-5, precision=precision)
@@ -78,6 +89,17 @@ def _seam_indexed(m: Maker):
     return (m.randn(m.n, 40), m.randn(m.n, 40), gate), kwargs
 
 
+def _seam_mixed(m: Maker):
+    tables = dict(shift=m.randn(2, m.n, 40), scale=m.randn(2, 2, 40), weight=m.randn(40))
+    return (m.randn(2, m.n, 40), m.randn(2, m.n, 40), m.randn(2, 40)), tables
+
+
+def _seam_gate_indexed(m: Maker):
+    shift, scale = _tables(m, 2, 40)[:2]
+    kwargs = dict(shift=shift, scale=scale, gate_row_index=m.randint(0, 3, (2, m.n)))
+    return (m.randn(2, m.n, 40), m.randn(2, m.n, 40), m.randn(3, 40)), kwargs
+
+
 def _wan_cross_seam(m: Maker):
     wide, C = torch.promote_types(m.dtype, torch.float32), 328  # wide enough that luck in torch's sums does not decide
     affine = dict(weight=m.randn(C, dtype=wide), bias=m.randn(C, dtype=wide))
@@ -90,7 +112,9 @@ SAMPLES = (
     Sample("norm_modulate", "tail-C", _adaln(37)),
     Sample("norm_modulate", "one-channel", _adaln(1)),
     Sample("norm_modulate", "per-frame", _adaln(40, rows=(2, 2))),
+    Sample("norm_modulate", "per-token", _per_token),
     Sample("norm_modulate", "packed-index", _packed),
+    Sample("norm_modulate", "batch-index", _indexed_batch),
     Sample("norm_modulate", "layer-affine", _affine("layer")),
     Sample("norm_modulate", "layer-affine-native", _affine("layer", precision="native")),
     Sample("norm_modulate", "rms-affine-offset", _affine("rms", offset=1.0, bias=False)),
@@ -109,7 +133,9 @@ SAMPLES = (
     Sample("gate_residual_norm_modulate", "seam", _seam()),
     Sample("gate_residual_norm_modulate", "seam-native", _seam(precision="native")),
     Sample("gate_residual_norm_modulate", "tail-per-frame", _seam(37, rows=(2, 2))),
+    Sample("gate_residual_norm_modulate", "mixed-rows", _seam_mixed),
     Sample("gate_residual_norm_modulate", "indexed", _seam_indexed),
+    Sample("gate_residual_norm_modulate", "gate-indexed", _seam_gate_indexed),
     Sample("gate_residual_norm_modulate", "wan-cross", _wan_cross_seam),
     Sample("gate_residual_norm_modulate", "post-norm-rms", _seam(post_norm="rms", norm="rms")),
 )

@@ -1,0 +1,219 @@
+"""Gradients of attention and attention_varlen on the Triton kernels: row statistics, then dK with dV, then dQ.
+
+Three launches when dense; packed, one more for each of the two plans of tiles. Deterministic in any case: every output
+tile has one owner (kernels/attention_backward.py). Beside the gradients 8 bytes a query row are allocated.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import torch
+
+from ...kernels.attention_backward import attention_dkdv, attention_rows, attention_varlen_dkdv
+from ...kernels.attention_backward_dq import attention_dq, attention_varlen_dq
+from ._config import Config, choose, tunable
+from ._launch import dot_precision, launch
+from .attention_tiles import alignment, pieces, plan, plan_bricks
+
+_ROWS = 32  # of attention_rows
+
+
+# ---- tiles: blocks = (queries, keys) ------------------------------------------------------------------------
+@functools.cache
+def _dkdv_default(itemsize: int, channels: int, mask: str):
+    def default(arch: int) -> Config:
+        return Config((64, 128), 8, 3)
+
+    return default
+
+
+@functools.cache
+def _dq_default(itemsize: int, channels: int, mask: str):
+    def default(arch: int) -> Config:
+        return Config((128, 64), 8, 3)
+
+    return default
+
+
+tunable(
+    "attention_dkdv",
+    Config((64, 128), 8, 3), Config((64, 128), 8, 2), Config((32, 128), 8, 3), Config((128, 128), 8, 2),
+    Config((64, 64), 4, 3), Config((64, 64), 8, 2), Config((32, 64), 4, 2), Config((32, 64), 8, 2),
+)  # fmt: skip
+tunable(
+    "attention_dq",
+    Config((128, 64), 8, 3), Config((128, 64), 8, 2), Config((128, 128), 8, 2), Config((128, 32), 8, 3),
+    Config((64, 64), 4, 3), Config((64, 64), 8, 2), Config((64, 32), 4, 2), Config((64, 32), 8, 2),
+)  # fmt: skip
+
+
+def _tiles(q, mask: str) -> tuple[Config, Config]:
+    key = (q.dtype, q.shape[-1], mask)
+    small = (q.element_size(), q.shape[-1], mask)
+    return choose("attention_dkdv", q, key, _dkdv_default(*small)), choose("attention_dq", q, key, _dq_default(*small))
+
+
+# ---- what both have in common -------------------------------------------------------------------------------
+def _empty(t):
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def _given(do, dlse, q, k, v, o, needs):
+    """Empty gradients and a usable do; do is None where the gradients are zero and done."""
+    grads = [_empty(t) if need else None for t, need in zip((q, k, v), needs, strict=True)]
+    if q.numel() == 0 or k.numel() == 0 or (do is None and dlse is None):
+        return tuple(None if g is None else g.zero_() for g in grads), None
+    if do is None:
+        do = torch.zeros_like(o)
+    elif do.stride(-1) != 1:  # autograd may hand over an expanded one
+        do = do.contiguous()
+    return tuple(grads), do
+
+
+def _rows(do, dlse, o, lse, align):
+    """(2, batch, heads, tokens) fp32: lse in base 2, and delta = rowsum(do * o) - dlse."""
+    *batch, tokens, heads, channels = o.shape
+    rows = torch.empty((2, *lse.shape), dtype=torch.float32, device=o.device)
+    of_do = do.stride()[:3] if batch else (0, *do.stride()[:2])
+    of_dlse = (0, 0, 0)
+    if dlse is not None:
+        *far, head, token = dlse.stride()
+        of_dlse = (*(far or (0,)), token, head)
+    grid = -(-tokens // _ROWS) * heads * (batch[0] if batch else 1)
+    launch(
+        attention_rows, (grid, 1, 1), (o.contiguous(), do, lse.contiguous(), dlse, rows),
+        (tokens, lse.numel(), *of_do, *of_dlse),
+        (heads, channels, _ROWS, max(1 << (channels - 1).bit_length(), 16), align), 4, 1,
+    )  # fmt: skip
+    return rows
+
+
+def _index(t):
+    return None if t is None else t.contiguous()
+
+
+# ---- dense --------------------------------------------------------------------------------------------------
+def attention_backward(
+    do, dlse, q, k, v, kv_len, frame_tokens_of, frame_tokens, scale, return_lse, deterministic, o, lse, needs
+):
+    grads, do = _given(do, dlse, q, k, v, o, needs)
+    if do is None:
+        return grads
+    dq, dk, dv = grads
+    batch, n, heads, channels = q.shape
+    m, kv_heads = k.shape[1:3]
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
+    align = alignment(q.element_size(), *strides)
+    rows = _rows(do, dlse, o, lse, align)
+    frames = frame_tokens_of is not None or frame_tokens > 0
+    of_keys, of_queries = _tiles(q, "frames" if frames else "none")
+    masks = (_index(kv_len), _index(frame_tokens_of))
+    static = (heads, kv_heads, channels, *pieces(channels), frames)
+    rest = (min(frame_tokens, m), lse.numel(), *strides, scale)
+    if dk is not None or dv is not None:
+        block_m, block_n = of_keys.blocks
+        tiles = -(-m // block_n)
+        launch(
+            attention_dkdv, (tiles * kv_heads * batch, 1, 1), (q, k, v, do, rows, dk, dv, *masks), (n, m, tiles, *rest),
+            (*static, block_m, block_n, dot_precision(), align), of_keys.warps, of_keys.stages,
+        )  # fmt: skip
+    if dq is not None:
+        block_m, block_n = of_queries.blocks
+        tiles = -(-n // block_m)
+        launch(
+            attention_dq, (tiles * heads * batch, 1, 1), (q, k, v, do, rows, dq, *masks), (n, m, tiles, *rest),
+            (*static, block_m, block_n, dot_precision(), align), of_queries.warps, of_queries.stages,
+        )  # fmt: skip
+    return grads
+
+
+# ---- packed -------------------------------------------------------------------------------------------------
+def attention_varlen_backward(
+    do, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, frame_tokens_of, grids, max_seqlen_q, max_seqlen_k, frame_tokens,
+    window, window_stride, scale, return_lse, deterministic, o, lse, needs,
+):  # fmt: skip
+    grads, do = _given(do, dlse, q, k, v, o, needs)
+    if do is None:
+        return grads
+    dq, dk, dv = grads
+    n, heads, channels = q.shape
+    m, kv_heads = k.shape[:2]
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *do.stride()[:2])
+    align = alignment(q.element_size(), *strides)
+    rows = _rows(do, dlse, o, lse, align)
+    frames = frame_tokens_of is not None or frame_tokens > 0
+    of_keys, of_queries = _tiles(q, "frames" if frames else "none" if grids is None else "window")
+    cu_q, cu_k, grids = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), _index(grids)
+    segments = cu_q.shape[0] - 1
+    indices = (cu_q, cu_k, _index(frame_tokens_of), grids)
+    static = (heads, kv_heads, channels, *pieces(channels), frames)
+    rest = (segments, min(frame_tokens, m), lse.numel(), *strides, scale)
+    if dk is not None or dv is not None:
+        block_m, block_n = of_keys.blocks
+        made, bricks, programs = _plan(cu_k, cu_q, grids, m, block_n, block_m, window, window_stride, True)
+        launch(
+            attention_varlen_dkdv, (programs * kv_heads, 1, 1), (q, k, v, do, rows, dk, dv, made, *indices),
+            (n, m, *rest), (*static, *bricks, block_m, block_n, dot_precision(), align),
+            of_keys.warps, of_keys.stages,
+        )  # fmt: skip
+    if dq is not None:
+        block_m, block_n = of_queries.blocks
+        made, bricks, programs = _plan(cu_q, cu_k, grids, n, block_m, block_n, window, window_stride, False)
+        launch(
+            attention_varlen_dq, (programs * heads, 1, 1), (q, k, v, do, rows, dq, made, *indices),
+            (n, m, *rest), (*static, *bricks, block_m, block_n, dot_precision(), align),
+            of_queries.warps, of_queries.stages,
+        )  # fmt: skip
+    return grads
+
+
+def _plan(cu, cu_other, grids, rows, own, other, window, stride, of_keys):
+    """The plan of the owners' tiles, (WINDOW, STRIDE, BRICK_M, BRICK_N), and programs per head.
+
+    A grid has few more bricks than its tokens fill, but only the device knows how many: half as many again."""
+    programs = -(-rows // own) + cu.shape[0]
+    if grids is None:
+        return plan(cu, cu_other, rows, own), (None, None, None, None), programs
+    window, stride = tuple(window), tuple(stride)
+    owned, walked = bricks(window, stride, own, other, of_keys)
+    made = plan_bricks(cu, grids, rows, owned, window)
+    return made, (window, stride, *((walked, owned) if of_keys else (owned, walked))), programs + programs // 2
+
+
+@functools.cache
+def bricks(window: tuple, stride: tuple, own: int, other: int, of_keys: bool) -> tuple[tuple, tuple]:
+    """The brick of `own` tokens that a program keeps and the one of `other` tokens in which it walks those that it
+    meets, inside a large grid: the pair that walks the fewest."""
+    far = [
+        {(a, b): _walked(w, s, a, b, of_keys) for a in _powers(own) for b in _powers(other)}
+        for w, s in zip(window, stride, strict=True)
+    ]
+    pairs = itertools.product(_shapes(own), _shapes(other))
+    return min(pairs, key=lambda pair: math.prod(axis[a, b] for axis, a, b in zip(far, *pair, strict=True)))
+
+
+def _walked(window: int, stride: int, own: int, other: int, of_keys: bool) -> float:
+    """Mean length of what `own` neighbours meet on an axis without ends, rounded up to whole bricks of `other`."""
+    shift = stride // 2 - window // 2
+
+    def met(x):
+        y = x + own - 1
+        if of_keys:
+            return ((y - shift) // stride + 1) * stride - -((window - 1 + shift - x) // stride) * stride
+        return y // stride * stride - x // stride * stride + window
+
+    lengths = [met(x) for x in range(0, math.lcm(own, stride), own)]
+    return sum(-(-n // other) * other for n in lengths) / len(lengths)
+
+
+def _powers(tokens: int) -> list[int]:
+    return [1 << i for i in range(tokens.bit_length())]
+
+
+def _shapes(tokens: int) -> list[tuple[int, int, int]]:
+    """Bricks of `tokens` tokens, widest along w first, then along h."""
+    sides = _powers(tokens)
+    return [(tokens // (h * w), h, w) for w in reversed(sides) for h in reversed(sides) if h * w <= tokens]
