@@ -3,6 +3,8 @@ every eight videos. 2*N*K*itemsize bytes, no FLOPs."""
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from fastdit.kernels.patch_unpatchify import unpatchify
@@ -14,18 +16,28 @@ from .patch_plan import NO_TABLE, divisor, power, tables
 tunable("unpatchify", *(Config((q,), warps, 1) for q in (32, 64, 128, 256) for warps in (4, 8)))
 
 
-def _move(tokens, video, grid, patch, channels, order, back):
-    """One launch of the move; video is (B, C, T, H, W), or flat for a list."""
-    pt, ph, pw = patch
+def _default(arch: int) -> Config:
+    return Config((0,), 4, 1)  # 0: as many pixels as the lines leave room for
+
+
+@lru_cache(maxsize=256)
+def _inside(channels: int, pt: int, ph: int, pw: int, order: str) -> tuple[tuple[int, ...], int, bool]:
+    """Strides of c, t, h, w inside a token, the lines that a row of tokens covers, and whether tiles can be turned."""
     offset, K = {}, 1
     size = {"c": channels, "t": pt, "h": ph, "w": pw}
     for letter in reversed(order):
         offset[letter] = K
         K *= size[letter]
-    itemsize, many = tokens.element_size(), video.dim() == 1
-    lines = channels * pt * ph
     turn = K & (K - 1) == 0 and K <= 1024 and pw <= 64
-    config = choose("unpatchify", tokens, (tokens.dtype, channels, *patch, order), lambda _: Config((0,), 4, 1))
+    return tuple(offset[letter] for letter in "cthw"), channels * pt * ph, turn
+
+
+def _move(tokens, video, grid, patch, channels, order, back):
+    """One launch of the move; video is (B, C, T, H, W), or flat for a list."""
+    pt, ph, pw = patch
+    itemsize, many = tokens.element_size(), video.dim() == 1
+    offsets, lines, turn = _inside(channels, pt, ph, pw, order)
+    config = choose("unpatchify", tokens, (tokens.dtype, channels, pt, ph, pw, order), _default)
     Q = config.blocks[0] or min(128, max(16, 8192 // power(lines)))
     if turn:
         Q = max(Q, pw)
@@ -43,7 +55,7 @@ def _move(tokens, video, grid, patch, channels, order, back):
         align = divisor(itemsize, *strides[:4], w * pw)
         found = ((tokens.shape[0] * t * h * -(-w * pw // Q), NO_TABLE),)
     constants = (
-        channels, pt, ph, pw, *(offset[letter] for letter in "cthw"), strides[4] == 1, align,
+        channels, pt, ph, pw, *offsets, strides[4] == 1, align,
         divisor(itemsize, nB, nN), many, back, turn, Q, block,
     )  # fmt: skip
     for tiles, table in found:
