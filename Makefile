@@ -55,11 +55,8 @@ $(OLD_TRITON)/installed: $(VENV)/dependencies
 	$(BIN)/pip install -q --no-deps --upgrade --target $(OLD_TRITON) triton==3.6.0
 	@touch $@
 
-gpu: setup  ## on a machine with an NVIDIA GPU: pytest -m gpu, then the benchmarks
-	@$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || { \
-	  echo "make gpu: torch sees no NVIDIA GPU on this machine; nothing was run."; exit 2; }
-	$(BIN)/python -m pytest -m gpu $(ARGS)
-	$(BIN)/fastdit bench --suite gpu --json auto
+gpu: setup  ## on a machine with an NVIDIA GPU: tests, compute-sanitizer, then the benchmarks (under 10 minutes)
+	FASTDIT_PYTHON=$(BIN)/python .ci/gpu
 
 wheel: setup  ## build dist/*.whl and test it in a new environment outside the tree
 	rm -rf dist

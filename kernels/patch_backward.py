@@ -117,19 +117,18 @@ def patch_embed_dw(
 
 @kernel(kind="small")
 def patch_sum(
-    P, OUT, TAIL, count: tl.int32, size: tl.int64, tail: tl.int64, pitch: tl.int64, ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    P, OUT, TAIL, count: tl.int32, size: tl.int64, tail: tl.int64, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """OUT[i] = sum_s P[s * pitch + i] for i < size, TAIL[i - size] for the next `tail`; s ascends. Either may be None.
+    """OUT[i] = sum_s P[s, i] for i < size, TAIL[i - size] for the next `tail`; s ascends. Either may be None.
 
-    Grid: blocks of size + tail; ALIGN divides size, tail and pitch. The second stage of dW and db, and pos's gradient
+    Grid: blocks of size + tail; ALIGN divides both. The second stage of dW and db, and pos's gradient
     (the sum over the batch)."""
-    size, tail, pitch = multiple(size, ALIGN), multiple(tail, ALIGN), multiple(pitch, ALIGN)
+    size, tail = multiple(size, ALIGN), multiple(tail, ALIGN)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = i < size + tail
     acc = tl.zeros((BLOCK,), tl.float32)
     for s in range(0, count):
-        acc += tl.load(P + s * pitch + i, mask=live, other=0.0).to(tl.float32)
+        acc += tl.load(P + s * (size + tail) + i, mask=live, other=0.0).to(tl.float32)
     if OUT is not None:
         tl.store(OUT + i, acc.to(OUT.dtype.element_ty), mask=i < size)
     if TAIL is not None:

@@ -27,6 +27,7 @@ def show(
     dtypes: tuple[str, ...],
     passes: tuple[str, ...],
     quick: bool,
+    samples: bool,
     jobs: int | None,
     json_file: Path | None,
 ) -> int:
@@ -39,7 +40,7 @@ def show(
             highlight=False,
         )
         return 2
-    reports, refused = aot.collect(arches, [aot.DTYPES[name] for name in dtypes], passes, text, quick)
+    reports, refused = aot.collect(arches, [aot.DTYPES[name] for name in dtypes], passes, text, quick, samples)
     if not reports:
         console.print(f"aot: no op with {text or 'any name'} in its name launches a Triton kernel.", highlight=False)
         return 2

@@ -69,6 +69,9 @@ def bench(
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Time torch.compile as a peer.")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here; auto: results folder.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a table and a plot here.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Start no row after so many seconds; skipped ones are named.")
+    ] = None,
     tune: Annotated[bool, typer.Option("--tune", help="Find this GPU's tile sizes instead, and write them.")] = False,
 ) -> None:
     """Measure every op at the models' own shapes, and whole models (--op model), against their peers, interleaved.
@@ -92,7 +95,7 @@ def bench(
 
     status = command.show(
         console, suite=suite, op=op, model=model, passes=tuple(passes or ("fwd",)), rounds=rounds, compiled=compiled,
-        json_file=json_file, html_file=html_file,
+        json_file=json_file, html_file=html_file, budget=budget,
     )  # fmt: skip
     raise typer.Exit(status)
 
@@ -106,6 +109,7 @@ def aot(
         list[str] | None, typer.Option("--pass", help="fwd or bwd; may be repeated. Default: both.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Only the first workload of each op.")] = False,
+    samples: Annotated[bool, typer.Option("--samples", help="The small inputs of the tests too.")] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Compilers at a time. Default: one per core.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
 ) -> None:
@@ -125,7 +129,7 @@ def aot(
 
     status = command.show(
         console, text=text, arches=tuple(arch or ()), dtypes=tuple(dtype or ()), passes=tuple(passes or ()),
-        quick=quick, jobs=jobs, json_file=json_file,
+        quick=quick, samples=samples, jobs=jobs, json_file=json_file,
     )  # fmt: skip
     raise typer.Exit(status)
 

@@ -35,6 +35,7 @@ def show(
     compiled: bool,
     json_file: Path | None,
     html_file: Path | None,
+    budget: float | None = None,
 ) -> int:
     """0 when every row was right; 1 when one was wrong; 2 for a request that cannot be served."""
     suite = suite or ("gpu" if torch.cuda.is_available() else "cpu")
@@ -51,11 +52,14 @@ def show(
     settings = replace(settings, rounds=rounds or settings.rounds, compiled=compiled and settings.compiled)
     timing.keep_freed_memory(2**26 if suite == "smoke" else 2**30)
     ceilings = bench.ceilings(settings.device, quick=suite == "smoke")
-    measured, wrong = [], []
+    measured, wrong, late, began = [], [], [], time.monotonic()
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=len(chosen))
         for row, dtype, pass_ in chosen:
             progress.update(task, description=f"{row.op} {row.model} {str(dtype)[6:]} {pass_}")
+            if budget is not None and time.monotonic() - began > budget:
+                late.append(f"{row} {pass_}")
+                continue
             try:
                 if isinstance(row, whole.Whole):
                     measured.append(whole.measure(row, dtype, settings))
@@ -72,6 +76,8 @@ def show(
     for m in measured:
         for peer, why in m.skipped.items():
             console.print(f"not timed: {peer} for {m.workload} {m.dtype}: {why}", style="dim", highlight=False)
+    if late:
+        console.print(f"not measured within {budget:.0f} s: {', '.join(late)}", highlight=False)
     for line in wrong:
         console.print(f"[red]wrong result, not timed:[/red] {line}", highlight=False)
     _write(console, measured, settings.device, ceilings, json_file, html_file)
@@ -84,6 +90,8 @@ def _rows(
     """What is measured: the ops in every pass, and each whole model in its own."""
     rows: list[tuple[Workload | Whole, torch.dtype, str]] = []
     rows += [(w, dtype, pass_) for w, dtype in bench.cases(op, suite) for pass_ in passes]
+    if suite == "gpu":  # what a time limit cuts off is the backward
+        rows.sort(key=lambda row: (*passes, *bench.PASSES).index(row[2]))
     rows += [(w, dtype, w.pass_) for w, dtype in whole.cases(op, suite) if w.pass_ in passes or op == whole.OP]
     return [row for row in rows if model is None or model.lower() in row[0].model.lower()]
 

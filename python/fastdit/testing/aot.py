@@ -151,11 +151,14 @@ class Report:
 
 
 # ---- what is launched ---------------------------------------------------------------------------------------
-def subjects(text: str | None = None) -> Iterator[Workload | Sample]:
-    """The benchmark rows of every op that has a Triton kernel; its samples where it has no row of its own."""
+def subjects(text: str | None = None, samples: bool = False) -> Iterator[Workload | Sample]:
+    """The benchmark rows of every op that has a Triton kernel; its samples if asked, or if it has no row of its own."""
     for op in registry.ops():
         if "triton" in registry.implementations(op) and (text is None or text in op):
-            yield from workloads.bench(op) or workloads.samples(op)
+            rows = workloads.bench(op)
+            yield from rows
+            if samples or not rows:
+                yield from workloads.samples(op)
     for family, needed in workloads.COMPOSED.items():
         if all("triton" in registry.implementations(op) for op in needed):
             yield from (w for w in workloads.composed(family) if text is None or text in w.op)
@@ -216,13 +219,13 @@ class Collector:
 
 def collect(
     arches: Iterable[int], dtypes: Iterable[torch.dtype], passes: Iterable[str], text: str | None = None,
-    quick: bool = False,
+    quick: bool = False, samples: bool = False,
 ) -> tuple[list[Report], list[str]]:  # fmt: skip
     """Every distinct build, and the calls that the backend refused, with its reason."""
     refused: list[str] = []
     seen: set[str] = set()
     with Collector() as collector:
-        for subject in subjects(text):
+        for subject in subjects(text, samples):
             if quick and subject.op in seen:
                 continue
             seen.add(subject.op)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from .. import ops
-from . import close, timing, workloads
+from . import close, gpu, timing, workloads
 from .machine import describe
 from .workloads import Maker, Workload
 
@@ -119,8 +119,8 @@ class Measured:
 
 
 def cases(op: str | None = None, suite: str = "cpu") -> list[tuple[Workload, torch.dtype]]:
-    """Every benchmark row of a suite, of all ops or of one; smoke takes the first workload of each op, in bf16."""
-    found = workloads.bench(op)
+    """Every benchmark row of a suite, of all ops or of one; gpu has its own, smoke the first of each op, in bf16."""
+    found = gpu.rows(op) if suite == "gpu" else workloads.bench(op)
     if suite == "smoke":
         first: dict[str, Workload] = {}
         for workload in found:
@@ -141,10 +141,13 @@ def label(value: object) -> str:
 
 
 def measure(workload: Workload, dtype: torch.dtype, settings: Settings, pass_: str = "fwd") -> Measured:
-    args, kwargs = workload.make(Maker(dtype, settings.device))
+    args, kwargs = workload.make(maker(dtype, settings.device))
     op = getattr(ops, workload.op)
     peers = dict(workload.peers or {})
-    err_ratio = _check(workload, op, args, kwargs)
+    if workload.judged is None:
+        err_ratio = _check(workload, op, args, kwargs)
+    else:
+        err_ratio = judge(workload.judged, dtype, settings.device)
     backend = _backend(op, args, kwargs)
     if settings.compiled and "eager" in peers:
         torch._dynamo.reset()
@@ -169,6 +172,10 @@ def measure(workload: Workload, dtype: torch.dtype, settings: Settings, pass_: s
     return Measured(workload, dtype, pass_, backend, ours, timings, err_ratio, skipped)
 
 
+def maker(dtype: torch.dtype, device: str) -> Maker:
+    return Maker(dtype) if device == "cpu" else gpu.OnDevice(dtype, device)
+
+
 def call(workload: Workload, dtype: torch.dtype, device: str = "cpu", pass_: str = "fwd") -> timing.Call:
     """fastdit's side of a row as a function without arguments, for a clock of somebody else."""
     args, kwargs = workload.make(Maker(dtype, device))
@@ -182,7 +189,7 @@ def prepared(function: Callable, workload: Workload, args: tuple, kwargs: dict, 
 
 def judge(workload: Workload, dtype: torch.dtype, device: str, backend: str | None = None) -> float:
     """Largest share of the allowed error on a backend; raises AssertionError where the row is wrong."""
-    args, kwargs = workload.make(Maker(dtype, device))
+    args, kwargs = workload.make(maker(dtype, device))
     return _check(workload, functools.partial(getattr(ops, workload.op), backend=backend), args, kwargs)
 
 

@@ -18,7 +18,7 @@ from ..backends import registry
 from ..backends.triton import _config
 from ..backends.triton._config import Config
 from . import bench, timing
-from .workloads import Maker, Workload
+from .workloads import Workload
 
 WORTH = 0.98  # of the default's time
 Clock = Callable[[dict[Config, timing.Call]], dict[Config, float]]
@@ -52,7 +52,7 @@ def trials(cases: Iterable[tuple[Workload, torch.dtype]], device: str, clock: Cl
 def _row(
     workload: Workload, dtype: torch.dtype, pass_: str, device: str, clock: Clock, done: set[str]
 ) -> Iterable[Trial]:
-    args, kwargs = workload.make(Maker(dtype, device))
+    args, kwargs = workload.make(bench.maker(dtype, device))
     op = getattr(ops, workload.op)
 
     def call() -> timing.Call:
@@ -125,7 +125,7 @@ def wrong(cases: Iterable[tuple[Workload, torch.dtype]], device: str) -> list[st
     lines = []
     for workload, dtype in cases:
         try:
-            bench.judge(workload, dtype, device, "triton")
+            bench.judge(workload.judged or workload, dtype, device, "triton")
         except registry.NoBackend:
             continue
         except AssertionError as error:

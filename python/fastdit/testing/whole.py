@@ -28,17 +28,17 @@ _aten = torch.ops.aten
 class Whole:
     """One model at one size.
 
-    build: the model, in fp32. run: (dtype) -> the call that is timed. probe: the call that is judged, where run's
-    takes too long in a wider dtype. compile: what people compile, in place; None where torch.compile breaks the model
-    into pieces. flops: of one call, counted when the row is measured.
+    build: the model, in fp32. run: (dtype, device) -> the call that is timed. probe: the call that is judged, where
+    run's takes too long in a wider dtype. compile: what people compile, in place; None where torch.compile breaks the
+    model into pieces. flops: of one call, counted when the row is measured.
     """
 
     model: str
     shape: str
     build: Callable[[], nn.Module]
-    run: Callable[[torch.dtype], Run]
+    run: Callable[[torch.dtype, str], Run]
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
-    probe: Callable[[torch.dtype], Run] | None = None
+    probe: Callable[[torch.dtype, str], Run] | None = None
     compile: Callable[[Any], None] | None = None
     pass_: str = "fwd"
     rounds: int = 7
@@ -62,9 +62,9 @@ def cases(op: str | None = None, suite: str = "cpu") -> list[tuple[Whole, torch.
 def measure(row: Whole, dtype: torch.dtype, settings: bench.Settings) -> bench.Measured:
     """Raises AssertionError where the accelerated model is wrong; truth is the original in the next wider dtype."""
     wide = torch.float64 if dtype == torch.float32 else torch.float32
-    judged = row.probe or row.run
-    original, run, probe = models.cast(row.build(), dtype), row.run(dtype), judged(dtype)
-    truth = judged(wide)(models.cast(copy.deepcopy(original), wide))
+    judged, device = row.probe or row.run, settings.device
+    original, run, probe = models.cast(row.build(), dtype).to(device), row.run(dtype, device), judged(dtype, device)
+    truth = judged(wide, device)(models.cast(copy.deepcopy(original), wide))
     fast = models.twin(original)
     accelerate(fast)
     found = close.assert_close(probe(fast), truth, probe(original), f"{row} {dtype}")
@@ -81,10 +81,11 @@ def measure(row: Whole, dtype: torch.dtype, settings: bench.Settings) -> bench.M
         calls["compile"] = lambda: run(compiled)
     name, limit, share = bench.ceiling(row, dtype, row.pass_, settings.device)
     rounds = min(settings.rounds, row.rounds)
-    timings = timing.interleaved({**calls, name: limit}, device=settings.device, rounds=rounds, repeats=1)
+    repeats = 1 if device == "cpu" else None
+    timings = timing.interleaved({**calls, name: limit}, device=device, rounds=rounds, repeats=repeats)
     timings[name] = timings[name].scaled(share)
     ours = timings.pop("fastdit")
-    return bench.Measured(row, dtype, row.pass_, "cpu", ours, timings, found.ratio)
+    return bench.Measured(row, dtype, row.pass_, "cpu" if device == "cpu" else "auto", ours, timings, found.ratio)
 
 
 def _attention_flops(q, k, v, *args, **kwargs) -> int:
@@ -109,10 +110,10 @@ def _compile_blocks(model: Any) -> None:
         block.compile(dynamic=False)
 
 
-def _dit_inputs(batch: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _dit_inputs(batch: int, size: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(batch, 4, size, size, generator=generator).to(dtype)
-    return x, torch.linspace(120, 880, batch).long(), torch.arange(batch) * 7 % 1000
+    x = torch.randn(batch, 4, size, size, generator=generator).to(device, dtype)
+    return x, torch.linspace(120, 880, batch).long().to(device), torch.arange(batch, device=device) * 7 % 1000
 
 
 def _dit_forward(model: Any, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -133,8 +134,8 @@ def _dit(
     name: str, layers: int, heads: int, head_dim: int, size: int, batch: int,
     call: Callable[..., Tensor] = _dit_forward, pass_: str = "fwd",
 ) -> Whole:  # fmt: skip
-    def run(dtype: torch.dtype) -> Run:
-        inputs = _dit_inputs(batch, size, dtype)
+    def run(dtype: torch.dtype, device: str) -> Run:
+        inputs = _dit_inputs(batch, size, dtype, device)
         return lambda model: call(model, *inputs)
 
     return Whole(
@@ -152,10 +153,10 @@ def _wan_block(name: str, heads: int, ffn: int, grid: tuple[int, int, int]) -> W
             num_attention_heads=heads, attention_head_dim=128, ffn_dim=ffn, num_layers=1, rope_max_seq_len=1024
         )
 
-    def run(dtype: torch.dtype) -> Run:
+    def run(dtype: torch.dtype, device: str) -> Run:
         g = torch.Generator().manual_seed(3)
-        x, context = (torch.randn(1, n, width, generator=g).to(dtype) for n in (tokens, 512))
-        temb = torch.randn(1, 6, width, generator=g)
+        x, context = (torch.randn(1, n, width, generator=g).to(device, dtype) for n in (tokens, 512))
+        temb = torch.randn(1, 6, width, generator=g).to(device)
 
         def call(model: Any) -> Tensor:
             with torch.no_grad():
@@ -171,9 +172,9 @@ def _wan_block(name: str, heads: int, ffn: int, grid: tuple[int, int, int]) -> W
 
 
 def _wan_decode(frames: int, side: int) -> Whole:
-    def decode(frames: int, side: int) -> Callable[[torch.dtype], Run]:
-        def run(dtype: torch.dtype) -> Run:
-            z = torch.randn(1, 16, frames, side, side, generator=torch.Generator().manual_seed(3)).to(dtype)
+    def decode(frames: int, side: int) -> Callable[[torch.dtype, str], Run]:
+        def run(dtype: torch.dtype, device: str) -> Run:
+            z = torch.randn(1, 16, frames, side, side, generator=torch.Generator().manual_seed(3)).to(device, dtype)
 
             def call(model: Any) -> Tensor:
                 with torch.no_grad():

@@ -22,38 +22,61 @@ _ROWS = 32  # of attention_rows
 
 
 # ---- tiles: blocks = (queries, keys) ------------------------------------------------------------------------
-@functools.cache
-def _dkdv_default(itemsize: int, channels: int, mask: str):
-    def default(arch: int) -> Config:
-        return Config((64, 128), 8, 3)
+# What fits the registers without spills, by head dim and mask ("none", "frames", "window": masks need registers too).
+# Three stages on sm_90: its copies are waited for one turn later than they are issued.
+def _dkdv_default(arch: int, itemsize: int, channels: int, mask: str) -> Config:
+    if channels > 128:
+        return Config((32, 32) if itemsize == 2 else (16, 16), 8, 1)
+    if itemsize == 4:
+        return Config((32, 32), 8, 1)
+    if 90 <= arch < 120:
+        if mask == "window" and channels > 64:
+            return Config((32, 128), 8, 3 if arch < 100 else 2)
+        wide = arch < 100 and channels <= 64 and mask == "none"
+        return Config((128, 128) if wide else (64, 128), 8, 3 if arch < 100 else 2)
+    if channels > 96:
+        return Config((64, 64), 8, 2)
+    if channels > 80:
+        return Config((32, 64), 8, 2) if mask == "none" else Config((16, 64), 4, 2)
+    if channels > 64:
+        return Config((32, 64), 8, 2)
+    return Config((64, 128), 8, 2) if mask == "none" else Config((32, 64), 4, 2)
 
-    return default
 
-
-@functools.cache
-def _dq_default(itemsize: int, channels: int, mask: str):
-    def default(arch: int) -> Config:
-        return Config((128, 64), 8, 3)
-
-    return default
+def _dq_default(arch: int, itemsize: int, channels: int, mask: str) -> Config:
+    if channels > 128:
+        return Config((32, 32) if itemsize == 2 else (16, 16), 8, 1)
+    if itemsize == 4:
+        return Config((32, 32), 8, 1)
+    if 90 <= arch < 120:
+        wide = arch < 100 and channels <= 64
+        return Config((128, 128) if wide else (128, 64), 8, 3 if arch < 100 else 2)
+    if channels > 80:
+        return Config((128, 32), 8, 2)
+    if channels > 64 and mask == "window":
+        return Config((64, 32), 4, 2)
+    return Config((128, 64), 8, 2)
 
 
 tunable(
     "attention_dkdv",
-    Config((64, 128), 8, 3), Config((64, 128), 8, 2), Config((32, 128), 8, 3), Config((128, 128), 8, 2),
-    Config((64, 64), 4, 3), Config((64, 64), 8, 2), Config((32, 64), 4, 2), Config((32, 64), 8, 2),
+    Config((64, 128), 8, 3), Config((64, 128), 8, 2), Config((32, 128), 8, 3), Config((128, 128), 8, 3),
+    Config((64, 64), 8, 2), Config((32, 64), 8, 2), Config((32, 64), 4, 2), Config((16, 64), 4, 2),
 )  # fmt: skip
 tunable(
     "attention_dq",
-    Config((128, 64), 8, 3), Config((128, 64), 8, 2), Config((128, 128), 8, 2), Config((128, 32), 8, 3),
-    Config((64, 64), 4, 3), Config((64, 64), 8, 2), Config((64, 32), 4, 2), Config((64, 32), 8, 2),
+    Config((128, 64), 8, 3), Config((128, 64), 8, 2), Config((128, 128), 8, 3), Config((128, 128), 8, 2),
+    Config((128, 32), 8, 2), Config((64, 64), 4, 2), Config((64, 32), 4, 2), Config((64, 64), 4, 3),
 )  # fmt: skip
 
 
 def _tiles(q, mask: str) -> tuple[Config, Config]:
+    facts = (q.element_size(), q.shape[-1], mask)
     key = (q.dtype, q.shape[-1], mask)
-    small = (q.element_size(), q.shape[-1], mask)
-    return choose("attention_dkdv", q, key, _dkdv_default(*small)), choose("attention_dq", q, key, _dq_default(*small))
+    return (
+        choose("attention_dkdv", q, key, lambda arch: _dkdv_default(arch, *facts)),
+        choose("attention_dq", q, key, lambda arch: _dq_default(arch, *facts)),
+    )
 
 
 # ---- what both have in common -------------------------------------------------------------------------------

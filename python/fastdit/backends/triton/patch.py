@@ -33,14 +33,15 @@ def _embed_default(K: int, wide: bool):
     """The widest tile of outputs whose stages fit beside the patches."""
 
     def default(arch: int) -> Config:
+        steps = -(-K // step(K, wide))
         if wide:
-            return Config((64, 64), 4, 2)
-        steps, room = -(-K // step(K, wide)), _SHARED.get(arch, 65_536)
-        steps = steps if steps <= 3 else 1
-        for columns, stages in ((128, 3), (128, 2), (64, 3)):
-            if 2 * steps * step(K, wide) * (128 + stages * columns) <= room - 4096:
-                return Config((128, columns), 4 if arch == 80 else 8, stages)
-        return Config((128, 64), 4, 2)
+            return Config((64, 64), 4 if steps <= 3 else 8, 2)
+        held = steps if steps <= 3 else 1
+        # rows of K values that are no multiple of 16 bytes come one by one, each with an address of its own
+        for columns, stages in ((128, 3), (128, 2), (64, 3))[0 if K % 8 == 0 else 2 :]:
+            if 2 * held * step(K, wide) * (128 + stages * columns) <= _SHARED.get(arch, 65_536) - 4096:
+                return Config((128, columns), 8, stages)
+        return Config((128, 64), 8, 2)
 
     return default
 

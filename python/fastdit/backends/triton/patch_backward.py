@@ -29,14 +29,14 @@ tunable(
 
 
 def _dx_default(K: int, wide: bool):
+    # values of a token that are no multiple of 16 bytes move one by one, each with an address of its own
     if wide:
-        return lambda arch: Config((64, 32), 4, 2)
-    # rows of K values that are no multiple of 16 bytes come one by one, each with an address of its own
+        return lambda arch: Config((64, 32), 4 if K % 4 == 0 else 8, 2)
     return lambda arch: Config((64, 64 if K % 8 == 0 else 32), 4 if K <= 64 else 8, 3)
 
 
 def _dw_default(wide: bool):
-    return lambda arch: Config((32, 64), 4, 2) if wide else Config((64, 128), 4 if arch < 90 else 8, 3)
+    return lambda arch: Config((32, 64), 4, 2) if wide else Config((64, 128 if arch != 100 else 64), 8, 3)
 
 
 def _zeros(inputs, needs):
@@ -58,8 +58,7 @@ def patch_embed3d_backward(grad, x, weight, bias, pos, grids, needs):
     if needs[3] and pos is not None:
         if pos.dim() == 2 and x.dim() == 5 and x.shape[0] != 1:
             dpos = torch.empty(pos.shape, dtype=pos.dtype, device=pos.device)
-            size = dpos.numel()
-            _sum(g, dpos, None, x.shape[0], size)
+            _sum(g, dpos, None, x.shape[0])
         else:
             dpos = g.view(pos.shape).to(pos.dtype, copy=True)
     return dx, dw, db, dpos
@@ -121,13 +120,13 @@ def _backward_weight(g, x, weight, bias, dense, grids, need_w, need_b):
             (*dense, *strides, tiles, per, split0, pitch, *table), constants, config.warps, config.stages,
         )  # fmt: skip
     if splits > 1:
-        _sum(partial, dw, db, splits, pitch)
+        _sum(partial, dw, db, splits)
     return dw, db
 
 
-def _sum(partial, out, tail, count, pitch):
+def _sum(partial, out, tail, count):
     size = 0 if out is None else out.numel()
     rest = 0 if tail is None else tail.numel()
     grid = (-(-(size + rest) // _SUM), 1, 1)
-    align = math.gcd(8, size, rest, pitch)
-    launch(patch_sum, grid, (partial, out, tail), (count, size, rest, pitch), (align, _SUM), 4, 1)
+    constants = (math.gcd(8, size, rest), _SUM)
+    launch(patch_sum, grid, (partial, out, tail), (count, size, rest), constants, 4, 1)

@@ -191,7 +191,8 @@ def described(
     """Facts; the table of q, of k, and the axes; (start, stop, eps)."""
     q_kind, q_table = table(cos, sin, q)
     k_kind, k_table = table(cos, sin, k) if k_cos is None else table(k_cos, k_sin, k)
-    compact, sections = _NO_AXES, ()
+    compact = _NO_AXES
+    sections: tuple = ()
     if grids is not None:
         axis_tables = (cos_t, sin_t, cos_h, sin_h, cos_w, sin_w)
         sections, q_kind, compact = axes(axis_tables, grids, q.dim() == 3, q.dtype)

@@ -62,6 +62,7 @@ class Workload:
 
     bytes_bwd: likewise of its backward alone; twice `bytes` unless told. flops_bwd: in units of the forward's.
     peers: name -> function of the same (args, kwargs); "eager", "compile", "sdpa", "padded", "conv_ndhwc", ... .
+    judged: the row whose result is judged, where this one is too large for an fp64 reference.
     """
 
     op: str
@@ -75,6 +76,7 @@ class Workload:
     fixed: tuple[str, ...] = ()
     bytes_bwd: Callable[[torch.dtype], int] | None = None
     flops_bwd: float = 2.0
+    judged: Workload | None = None
 
     def moved(self, dtype: torch.dtype, pass_: str) -> int:
         """Bytes of a pass: fwd, bwd or fwd+bwd."""

@@ -115,6 +115,15 @@ def _linear_rewrite(x, weight, bias, *, pos=None):
     return y if pos is None else y + pos
 
 
+def _each(call):
+    """A list, video by video: what a model without packing does."""
+
+    def run(x, weight, bias, *, pos=None):
+        return torch.cat([call(video[None], weight, bias)[0] for video in x])
+
+    return run
+
+
 def _move(tokens, *, grid, patch, channels, order):
     size = {"c": channels, "t": patch[0], "h": patch[1], "w": patch[2]}
     dim = {letter: 4 + i for i, letter in enumerate(order)}
@@ -139,6 +148,23 @@ def _bench_embed(name: str, B: int, C: int, grid, D: int, patch=PATCH, pos: bool
     return Workload("patch_embed3d", name, shape, make, moved, flops=2 * N * K * D, peers=peers)
 
 
+def _bench_list(name: str, C: int, grids, D: int, patch=PATCH) -> Workload:
+    """Videos of several sizes into one sequence."""
+    N, K = sum(map(math.prod, grids)), C * math.prod(patch)
+
+    def make(m: Maker):
+        x = [m.randn(C, *(g * p for g, p in zip(grid, patch, strict=True))) for grid in grids]
+        return (x, m.randn(D, C, *patch) / math.sqrt(K), m.randn(D)), {}
+
+    def moved(dtype: torch.dtype) -> int:
+        return (N * K + N * D + D * K) * dtype.itemsize
+
+    peers = {"eager": _each(_conv), "linear_rewrite": _each(_linear_rewrite)}
+    return Workload(
+        "patch_embed3d", name, f"{len(grids)} videos->{N}x{D}", make, moved, flops=2 * N * K * D, peers=peers
+    )
+
+
 def _bench_unpatchify(name: str, B: int, C: int, grid, order: str, patch=PATCH) -> Workload:
     N, K = math.prod(grid), C * math.prod(patch)
 
@@ -160,6 +186,7 @@ BENCH = (
     _bench_embed("Wan2.2-5B-704p/8", 1, 48, (4, 22, 40), 3072),
     _bench_embed("HunyuanVideo-720p/16", 1, 16, (2, 45, 80), 3072),
     _bench_embed("HunyuanVideo1.5-720p/8", 1, 65, (4, 45, 80), 2048, patch=(1, 1, 1)),
+    _bench_list("Wan2.1-14B-mixed", 16, ((1, 45, 80), (2, 30, 52), (1, 52, 30), (4, 16, 28)), 5120),
     _bench_unpatchify("DiT-XL/2-512", 8, 8, (1, 32, 32), "thwc"),
     _bench_unpatchify("Wan2.1-480p", 1, 16, (21, 30, 52), "thwc"),
     _bench_unpatchify("HunyuanVideo-720p/4", 1, 16, (8, 45, 80), "cthw"),
