@@ -32,6 +32,15 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def offsets(rows, step, FAR: tl.constexpr):
+    """Where rows of a tile start; 32 bits (half the registers) unless FAR, which is when they might not do."""
+    if FAR:
+        return rows.to(tl.int64) * step
+    else:
+        return rows * step.to(tl.int32)
+
+
+@triton.jit
 def load_rows(P, at, inside, FROM: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
     """Channels FROM .. FROM + WIDTH of the rows at P + at (offsets); zeros behind D and, if MASKED, outside."""
     col = FROM + tl.arange(0, WIDTH)
@@ -39,10 +48,12 @@ def load_rows(P, at, inside, FROM: tl.constexpr, WIDTH: tl.constexpr, D: tl.cons
     if MASKED:
         if FROM + WIDTH > D:
             return tl.load(at, mask=inside[:, None] & (col < D)[None, :], other=0.0)
-        return tl.load(at, mask=inside[:, None], other=0.0)
-    if FROM + WIDTH > D:
+        else:
+            return tl.load(at, mask=inside[:, None], other=0.0)
+    elif FROM + WIDTH > D:
         return tl.load(at, mask=(col < D)[None, :], other=0.0)
-    return tl.load(at)
+    else:
+        return tl.load(at)
 
 
 @triton.jit
@@ -87,12 +98,12 @@ def _add(s, v0, v1, acc0, acc1, m, l, c, D1: tl.constexpr, MASKED: tl.constexpr,
 def _linear(
     acc0, acc1, m, l, q0, q1, K, KR, V, VR, batch, head, row, k_step, v_step, begin, end, whole, ends, keys, c,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr, MASKED: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
+    FAR: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys begin .. end of a segment that starts at `row`. ends: what each query sees; keys: valid keys. With WARPS one
     loop takes both kinds of tiles, those from `whole` on with a mask: a specialised loop cannot hand its sums on."""
     n = tl.arange(0, BLOCK_N)
-    k_at, v_at = n * k_step, n * v_step
+    k_at, v_at = offsets(n, k_step, FAR), offsets(n, v_step, FAR)
     for j in tl.range(begin, end, BLOCK_N, warp_specialize=WARPS):
         valid = j + n < keys
         k1 = 0.0
@@ -164,7 +175,8 @@ def _finish(O, LSE, o_at, lse_at, inside, acc0, acc1, m, l, c, D: tl.constexpr, 
 def _lines(
     Q, K, KR, V, VR, O, LSE, batch, kv_head, row, i0, queries, keys, shift, frame, q_step, k_step, v_step, o_step, c,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, FRAMES: tl.constexpr, NEGATE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FAR: tl.constexpr, TMA: tl.constexpr, WARPS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Queries i0 .. i0 + BLOCK_M of a segment whose keys start at `row`. Q, O and LSE stand at the tile's first query;
     K and V at the (sample's) head's first row, unless they are descriptors."""
@@ -178,12 +190,12 @@ def _lines(
     plain = end if WARPS else whole
     acc0, acc1, m, l = _linear(
         acc0, acc1, m, l, q0, q1, K, KR, V, VR, batch, kv_head, row, k_step, v_step, 0, plain, whole, ends, keys, c,
-        D, D0, D1, BLOCK_N, TMA, False, WARPS, PRECISION,
+        D, D0, D1, BLOCK_N, FAR, TMA, False, WARPS, PRECISION,
     )  # fmt: skip
     if not WARPS:
         acc0, acc1, m, l = _linear(
             acc0, acc1, m, l, q0, q1, K, KR, V, VR, batch, kv_head, row, k_step, v_step,
-            whole, end, whole, ends, keys, c, D, D0, D1, BLOCK_N, TMA, True, False, PRECISION,
+            whole, end, whole, ends, keys, c, D, D0, D1, BLOCK_N, FAR, TMA, True, False, PRECISION,
         )  # fmt: skip
     _finish(O, LSE, at * o_step, at, inside, acc0, acc1, m, l, c, D, D0, D1)
 
@@ -195,8 +207,8 @@ def attention_forward(
     q_batch: tl.int64, q_step: tl.int64, q_head: tl.int64, k_batch: tl.int64, k_step: tl.int64, k_head: tl.int64,
     v_batch: tl.int64, v_step: tl.int64, v_head: tl.int64, c: tl.float32,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, FRAMES: tl.constexpr, NEGATE: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, WARPS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FAR: tl.constexpr, TMA: tl.constexpr,
+    WARPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles * H * B): tiles of one head side by side, the last tile first where it sees the most (frames)."""
     tile = tl.program_id(0) % tiles
@@ -225,7 +237,7 @@ def attention_forward(
     LSE += (far * H + head) * N + i0
     _lines(
         Q, K, KR, V, VR, O, LSE, batch, kv_head, 0, i0, N, keys, M - N, frame_length(frame, M),
-        q_step, k_step, v_step, o_step, c, D, D0, D1, FRAMES, NEGATE, BLOCK_M, BLOCK_N, TMA, WARPS, PRECISION,
+        q_step, k_step, v_step, o_step, c, D, D0, D1, FRAMES, NEGATE, BLOCK_M, BLOCK_N, FAR, TMA, WARPS, PRECISION,
     )  # fmt: skip
 
 
@@ -236,8 +248,8 @@ def attention_varlen_forward(
     q_step: tl.int64, q_head: tl.int64, k_step: tl.int64, k_head: tl.int64, v_step: tl.int64, v_head: tl.int64,
     c: tl.float32,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, FRAMES: tl.constexpr, NEGATE: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, WARPS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FAR: tl.constexpr, TMA: tl.constexpr,
+    WARPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(N / BLOCK_M) + S + 1, H): a bound on the tiles; programs behind the plan's end have nothing to do."""
     tile = tl.program_id(0)
@@ -247,9 +259,10 @@ def attention_varlen_forward(
         segment, tile = find_tile(PLAN, tile, segments)
         first = tl.load(CU_Q + segment)
         real = segment < segments
-        queries = tl.load(CU_Q + segment + 1, mask=real, other=N) - first
+        behind = tl.minimum(segment + 1, segments)  # the tail has rows up to N and no keys
+        queries = tl.where(real, tl.load(CU_Q + behind), N) - first
         row = tl.load(CU_K + segment)
-        keys = tl.load(CU_K + segment + 1, mask=real, other=row) - row
+        keys = tl.load(CU_K + behind) - row
         if FRAMES:
             tile = (queries + BLOCK_M - 1) // BLOCK_M - 1 - tile
         if FRAME_OF is not None:
@@ -266,5 +279,5 @@ def attention_varlen_forward(
         _lines(
             Q, K, KR, V, VR, O, LSE, 0, kv_head, row, i0, queries, keys, keys - queries,
             frame_length(frame, keys), q_step, multiple(k_step, ALIGN), multiple(v_step, ALIGN), H * D, c,
-            D, D0, D1, FRAMES, NEGATE, BLOCK_M, BLOCK_N, TMA, WARPS, PRECISION,
+            D, D0, D1, FRAMES, NEGATE, BLOCK_M, BLOCK_N, FAR, TMA, WARPS, PRECISION,
         )  # fmt: skip

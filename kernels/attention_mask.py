@@ -30,7 +30,7 @@ def frame_length(frame, keys):
 def key_end(i, keys, shift, frame, FRAMES: tl.constexpr):
     """Query i sees the keys j < key_end(i). keys: how many are valid (kv_len); frame: from frame_length."""
     if FRAMES:
-        return tl.minimum(((i + shift) // frame + 1) * frame, keys)
+        return tl.maximum(tl.minimum(((i + shift) // frame + 1) * frame, keys), 0)  # more queries than keys: none
     else:
         return i * 0 + keys
 
@@ -147,3 +147,31 @@ def bricks(nt, nh, nw, BT: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
 def within(j, start, length):
     """start <= j < start + length in one comparison; broadcasts."""
     return (j - start).to(tl.uint32, bitcast=True) < length.to(tl.uint32, bitcast=True)
+
+
+# One number a token: its three coordinates from the box's corner, each in a field of B* bits under a guard bit. A field
+# that goes below zero in a subtraction takes its own guard and nothing else, so two subtractions test six bounds.
+
+
+@triton.jit
+def guards(BITS_T: tl.constexpr, BITS_H: tl.constexpr, BITS_W: tl.constexpr):
+    """The guard bits. 32 bits where the fields fit, else 64."""
+    H_AT: tl.constexpr = BITS_W + 1
+    T_AT: tl.constexpr = BITS_W + BITS_H + 2
+    if T_AT + BITS_T < 31:
+        return tl.full((), (1 << BITS_W) | (1 << (H_AT + BITS_H)) | (1 << (T_AT + BITS_T)), tl.int32)
+    else:
+        return tl.full((), (1 << BITS_W) | (1 << (H_AT + BITS_H)) | (1 << (T_AT + BITS_T)), tl.int64)
+
+
+@triton.jit
+def packed(t, h, w, guard, BITS_T: tl.constexpr, BITS_H: tl.constexpr, BITS_W: tl.constexpr):
+    """(t, h, w) as one number; broadcasts. A sum of two is the sum of their coordinates while those fit."""
+    t, h, w = t.to(guard.dtype), h.to(guard.dtype), w.to(guard.dtype)
+    return (t << (BITS_W + BITS_H + 2)) + (h << (BITS_W + 1)) + w
+
+
+@triton.jit
+def sees(first, last, key, guard):
+    """first <= key <= last on every axis, of packed numbers; `key` and `last` come with `guard` added; broadcasts."""
+    return ((key - first) & (last - (key - guard)) & guard) == guard

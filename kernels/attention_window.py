@@ -13,17 +13,28 @@ import triton
 import triton.language as tl
 
 from fastdit.kernels._jit import kernel, multiple
-from fastdit.kernels.attention import _add, _finish, _queries, _scores, _zeros, load_rows, store_rows
-from fastdit.kernels.attention_mask import brick_corner, brick_tokens, bricks, seen_span, window_start, within
+from fastdit.kernels.attention import _add, _finish, _queries, _scores, _zeros, load_rows, offsets, store_rows
+from fastdit.kernels.attention_mask import (
+    brick_corner,
+    brick_tokens,
+    bricks,
+    guards,
+    packed,
+    seen_span,
+    sees,
+    window_start,
+)  # fmt: skip
 from fastdit.kernels.attention_tiles import find_tile
 
 
 @triton.jit
 def _brick(
     Q, K, V, O, LSE, t0, h0, w0, T, H, W, q_step, k_step, v_step, o_step, c,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, NEGATE: tl.constexpr, FAR: tl.constexpr,
+    PRECISION: tl.constexpr,
     BT: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     WT: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    BITS_T: tl.constexpr, BITS_H: tl.constexpr, BITS_W: tl.constexpr,
 ):  # fmt: skip
     """The query brick at (t0, h0, w0) of a T x H x W grid; pointers stand at the head in the segment's first row."""
     t, h, w = brick_tokens(BT, BH, BW)
@@ -31,21 +42,33 @@ def _brick(
     inside = (t < T) & (h < H) & (w < W)
     at = ((t * H + h) * W + w).to(tl.int64)
     q0, q1 = _queries(Q, at * q_step, inside, D, D0, D1, NEGATE)
-    t_from = window_start(t, T, WT, ST)[:, None]
-    h_from = window_start(h, H, WH, SH)[:, None]
-    w_from = window_start(w, W, WW, SW)[:, None]
     t_lo, t_hi, t_core, t_past = seen_span(t0, t0 + BT, T, WT, ST)
     h_lo, h_hi, h_core, h_past = seen_span(h0, h0 + BH, H, WH, SH)
     w_lo, w_hi, w_core, w_past = seen_span(w0, w0 + BW, W, WW, SW)
+    guard = guards(BITS_T, BITS_H, BITS_W)
+    first = packed(
+        window_start(t, T, WT, ST) - t_lo, window_start(h, H, WH, SH) - h_lo, window_start(w, W, WW, SW) - w_lo,
+        guard, BITS_T, BITS_H, BITS_W,
+    )  # fmt: skip
+    length = packed(tl.minimum(T, WT) - 1, tl.minimum(H, WH) - 1, tl.minimum(W, WW) - 1, guard, BITS_T, BITS_H, BITS_W)
+    last = first + length + guard
     kt, kh, kw = brick_tokens(KT, KH, KW)
-    shape = ((kt * H + kh) * W + kw).to(tl.int64)
-    k_at, v_at = shape * k_step, shape * v_step
+    key = packed(kt, kh, kw, guard, BITS_T, BITS_H, BITS_W)
+    shape = (kt * H + kh) * W + kw
+    k_at, v_at = offsets(shape, k_step, FAR), offsets(shape, v_step, FAR)
     acc0, acc1, m, l = _zeros(BT * BH * BW, D0, D1)
-    for b in tl.range(0, bricks(t_hi - t_lo, h_hi - h_lo, w_hi - w_lo, KT, KH, KW)):
-        jt, jh, jw = brick_corner(b, t_hi - t_lo, h_hi - h_lo, w_hi - w_lo, KT, KH, KW)
-        jt, jh, jw = jt + t_lo, jh + h_lo, jw + w_lo
+    row = ((t_lo * H + h_lo) * W + w_lo).to(tl.int64)
+    K += row * k_step
+    V += row * v_step
+    t_side, h_side, w_side = t_hi - t_lo, h_hi - h_lo, w_hi - w_lo
+    t_core, h_core, w_core = t_core - t_lo, h_core - h_lo, w_core - w_lo
+    t_past, h_past, w_past = t_past - t_lo - KT, h_past - h_lo - KH, w_past - w_lo - KW
+    room = packed(t_side - 1, h_side - 1, w_side - 1, guard, BITS_T, BITS_H, BITS_W) + guard
+    for b in tl.range(0, bricks(t_side, h_side, w_side, KT, KH, KW)):
+        jt, jh, jw = brick_corner(b, t_side, h_side, w_side, KT, KH, KW)
+        corner = packed(jt, jh, jw, guard, BITS_T, BITS_H, BITS_W)
         row = ((jt * H + jh) * W + jw).to(tl.int64)
-        valid = (jt + kt < t_hi) & (jh + kh < h_hi) & (jw + kw < w_hi)
+        valid = ((room - corner - key) & guard) == guard
         k0 = load_rows(K + row * k_step, k_at, valid, 0, D0, D, True)
         v0 = load_rows(V + row * v_step, v_at, valid, 0, D0, D, True)
         k1 = 0.0
@@ -55,12 +78,11 @@ def _brick(
             v1 = load_rows(V + row * v_step, v_at, valid, D0, D1, D, True)
         s = _scores(q0, q1, k0, k1, D1, PRECISION)
         core = (jt >= t_core) & (jh >= h_core) & (jw >= w_core)
-        core = core & (jt + KT <= t_past) & (jh + KH <= h_past) & (jw + KW <= w_past)
+        core = core & (jt <= t_past) & (jh <= h_past) & (jw <= w_past)
         if not core:
-            sees = within((jt + kt)[None, :], t_from, tl.minimum(T, WT))
-            sees = sees & within((jh + kh)[None, :], h_from, tl.minimum(H, WH))
-            sees = sees & within((jw + kw)[None, :], w_from, tl.minimum(W, WW))
-            s = tl.where(sees, s, float("-inf"))
+            s = tl.where(
+                sees(first[:, None], last[:, None], (key + (corner + guard))[None, :], guard), s, float("-inf")
+            )
         acc0, acc1, m, l = _add(s, v0, v1, acc0, acc1, m, l, c, D1, True, PRECISION)
     _finish(O, LSE, at * o_step, at, inside, acc0, acc1, m, l, c, D, D0, D1)
 
@@ -71,9 +93,10 @@ def attention_window_forward(
     N: tl.int32, heads: tl.int32, group: tl.int32, segments: tl.int32,
     q_step: tl.int64, q_head: tl.int64, k_step: tl.int64, k_head: tl.int64, v_step: tl.int64, v_head: tl.int64,
     c: tl.float32,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, NEGATE: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, NEGATE: tl.constexpr, ALIGN: tl.constexpr, FAR: tl.constexpr,
     BT: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     WT: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    BITS_T: tl.constexpr, BITS_H: tl.constexpr, BITS_W: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs, heads): only the device knows how many bricks there are; a program walks as many as it must."""
@@ -93,8 +116,9 @@ def attention_window_forward(
             t0, h0, w0 = brick_corner(number, T, H, W, BT, BH, BW)
             _brick(
                 Q + first * q_step, K + first * k_step, V + first * v_step, O + first * heads * D, LSE + first,
-                t0, h0, w0, T, H, W, q_step, k_step, v_step, heads * D, c, D, D0, D1, NEGATE, PRECISION,
+                t0, h0, w0, T, H, W, q_step, k_step, v_step, heads * D, c, D, D0, D1, NEGATE, FAR, PRECISION,
                 BT, BH, BW, KT, KH, KW, WT, WH, WW, ST, SH, SW,
+                BITS_T, BITS_H, BITS_W,
             )  # fmt: skip
         else:  # behind the last segment: nobody to see
             at = first + number * BW + tl.arange(0, BW)

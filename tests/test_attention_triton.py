@@ -1,19 +1,31 @@
 """attention on Triton: the laws of its own that the samples do not reach."""
 
+import contextlib
+import itertools
+import math
+
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import Phase, given, settings, strategies as st
 
+from fastdit import ops
 from fastdit.reference import attention as reference
+from fastdit.testing import close, contract
+from fastdit.testing.workloads import Maker, Sample, samples
+from fastdit.testing.workloads.attention import sdpa, sdpa_varlen
 
 tl = pytest.importorskip("triton.language")
 
+from fastdit.backends.triton import _config, _launch, attention as adapter  # noqa: E402
+from fastdit.backends.triton._config import Config, forced  # noqa: E402
+from fastdit.backends.triton.attention_tiles import plan  # noqa: E402
 from fastdit.kernels import attention_mask as mask  # noqa: E402
 from fastdit.kernels._jit import kernel  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
 fuzz = settings(max_examples=50, deadline=None, derandomize=True)
+slow = settings(fuzz, max_examples=12, phases=[Phase.generate])  # shrinking would run for minutes
 
 
 # ---- ranges and masks against the reference's dense mask ------------------------------------------------------
@@ -116,3 +128,223 @@ def test_bricks_cover_a_box_once(box):
         number *= -(-n // b)
     _brick_probe[(number,)](count, *box, *brick)
     assert (count == 1).all()
+
+
+# ---- shapes, masks and raggedness under small tiles -------------------------------------------------------------
+SMALL = (Config((16, 16, 0), 4, 1), Config((32, 16, 0), 4, 1), Config((16, 32, 0), 4, 1))
+
+
+@contextlib.contextmanager
+def tiles(config):
+    """Tiles so small that a few dozen tokens make many of them."""
+    with forced("attention_forward", config), forced("attention_window_forward", Config(config.blocks[:2], 4, 1)):
+        yield
+
+
+@contextlib.contextmanager
+def another_card(capability):
+    """The paths of that card: TMA boxes for every size, on 100 in the form for warp specialisation."""
+    before, adapter.TMA_PAIRS = adapter.TMA_PAIRS, 0
+    _launch.pretend(capability)
+    _config.forget()
+    try:
+        yield
+    finally:
+        adapter.TMA_PAIRS = before
+        _launch.pretend(None)
+        _config.forget()
+
+
+def check(op, args, kwargs, config, dtype=torch.float32, baseline=None):
+    with tiles(config):
+        contract.forward(Sample(op, "fuzz", lambda m: (args, kwargs), baseline=baseline), dtype, "triton", DEVICE)
+
+
+HEADS = st.sampled_from([(1, 1, 72), (2, 1, 13), (2, 2, 40), (4, 2, 16), (1, 1, 96), (2, 2, 8)])
+
+
+@slow
+@given(
+    *(st.integers(1, 70), st.integers(1, 70), HEADS, st.sampled_from(SMALL), st.data()),
+    *(st.sampled_from([None, 0.5, -0.3]), st.sampled_from([None, 1, 5, 16, 33])),
+)
+def test_dense(n, m, heads, config, data, scale, frames):
+    H, Hkv, D = heads
+    m = max(n, m) if frames else m
+    make = Maker(torch.float32, DEVICE, seed=n * 100 + m)
+    kwargs = dict(scale=scale, frame_tokens=frames, return_lse=n >= 30)  # of few rows the error is luck
+    if data.draw(st.booleans()):
+        kwargs["kv_len"] = make.index(data.draw(st.lists(st.integers(0, m), min_size=2, max_size=2)))
+    if frames and data.draw(st.booleans()):
+        kwargs["frame_tokens"] = make.index([frames, 7])
+    args = make.randn(2, n, H, D), make.randn(2, m, Hkv, D), make.randn(2, m, Hkv, D)
+    check("attention", args, kwargs, config, baseline=sdpa)
+
+
+def bounds(make, lengths):
+    return make.index([0, *itertools.accumulate(lengths)])
+
+
+LENGTHS = st.lists(st.sampled_from([0, 0, 1, 2, 15, 16, 17, 33, 50]), min_size=0, max_size=5)
+
+
+@slow
+@given(LENGTHS, LENGTHS, st.integers(0, 20), HEADS, st.sampled_from(SMALL), st.sampled_from([None, 1, 16, 21]))
+def test_packed(queries, keys, tail, heads, config, frames):
+    H, Hkv, D = heads
+    keys = [a + b if frames else b for a, b in itertools.zip_longest(queries, keys, fillvalue=3)][: len(queries)]
+    make = Maker(torch.float32, DEVICE, seed=len(queries))
+    n, m = max(sum(queries) + tail, 1), max(sum(keys), 1)
+    kwargs = dict(
+        cu_seqlens_q=bounds(make, queries), cu_seqlens_k=bounds(make, keys), max_seqlen_q=max(queries, default=0),
+        max_seqlen_k=max(keys, default=0), frame_tokens=frames, return_lse=n >= 30,
+    )  # fmt: skip
+    args = make.randn(n, H, D), make.randn(m, Hkv, D), make.randn(m, Hkv, D)
+    check("attention_varlen", args, kwargs, config, baseline=sdpa_varlen)
+
+
+SIDE = st.integers(1, 6)
+
+
+@slow
+@given(
+    *(st.lists(st.tuples(SIDE, SIDE, SIDE), min_size=1, max_size=3), st.tuples(SIDE, SIDE, SIDE), st.data()),
+    *(HEADS, st.sampled_from(SMALL), st.integers(0, 9)),
+)
+def test_windows(grids, window, data, heads, config, tail):
+    H, Hkv, D = heads
+    stride = tuple(data.draw(st.integers(1, w)) for w in window)
+    make = Maker(torch.float32, DEVICE, seed=tail)
+    lengths = [t * h * w for t, h, w in grids]
+    n = sum(lengths) + tail
+    kwargs = dict(
+        cu_seqlens_q=bounds(make, lengths), max_seqlen_q=max(lengths), grids=make.index(grids), window=window,
+        window_stride=stride, return_lse=n >= 30,
+    )  # fmt: skip
+    args = make.randn(n, H, D), make.randn(n, Hkv, D), make.randn(n, Hkv, D)
+    check("attention_varlen", args, kwargs, config, baseline=sdpa_varlen)
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sample", samples("attention") + samples("attention_varlen"), ids=str)
+def test_boxes(sample, dtype, capability):
+    """Every sample by TMA where its strides allow boxes, else by the same card's pointers."""
+    with another_card(capability):
+        contract.forward(sample, dtype, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("specialised", [0, 1])
+@pytest.mark.parametrize("frames", [None, 10])
+def test_boxes_over_many_tiles(capability, specialised, frames, monkeypatch):
+    made = []
+    monkeypatch.setattr(adapter, "_boxes", lambda *a, kept=adapter._boxes: made.append(kept(*a)) or made[-1])
+    make = Maker(torch.float16, DEVICE)
+    q, k, v = make.randn(2, 40, 3, 2, 72).unbind(2)
+    with another_card(capability):
+        for kv_len in (None, make.index([40, 21])):
+            kwargs = dict(kv_len=kv_len, frame_tokens=frames)
+            config = Config((16, 16, specialised), 4, 1)
+            check("attention", (q, k, v), kwargs, config, torch.float16, sdpa)
+        cu = make.index([0, 3, 3, 36])
+        kwargs = dict(cu_seqlens_q=cu, max_seqlen_q=33, frame_tokens=frames)
+        check("attention_varlen", (q[0], k[0], v[0]), kwargs, config, torch.float16, sdpa_varlen)
+    assert len(made) == 3
+
+
+# ---- what must not be read, and what must not matter --------------------------------------------------------------
+@pytest.mark.parametrize("capability", [80, 90])
+def test_foreign_rows_never_leak(capability):
+    """NaN behind kv_len and in the neighbour segments stays where it is."""
+    make = Maker(torch.float16, DEVICE)
+    q, k, v = make.randn(2, 40, 3, 2, 72).unbind(2)
+    kv_len = make.index([21, 3])
+    op = ops.attention
+    with another_card(capability), tiles(SMALL[0]):
+        clean = op(q, k, v, kv_len=kv_len, backend="triton")
+        for b, count in enumerate(kv_len.tolist()):
+            k[b, count:] = v[b, count:] = math.nan
+        assert torch.equal(op(q, k, v, kv_len=kv_len, backend="triton"), clean)
+        packed = [x[0, :21].contiguous() for x in (q, k, v)]
+        bounds_q = dict(cu_seqlens_q=make.index([0, 5, 18]), max_seqlen_q=13)
+        alone = ops.attention_varlen(*packed, **bounds_q, backend="triton")
+        for x in packed:
+            x[:5] = x[18:] = math.inf
+        again = ops.attention_varlen(*packed, **bounds_q, backend="triton")
+    assert torch.equal(again[5:18], alone[5:18]) and alone[5:18].isfinite().all() and not again[18:].any()
+
+
+def test_unseen_tiles_are_not_loaded():
+    """A poisoned tile that no query of a tile sees would reach it through 0 * NaN, were it only masked."""
+    make = Maker(torch.float32, DEVICE)
+    q, k, v = make.randn(1, 64, 3, 1, 16).unbind(2)
+    with tiles(SMALL[0]):
+        v[:, 32:] = math.nan
+        o = ops.attention(q, k, v, frame_tokens=16, backend="triton")
+        assert o[:, :32].isfinite().all() and o[:, 32:].isnan().all()
+        # a 1 x 4 x 4 window of stride 4 on a 2 x 8 x 8 grid: bricks of 1 x 4 x 4 share one window each
+        q, k, v = make.randn(128, 3, 1, 16).unbind(1)
+        grid = v.view(2, 8, 8, 1, 16) if v.is_contiguous() else v.unflatten(0, (2, 8, 8))
+        grid[1, 4:, :4] = math.nan
+        cu = make.index([0, 128])
+        o = ops.attention_varlen(
+            *(q, k, v), cu_seqlens_q=cu, max_seqlen_q=128, window=(1, 4, 4), window_stride=(1, 4, 4),
+            grids=make.index([[2, 8, 8]]), backend="triton",
+        )  # fmt: skip
+    bad = o.unflatten(0, (2, 8, 8)).isnan().flatten(3).any(-1)
+    assert bad[1, 4:, :4].all() and bad.sum() == 16
+
+
+@fuzz
+@given(LENGTHS, st.integers(0, 20), st.sampled_from([1, 16]), st.data())
+def test_plan(lengths, tail, block, data):
+    """Every tile once, the segments that meet the most keys first, the rows behind the last one at the end."""
+    make = Maker(device=DEVICE)
+    keys = data.draw(st.lists(st.integers(0, 9), min_size=len(lengths), max_size=len(lengths)))
+    first, order = plan(bounds(make, lengths), bounds(make, keys), sum(lengths) + tail, block).tolist()
+    count = [-(-n // block) for n in (*lengths, tail)]
+    assert sorted(order[:-1]) == list(range(len(lengths) + 1)) and order[-2] == len(lengths)
+    assert [keys[s] for s in order[:-2]] == sorted(keys, reverse=True)
+    assert first == [0, *itertools.accumulate(count[s] for s in order[:-1])]
+
+
+def test_rows_far_apart():
+    """Rows of k and v so far apart that a tile spans more than 2^31 elements: reserved memory, mostly untouched."""
+    make = Maker(torch.float16, DEVICE)
+    n, step = 17, 1 << 28
+    memory = torch.empty((n - 1) * step + 32, dtype=torch.float16, device=DEVICE)
+    q, near_k, near_v = (make.randn(1, n, 1, 16) for _ in range(3))
+    k, v = (memory[at:].as_strided((1, n, 1, 16), (step, step, 16, 1)) for at in (0, 16))
+    k.copy_(near_k)
+    v.copy_(near_v)
+    with tiles(SMALL[0]):
+        assert torch.equal(ops.attention(q, k, v, backend="triton"), ops.attention(q, near_k, near_v, backend="triton"))
+        args = dict(cu_seqlens_q=make.index([0, n]), max_seqlen_q=n, window=(1, 2, 9), grids=make.index([[1, 1, n]]))
+        far, near = (
+            ops.attention_varlen(q[0], a[0], b[0], **args, backend="triton") for a, b in ((k, v), (near_k, near_v))
+        )
+    assert torch.equal(far, near)
+
+
+@pytest.mark.parametrize("missing", ["o", "lse"])
+@pytest.mark.parametrize("wanted", [(1,), (0, 3), (0, 1, 2, 3)])
+def test_merge_partial_gradients(missing, wanted):
+    """Only o or only lse has a gradient, and not every input wants one."""
+    make = Maker(torch.float32, DEVICE)
+    inputs = [make.randn(2, 5, 3, 20), make.randn(2, 3, 5), make.randn(2, 5, 3, 20), make.randn(2, 3, 5)]
+    inputs[1][0, 0] = inputs[3][0, 0] = inputs[1][1, 2] = -math.inf
+
+    def grads(backend, dtype):
+        leaves = [x.to(dtype).requires_grad_(i in wanted) for i, x in enumerate(inputs)]
+        o, lse = ops.merge_attention(*leaves, backend=backend)
+        out = lse[:, 1:] if missing == "o" else o
+        used = [leaves[i] for i in wanted]
+        return torch.autograd.grad(out.square().sum(), used, allow_unused=True)
+
+    pairs = zip(*(grads(b, d) for b, d in (("triton", torch.float32), ("reference", torch.float64))), strict=True)
+    base = grads("reference", torch.float32)
+    for (actual, truth), plain in zip(pairs, base, strict=True):
+        assert (truth is None) <= (actual is None or not actual.any())
+        if truth is not None:
+            close.assert_close(actual, truth, plain)

@@ -1,6 +1,6 @@
-"""attention on Triton: dense and packed forward (kernels/attention.py, attention_window.py), and the merge.
+"""attention on Triton: dense and packed forward (kernels/attention.py, attention_window.py).
 
-Launches: 1 dense; 2 packed (the plan of tiles, then attention); 1 for a merge, 1 for its backward.
+Launches: 1 dense; 2 packed (the plan of tiles, then attention).
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...kernels.attention import attention_forward, attention_varlen_forward
-from ...kernels.attention_merge import merge_backward, merge_forward
 from ...kernels.attention_window import attention_window_forward
 from ..reference import attention as reference
 from ..registry import Impl, register as _register
-from ._config import Config, choose, tunable
 from ._launch import arch, dot_precision, launch, unfit
+from .attention_merge import merge_attention, merge_attention_backward
 from .attention_tiles import (
     MOST_CHANNELS,
     alignment,
+    far,
     folded_scale,
+    lines_config,
     pieces,
     plan,
     plan_bricks,
     window_bricks,
+    window_config,
     window_queries,
 )  # fmt: skip
 
@@ -41,50 +43,6 @@ def _empty(t):
 
 def _index(t):
     return None if t is None else t.contiguous()
-
-
-# ---- tile sizes: (BLOCK_M, BLOCK_N, warp-specialised) ---------------------------------------------------------
-tunable(
-    "attention_forward",
-    Config((128, 128, 0), 8, 2),
-    Config((128, 64, 0), 8, 3),
-    Config((128, 64, 0), 8, 2),
-    Config((128, 64, 0), 4, 3),
-    Config((128, 32, 0), 8, 3),
-    Config((64, 64, 0), 4, 2),
-    Config((64, 128, 0), 4, 2),
-    Config((128, 128, 1), 8, 2),
-)
-tunable(
-    "attention_window_forward",
-    Config((128, 128, 0), 8, 2),
-    Config((128, 64, 0), 8, 2),
-    Config((128, 64, 0), 8, 3),
-    Config((64, 64, 0), 4, 2),
-    Config((64, 128, 0), 4, 2),
-)
-
-
-def _config(name, q, width, few, tma):
-    """width: channels of both pieces."""
-    itemsize = q.element_size()
-
-    def default(arch):
-        if itemsize == 4 or width > 256:
-            return Config((64, 32 if width <= 128 else 16, 0), 8 if width > 64 else 4, 2)
-        if width > 128:
-            return Config((64, 32 if arch < 90 or arch >= 120 else 64, 0), 4 if width <= 192 else 8, 2)
-        if few:
-            return Config((64, 64 if arch < 120 else 32, 0), 4, 2)
-        if arch >= 120:
-            return Config((128, 32 if width > 64 else 64, 0), 8, 2)
-        if arch >= 100:
-            return Config((128, 128, 0), 8, 2)
-        if arch >= 90:
-            return Config((128, 128, 0), 8, 2)
-        return Config((128, 64, 0), 8, 3 if width <= 64 else 2)
-
-    return choose(name, q, (q.dtype, width, few, tma), default)
 
 
 # ---- TMA ----------------------------------------------------------------------------------------------------
@@ -129,7 +87,8 @@ def attention(q, k, v, kv_len, frame_tokens_of, frame_tokens, scale, return_lse,
     d0, d1 = pieces(channels)
     few = planes * ((tokens + 127) // 128) < FULL
     boxed = _keys(q, k, v, planes * tokens * keys)
-    (block_m, block_n, warps), num_warps, num_stages = _config("attention_forward", q, d0 + d1, few, boxed is not None)
+    sizes = lines_config(q, d0 + d1, few)
+    (block_m, block_n, warps), num_warps, num_stages = sizes
     k_rest = v_rest = None
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     k_rows, v_rows = k, v
@@ -144,7 +103,7 @@ def attention(q, k, v, kv_len, frame_tokens_of, frame_tokens, scale, return_lse,
         (tokens, keys, heads, heads // kv_heads, min(frame_tokens, 2**31 - 1), tiles, *strides, factor),
         (
             channels, d0, d1, bool(frame_tokens) or frame_tokens_of is not None, negate,
-            alignment(q.element_size(), *strides), block_m, block_n, boxed is not None,
+            alignment(q.element_size(), *strides), block_m, block_n, far(block_n, k, v), boxed is not None,
             bool(warps) and boxed is not None and kv_len is None, dot_precision(),
         ),
         num_warps,
@@ -173,22 +132,37 @@ def attention_varlen(
     if grids is not None:
         window, window_stride = tuple(window), tuple(window_stride)
         few = few or window_queries(window, window_stride) == 64
-        (block_m, block_n, _), num_warps, num_stages = _config("attention_window_forward", q, d0 + d1, few, False)
-        brick, key_brick = window_bricks(window, window_stride, block_m, block_n)
+        sizes = window_config(q, d0 + d1, few)
+        (block_m, block_n), num_warps, num_stages = sizes
+        brick, key_brick, bits = window_bricks(window, window_stride, block_m, block_n)
         grids = grids.contiguous()
         launch(
             attention_window_forward,
             (2 * ((tokens + block_m - 1) // block_m) + segments + 1, heads, 1),
             (q, k, v, o, lse, plan_bricks(cu_q, grids, tokens, brick, window), cu_q, grids),
             (tokens, heads, group, segments, *strides, factor),
-            (channels, d0, d1, negate, align, *brick, *key_brick, *window, *window_stride, dot_precision()),
+            (
+                channels,
+                d0,
+                d1,
+                negate,
+                align,
+                far(tokens, k, v),
+                *brick,
+                *key_brick,
+                *window,
+                *window_stride,
+                *bits,
+                dot_precision(),
+            ),
             num_warps,
             num_stages,
         )
         return o, lse
     cu_k = cu_seqlens_k.contiguous()
     boxed = _keys(q, k, v, heads * tokens * min(max_seqlen_k, k.shape[0]))
-    (block_m, block_n, _), num_warps, num_stages = _config("attention_forward", q, d0 + d1, few, boxed is not None)
+    sizes = lines_config(q, d0 + d1, few)
+    (block_m, block_n, _), num_warps, num_stages = sizes
     k_rest = v_rest = None
     k_rows, v_rows = k, v
     if boxed is not None:
@@ -203,7 +177,7 @@ def attention_varlen(
         (tokens, heads, group, segments, min(frame_tokens, 2**31 - 1), *strides, factor),
         (
             channels, d0, d1, bool(frame_tokens) or frame_tokens_of is not None, negate, align, block_m, block_n,
-            boxed is not None, False, dot_precision(),
+            far(block_n, k, v), boxed is not None, False, dot_precision(),
         ),
         num_warps,
         num_stages,
@@ -211,59 +185,7 @@ def attention_varlen(
     return o, lse
 
 
-# ---- merge ----------------------------------------------------------------------------------------------------
-def _of_o(t):
-    """(batch, token, head) strides."""
-    strides = t.stride()
-    return strides[:3] if len(strides) == 4 else (0, *strides[:2])
-
-
-def _of_lse(t):
-    """(batch, head, token) strides."""
-    strides = t.stride()
-    return strides if len(strides) == 3 else (0, *strides)
-
-
-def _rows(o):
-    """Rows in all, tokens of a sample, heads; constants: channels, padded, rows of a program; the grid."""
-    tokens, heads, channels = o.shape[-3:]
-    total = o.numel() // channels
-    width = max(1 << (channels - 1).bit_length(), 16)
-    block = max(2048 // width, 1)
-    return (total, tokens, heads), (channels, width, block), ((total + block - 1) // block, 1, 1)
-
-
-def merge_attention(o1, lse1, o2, lse2):
-    o, lse = _empty(o1), _empty(lse1)
-    if o1.numel():
-        numbers, (channels, width, block), grid = _rows(o1)
-        strides = (*_of_o(o1), *_of_o(o2))
-        launch(
-            merge_forward, grid, (o1, lse1, o2, lse2, o, lse),
-            (*numbers, *strides, *_of_lse(lse1), *_of_lse(lse2)),
-            (channels, alignment(o1.element_size(), *strides), width, block), 4, 1,
-        )  # fmt: skip
-    return o, lse
-
-
-def merge_attention_backward(do, dlse, o1, lse1, o2, lse2, needs):
-    grads = [_empty(t) if need else None for t, need in zip((o1, lse1, o2, lse2), needs, strict=True)]
-    if o1.numel() == 0 or (do is None and dlse is None) or not any(needs):
-        return tuple(None if g is None else g.zero_() for g in grads)
-    if do is not None and do.stride(-1) != 1:  # autograd may hand over an expanded one
-        do = do.contiguous()
-    numbers, (channels, width, block), grid = _rows(o1)
-    strides = (*_of_o(o1), *_of_o(o2))
-    of_do = _of_o(o1 if do is None else do)
-    of_dlse = _of_lse(lse1 if dlse is None else dlse)
-    launch(
-        merge_backward, grid, (o1, lse1, o2, lse2, do, dlse, *grads),
-        (*numbers, *strides, *_of_lse(lse1), *_of_lse(lse2), *of_do, *of_dlse),
-        (channels, alignment(o1.element_size(), *strides, *of_do), width, block), 4, 1,
-    )  # fmt: skip
-    return tuple(grads)
-
-
+# ---- the backend ----------------------------------------------------------------------------------------------
 def _supports(q, *_):
     if q.shape[-1] > MOST_CHANNELS:
         return f"holds heads of at most {MOST_CHANNELS} channels; got {q.shape[-1]}"

@@ -10,12 +10,78 @@ import torch
 from torch import Tensor
 
 from ...kernels.attention_tiles import plan_tiles
+from ._config import Config, choose, tunable
 from ._launch import launch
 
 LOG2E = 1.4426950408889634
 MOST_CHANNELS = 512
 
 
+# ---- tile sizes: (BLOCK_M, BLOCK_N, warp-specialised) ---------------------------------------------------------
+# width: channels of both pieces. few: tiles of 128 queries would leave processors idle. All are free of spills.
+tunable(
+    "attention_forward",
+    Config((128, 128, 0), 8, 2),
+    Config((128, 64, 0), 8, 3),
+    Config((128, 64, 0), 8, 2),
+    Config((128, 32, 0), 8, 2),
+    Config((64, 64, 0), 4, 2),
+    Config((64, 32, 0), 4, 2),
+    Config((128, 64, 1), 8, 2),
+    Config((128, 128, 1), 8, 2),
+)
+tunable(
+    "attention_window_forward",
+    Config((128, 128), 8, 2),
+    Config((128, 64), 8, 2),
+    Config((128, 64), 8, 3),
+    Config((128, 32), 8, 2),
+    Config((64, 64), 8, 2),
+    Config((64, 64), 4, 2),
+    Config((64, 32), 4, 2),
+)
+
+
+def _lines(arch, itemsize, width, few):
+    if itemsize == 4:
+        return Config((64, 32, 0), 8, 2) if width <= 96 else Config((32, 16, 0), 8, 2 if width <= 128 else 1)
+    if width > 256:
+        return Config((64, 32 if 90 <= arch < 120 else 16, 0), 8, 2)
+    if width > 128:
+        return Config((128, 64, 0), 8, 2) if 90 <= arch < 100 else Config((64, 32, 0), 8, 2)
+    if few:
+        return Config((64, 64 if arch < 120 else 32, 0), 4, 2)
+    if arch >= 120:
+        return Config((128, 32 if width > 64 else 64, 0), 8, 2)
+    if arch >= 100:
+        return Config((128, 64, 1 if width > 64 else 0), 8, 2)
+    return Config((128, 128, 0), 8, 2) if arch >= 90 else Config((128, 64, 0), 8, 3)
+
+
+def _window(arch, itemsize, width, few):
+    if itemsize == 4 or width > 128:
+        return Config((64, 32), 8, 2) if width <= 128 else Config((32, 16), 8, 1)
+    if arch >= 120:
+        return Config((64, 32), 4, 2) if few else Config((128, 32), 8, 2)
+    if arch >= 100:
+        return Config((64, 64), 8, 2) if few or width > 64 else Config((128, 64), 8, 2)
+    if arch >= 90:
+        return Config((64, 64 if width <= 64 else 32), 4, 2) if few else Config((128, 64), 8, 2)
+    return Config((64, 64), 4, 2) if few or width > 96 else Config((128, 64), 8, 3)
+
+
+def lines_config(q: Tensor, width: int, few: bool) -> Config:
+    return choose(
+        "attention_forward", q, (q.dtype, width, few), lambda arch: _lines(arch, q.element_size(), width, few)
+    )
+
+
+def window_config(q: Tensor, width: int, few: bool) -> Config:
+    size = q.element_size()
+    return choose("attention_window_forward", q, (q.dtype, width, few), lambda arch: _window(arch, size, width, few))
+
+
+# ---- what a kernel is told ------------------------------------------------------------------------------------
 @functools.cache
 def pieces(channels: int) -> tuple[int, int]:
     """A head of `channels` as two powers of two, the second 0 where one is no wider: 72 -> 64, 16; 112 -> 128, 0."""
@@ -32,6 +98,11 @@ def alignment(itemsize: int, *strides: int) -> int:
         if stride % elements:
             return 1
     return elements
+
+
+def far(rows: int, k: Tensor, v: Tensor) -> bool:
+    """Whether so many rows of k or v may lie 2^31 elements apart."""
+    return rows * max(k.stride(-3), v.stride(-3)) >= 1 << 31
 
 
 def folded_scale(scale: float, itemsize: int) -> tuple[float, bool]:
@@ -66,16 +137,18 @@ def window_queries(window: tuple, stride: tuple) -> int:
 
 
 @functools.cache
-def window_bricks(window: tuple, stride: tuple, queries: int, keys: int) -> tuple[tuple, tuple]:
+def window_bricks(window: tuple, stride: tuple, queries: int, keys: int) -> tuple[tuple, tuple, tuple]:
     """(BT, BH, BW) and (KT, KH, KW) with `queries` and `keys` tokens: the query brick whose windows together hold the
-    fewest keys, and the key brick that covers their box with the least overhang. Bricks wider along w win ties."""
+    fewest keys, and the key brick that covers their box with the least overhang. Bricks wider along w win ties.
+    Third: bits that a coordinate inside the box takes on each axis, overhang included."""
 
     def overhang(brick):
         return math.prod(-(-side // b) * b for side, b in zip(met, brick, strict=True))
 
     own = min(_bricks(queries), key=lambda brick: math.prod(_box(brick, window, stride)))
     met = _box(own, window, stride)
-    return own, min(_bricks(keys), key=overhang)
+    other = min(_bricks(keys), key=overhang)
+    return own, other, tuple((side + b).bit_length() for side, b in zip(met, other, strict=True))
 
 
 def _box(brick, window, stride):

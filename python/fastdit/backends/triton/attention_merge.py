@@ -1,0 +1,65 @@
+"""merge_attention on Triton (kernels/attention_merge.py): one launch forward, one backward."""
+
+from __future__ import annotations
+
+import torch
+
+from ...kernels.attention_merge import merge_backward, merge_forward
+from ._launch import launch
+from .attention_tiles import alignment
+
+
+def _empty(t):
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def _of_o(t):
+    """(batch, token, head) strides."""
+    strides = t.stride()
+    return strides[:3] if len(strides) == 4 else (0, *strides[:2])
+
+
+def _of_lse(t):
+    """(batch, head, token) strides."""
+    strides = t.stride()
+    return strides if len(strides) == 3 else (0, *strides)
+
+
+def _rows(o):
+    """Rows in all, tokens of a sample, heads; constants: channels, padded, rows of a program; the grid."""
+    tokens, heads, channels = o.shape[-3:]
+    total = o.numel() // channels
+    width = max(1 << (channels - 1).bit_length(), 16)
+    block = max(2048 // width, 1)
+    return (total, tokens, heads), (channels, width, block), ((total + block - 1) // block, 1, 1)
+
+
+def merge_attention(o1, lse1, o2, lse2):
+    o, lse = _empty(o1), _empty(lse1)
+    if o1.numel():
+        numbers, (channels, width, block), grid = _rows(o1)
+        strides = (*_of_o(o1), *_of_o(o2))
+        launch(
+            merge_forward, grid, (o1, lse1, o2, lse2, o, lse),
+            (*numbers, *strides, *_of_lse(lse1), *_of_lse(lse2)),
+            (channels, alignment(o1.element_size(), *strides), width, block), 4, 1,
+        )  # fmt: skip
+    return o, lse
+
+
+def merge_attention_backward(do, dlse, o1, lse1, o2, lse2, needs):
+    grads = [_empty(t) if need else None for t, need in zip((o1, lse1, o2, lse2), needs, strict=True)]
+    if o1.numel() == 0 or (do is None and dlse is None) or not any(needs):
+        return tuple(None if g is None else g.zero_() for g in grads)
+    if do is not None and do.stride(-1) != 1:  # autograd may hand over an expanded one
+        do = do.contiguous()
+    numbers, (channels, width, block), grid = _rows(o1)
+    strides = (*_of_o(o1), *_of_o(o2))
+    of_do = _of_o(o1 if do is None else do)
+    of_dlse = _of_lse(lse1 if dlse is None else dlse)
+    launch(
+        merge_backward, grid, (o1, lse1, o2, lse2, do, dlse, *grads),
+        (*numbers, *strides, *_of_lse(lse1), *_of_lse(lse2), *of_do, *of_dlse),
+        (channels, alignment(o1.element_size(), *strides, *of_do), width, block), 4, 1,
+    )  # fmt: skip
+    return tuple(grads)
