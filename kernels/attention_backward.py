@@ -185,52 +185,54 @@ def _keys(
         dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
         dv1 = tl.zeros([BLOCK_N, D1], tl.float32)
 
-    for _ in range(GROUP):
-        for c in range(count):
-            if WINDOW is not None:
-                at, ah, aw = brick_corner(c, t_hi - t_lo, h_hi - h_lo, w_hi - w_lo, BRICK_M[0], BRICK_M[1], BRICK_M[2])
-                at, ah, aw = at + t_lo, ah + h_lo, aw + w_lo
-                i = token + ((at * H + ah) * W + aw)
-                ok = (at + it < T) & (ah + ih < H) & (aw + iw < W)
-                plain = (at >= t_core) & (ah >= h_core) & (aw >= w_core)
-                plain &= (at + BRICK_M[0] <= t_past) & (ah + BRICK_M[1] <= h_past) & (aw + BRICK_M[2] <= w_past)
-            else:
-                i = begin + c * BLOCK_M + tl.arange(0, BLOCK_M)
-                ok = i < n
-                plain = begin + c * BLOCK_M >= whole
-            far = i.to(tl.int64)
-            q0, q1 = piece(Q, far * q_n, ok, 0, D0, D), piece(Q, far * q_n, ok, D0, D1, D)
-            do0, do1 = piece(DO, far * do_n, ok, 0, D0, D), piece(DO, far * do_n, ok, D0, D1, D)
-            s = products(k0, k1, q0, q1, PRECISION)
-            if DK is not None:
-                dp = products(v0, v1, do0, do1, PRECISION)
-            lse = tl.load(ROWS + i, mask=ok, other=0.0)
-            p = weights(s, lse[None, :], scale, q0.dtype == tl.float32)
-            if WINDOW is not None:
-                if not plain:
-                    p = show(
-                        p,
-                        axis_seen(t_first, t_end, at, BRICK_M[0]),
-                        axis_seen(h_first, h_end, ah, BRICK_M[1]),
-                        axis_seen(w_first, w_end, aw, BRICK_M[2]),
-                    )
-            elif FRAMES:
-                if not plain:
-                    p = tl.where(place[None, :] >= (first - (begin + c * BLOCK_M))[:, None], p, 0.0)
-            if DK is not None:
-                delta = tl.load(ROWS + plane + i, mask=ok, other=0.0)
-                ds = (p * (dp - delta[None, :])).to(q0.dtype)
-            if DV is not None:
-                dv0 = tl.dot(p.to(do0.dtype), do0, dv0, input_precision=PRECISION)
-                if D1:
-                    dv1 = tl.dot(p.to(do0.dtype), do1, dv1, input_precision=PRECISION)
-            if DK is not None:
-                dk0 = tl.dot(ds, q0, dk0, input_precision=PRECISION)
-                if D1:
-                    dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
-        Q += q_h
-        DO += do_h
-        ROWS += rows_h
+    for turn in range(GROUP * count):  # one loop over all heads of the group: its copies never run dry between two
+        c = turn
+        head = 0
+        if GROUP > 1:
+            head = turn // count
+            c = turn % count
+        q_from, do_from, rows = Q + head * q_h, DO + head * do_h, ROWS + head * rows_h
+        if WINDOW is not None:
+            at, ah, aw = brick_corner(c, t_hi - t_lo, h_hi - h_lo, w_hi - w_lo, BRICK_M[0], BRICK_M[1], BRICK_M[2])
+            at, ah, aw = at + t_lo, ah + h_lo, aw + w_lo
+            i = token + ((at * H + ah) * W + aw)
+            ok = (at + it < T) & (ah + ih < H) & (aw + iw < W)
+            plain = (at >= t_core) & (ah >= h_core) & (aw >= w_core)
+            plain &= (at + BRICK_M[0] <= t_past) & (ah + BRICK_M[1] <= h_past) & (aw + BRICK_M[2] <= w_past)
+        else:
+            i = begin + c * BLOCK_M + tl.arange(0, BLOCK_M)
+            ok = i < n
+            plain = begin + c * BLOCK_M >= whole
+        far = i.to(tl.int64)
+        q0, q1 = piece(q_from, far * q_n, ok, 0, D0, D), piece(q_from, far * q_n, ok, D0, D1, D)
+        do0, do1 = piece(do_from, far * do_n, ok, 0, D0, D), piece(do_from, far * do_n, ok, D0, D1, D)
+        s = products(k0, k1, q0, q1, PRECISION)
+        if DK is not None:
+            dp = products(v0, v1, do0, do1, PRECISION)
+        lse = tl.load(rows + i, mask=ok, other=0.0)
+        p = weights(s, lse[None, :], scale, q0.dtype == tl.float32)
+        if WINDOW is not None:
+            if not plain:
+                p = show(
+                    p,
+                    axis_seen(t_first, t_end, at, BRICK_M[0]),
+                    axis_seen(h_first, h_end, ah, BRICK_M[1]),
+                    axis_seen(w_first, w_end, aw, BRICK_M[2]),
+                )
+        elif FRAMES:
+            if not plain:
+                p = tl.where(place[None, :] >= (first - (begin + c * BLOCK_M))[:, None], p, 0.0)
+        if DK is not None:
+            delta = tl.load(rows + plane + i, mask=ok, other=0.0)
+            ds = (p * (dp - delta[None, :])).to(q0.dtype)
+        if DV is not None:
+            dv0 = tl.dot(p.to(do0.dtype), do0, dv0, input_precision=PRECISION)
+            if D1:
+                dv1 = tl.dot(p.to(do0.dtype), do1, dv1, input_precision=PRECISION)
+        if DK is not None:
+            dk0 = tl.dot(ds, q0, dk0, input_precision=PRECISION)
+            if D1:
+                dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
 
     to = j.to(tl.int64) * STEP
     if CUT:  # what may not be seen gets zeros
