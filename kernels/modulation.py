@@ -36,9 +36,9 @@ def branch(y, gate, post, post_eps, POST: tl.constexpr, T: tl.constexpr, NATIVE:
     if POST:
         _, square = moments(y, False, C, CHUNK)
         y = rounded(standardised(y, 0.0, tl.rsqrt(square + post_eps)), T, NATIVE)
-        if post is not None:
+        if len(post) > 0:
             y = rounded(multiply(y, post), T, NATIVE)
-    if gate is not None:
+    if len(gate) > 0:
         y = rounded(multiply(y, gate), T, NATIVE)
     return y
 
@@ -50,16 +50,16 @@ def norm_modulate(x, weight, bias, scale, shift, eps, RMS: tl.constexpr, T: tl.c
     x = standardised(x, mean, tl.rsqrt(square + eps))
     if RMS:  # eager RMSNorm rounds before its affine part, F.layer_norm only after it
         x = rounded(x, T, NATIVE)
-    if weight is not None:
+    if len(weight) > 0:
         x = multiply(x, weight)
         if RMS:
             x = rounded(x, T, NATIVE)
-    if bias is not None:
+    if len(bias) > 0:
         x = add(x, bias)
     x = rounded(x, T, NATIVE)
-    if scale is not None:
+    if len(scale) > 0:
         x = rounded(multiply(x, scale), T, NATIVE)
-    if shift is not None:
+    if len(shift) > 0:
         x = add(x, shift)
     return x
 

@@ -184,7 +184,7 @@ def modulation_backward(
                     d_shift = add(d_shift, g)
                 if TO_SCALE >= -1:
                     a = multiply(n, weight)
-                    if bias is not None:
+                    if len(bias) > 0:
                         a = add(a, bias)
                     a = multiply(a, g)
                     if TO_SCALE == -1:

@@ -1,8 +1,8 @@
 """A few modulation rows in registers: what the forward and the backward share.
 
-A row of C channels is a tuple of [ROWS, CHUNK] fp32 tensors. CHUNK = lanes of a row x 16 bytes, so every load is as
-wide as the machine has, and widths that are no power of two (384, 1152, 3072, 5120) idle at most a quarter of the lanes
-where one padded tensor would idle up to half. Tables are gathered in that same layout: no lane changes hands.
+A row of C channels is a tuple of [ROWS, CHUNK] fp32 tensors; a row that is absent is (). CHUNK = lanes of a row x 16
+bytes (x 8 where that fits better), so widths that are no power of two (384, 1152, 3072, 5120) idle at most a quarter of
+the lanes where one padded tensor would idle up to half. Tables are gathered in that layout: no lane changes hands.
 
 Tokens are rows (b, n) of B x N. A table finds the row of a token by an index, or at (b, n / tokens per table row).
 """
@@ -16,9 +16,9 @@ from fastdit.kernels._jit import multiple, tanh
 # ---- rows as tuples -----------------------------------------------------------------------------------
 @triton.jit
 def load_row(P, at, ok, C: tl.constexpr, CHUNK: tl.constexpr):
-    """P[at + channel] as fp32, zero beyond C and where `ok` is false; None where there is no P. at, ok: [ROWS, 1]."""
+    """P[at + channel] as fp32, zero beyond C and where `ok` is false; () where there is no P. at, ok: [ROWS, 1]."""
     if P is None:
-        return None
+        return ()
     else:
         row = ()
         for i in tl.static_range((C + CHUNK - 1) // CHUNK):
@@ -56,8 +56,8 @@ def add(a, b):
 
 @triton.jit
 def multiply(a, b):
-    """a * b; a where b is None."""
-    if b is None:
+    """a * b; a where there is no b."""
+    if len(b) == 0:
         return a
     else:
         row = ()
@@ -160,19 +160,16 @@ def affine(W, OFFSET: tl.constexpr, T: tl.constexpr, NATIVE: tl.constexpr, ROWS:
 
 @triton.jit
 def one_plus(scale, T: tl.constexpr, NATIVE: tl.constexpr):
-    if scale is None:
-        return None
-    else:
-        row = ()
-        for i in tl.static_range(len(scale)):
-            row = row + (1.0 + scale[i],)
-        return rounded(row, T, NATIVE)
+    row = ()
+    for i in tl.static_range(len(scale)):
+        row = row + (1.0 + scale[i],)
+    return rounded(row, T, NATIVE)
 
 
 @triton.jit
 def opened(gate, TANH: tl.constexpr, T: tl.constexpr, NATIVE: tl.constexpr):
     """act(gate)."""
-    if gate is None or not TANH:
+    if not TANH:
         return gate
     else:
         row = ()
