@@ -43,7 +43,7 @@ def test_use_backend_nests_and_is_per_thread():
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_explicit_choice_never_falls_back(backend, monkeypatch):
-    monkeypatch.setattr(_launch, "INTERPRET", False)  # as in a process of a user: no GPU, no kernels
+    monkeypatch.setattr(_launch, "on_cpu", False)  # as in a process of a user: no GPU, no kernels
     with pytest.raises(fastdit.NoBackend, match=f"backend='{backend}' cannot run it"):
         ops.norm_modulate(X, backend=backend)
     with fastdit.use_backend(backend), pytest.raises(fastdit.NoBackend):
