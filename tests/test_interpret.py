@@ -317,6 +317,19 @@ def test_lanes_without_other_are_not_zero(dtype):
 
 
 @triton.jit
+def one(X, Y, n):
+    tl.store(Y, tl.load(X, mask=n > 0, other=0))
+    tl.store(Y + 1, tl.load(X + tl.arange(0, 1), mask=tl.arange(0, 1) < n, other=0).sum(0))
+
+
+def test_a_single_lane_takes_its_other():
+    """Triton asks `if other`, and a single zero says no."""
+    y = torch.ones(2, dtype=torch.int32)
+    one[(1,)](torch.ones(1, dtype=torch.int32), y, 0)
+    assert y.tolist() == [0, 0]
+
+
+@triton.jit
 def helper(x):
     return tl.sum(tl.maximum(x, 0.0), axis=0)
 

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as base
 from triton.runtime.errors import InterpreterError
 from triton.runtime.jit import _normalize_ty
@@ -212,10 +213,20 @@ def _min_dot_size(lhs: tl.dtype, rhs: tl.dtype) -> tuple[int, int, int]:
     return (1, 1, 32 if lhs.scalar.primitive_bitwidth == 8 else 16)
 
 
+_triton_load = TritonSemantic.load
+
+
+def _load(self, ptr, mask, other, *options):
+    """Triton passes `other` on only `if other`, which one zero that is no block denies: here it is remembered."""
+    ops.filled = other is not None
+    return _triton_load(self, ptr, mask, other, *options)
+
+
 def _patches() -> Iterator[tuple[Any, str, Any]]:
     yield from ((base, "_get_np_dtype", ops.np_dtype), (base, "_validate_np_data_size", ops.fits))
     yield from ((base, "_patch_attr", _patch_attr), (Handle, "__post_init__", ops.post_init))
     yield from ((tl.block_type, "__init__", _fast_block_type), (tl.tensor, "__init__", _fast_tensor))
+    yield TritonSemantic, "load", _load
     yield from ((base.InterpretedFunction, "run", _run), (base.InterpretedFunction, "__call__", _call))
     yield from (
         (base.ReduceOps, "generic_reduce", ops.generic_reduce),

@@ -145,14 +145,18 @@ def _masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_vo
     return _read(ptrs, _lanes(mask), other)
 
 
+filled = False  # the load at hand has an `other`; set by interpret.py
+
+
 def _read(pointers: Any, mask: np.ndarray | None, other: Any) -> Any:
     dtype = pointers.get_element_ty()
     wide = np_dtype(dtype)
     memory = np.dtype(np.uint16) if _is_bf16(dtype) else wide
     address = pointers.data
     bounds.check(address, mask, memory.itemsize, "a load")
-    if mask is None:
-        mask, fill = np.ones(address.shape, bool), np.zeros(address.shape, memory)
+    if mask is None or (other is None and filled):
+        fill = np.zeros(address.shape, memory)
+        mask = np.ones(address.shape, bool) if mask is None else mask
     elif other is None:
         fill = _absent(address.shape, wide)
         fill = _narrow(fill) if _is_bf16(dtype) else fill
