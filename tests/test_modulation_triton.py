@@ -135,15 +135,15 @@ def test_one_output_alone(one):
 
 
 # ---- fuzz ---------------------------------------------------------------------------------------------
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_fuzz(data):
     B, M, per = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4)), data.draw(st.integers(6, 13))
     N, C = M * per, data.draw(st.sampled_from([37, 40, 72, 264]))
     form = data.draw(st.sampled_from(["sample", "map", "index"]))
     rest = dict(
-        norm=data.draw(st.sampled_from(["layer", "rms"])), precision=data.draw(st.sampled_from(["fp32", "native"])),
-        strided=data.draw(st.booleans()), affine=data.draw(st.booleans()),
+        norm=data.draw(st.sampled_from(["layer", "rms"])), strided=data.draw(st.booleans()),
+        affine=data.draw(st.booleans()),
     )  # fmt: skip
     gate = data.draw(st.booleans())
     if gate and data.draw(st.booleans()):
