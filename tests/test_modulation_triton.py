@@ -138,7 +138,7 @@ def test_one_output_alone(one):
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_fuzz(data):
-    B, M, per = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4)), data.draw(st.integers(6, 13))
+    B, M, per = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4)), data.draw(st.integers(1, 13))
     N, C = M * per, data.draw(st.sampled_from([37, 40, 72, 264]))
     form = data.draw(st.sampled_from(["sample", "map", "index"]))
     rest = dict(
@@ -156,8 +156,8 @@ def test_fuzz(data):
     else:
         lead = (B,) if form == "sample" else (B, M)
     sample = seam(B, N, C, gate=lead if gate else None, shift=lead, scale=lead, **rest)
-    # where few rows are summed luck decides, in 16 bits on few channels too; the formula is what is fuzzed, in fp32
-    both(sample, torch.float32)
+    # places are fuzzed, not roundings: with few rows, luck in the last bits of fp32 sums decides; bf16 rounds once
+    both(sample, torch.bfloat16)
 
 
 # ---- tile sizes and cards -----------------------------------------------------------------------------
