@@ -31,7 +31,7 @@ def _dkdv_default(arch: int, itemsize: int, channels: int, mask: str) -> Config:
         return Config((32, 32), 8, 1)
     if 90 <= arch < 120:
         if mask == "window" and channels > 64:
-            return Config((32, 128), 8, 3 if arch < 100 else 2)
+            return Config((32, 128), 8, 3) if arch < 100 else Config((32, 64), 8, 2)
         wide = arch < 100 and channels <= 64 and mask == "none"
         return Config((128, 128) if wide else (64, 128), 8, 3 if arch < 100 else 2)
     if channels > 96:
@@ -51,7 +51,7 @@ def _dq_default(arch: int, itemsize: int, channels: int, mask: str) -> Config:
     if 90 <= arch < 120:
         wide = arch < 100 and channels <= 64
         return Config((128, 128) if wide else (128, 64), 8, 3 if arch < 100 else 2)
-    if channels > 80:
+    if channels > 80 or (channels > 64 and arch >= 120 and mask != "window"):
         return Config((128, 32), 8, 2)
     if channels > 64 and mask == "window":
         return Config((64, 32), 4, 2)

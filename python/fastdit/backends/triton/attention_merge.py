@@ -30,7 +30,7 @@ def _rows(o):
     tokens, heads, channels = o.shape[-3:]
     total = o.numel() // channels
     width = max(1 << (channels - 1).bit_length(), 16)
-    block = max(2048 // width, 1)
+    block = max(1024 // width, 1)
     return (total, tokens, heads), (channels, width, block), ((total + block - 1) // block, 1, 1)
 
 
