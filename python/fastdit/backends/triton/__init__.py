@@ -14,7 +14,10 @@ def register_all() -> None:
     if importlib.util.find_spec("triton") is None:
         registry.mark_unavailable("triton", "triton is not installed; pip install 'fastdit[triton]'")
         return
-    for family in FAMILIES:
-        if importlib.util.find_spec(f"{__name__}.{family}") is None:  # families arrive one by one
-            continue
-        importlib.import_module(f"{__name__}.{family}").register()
+    try:
+        adapters = [importlib.import_module(f"{__name__}.{family}") for family in FAMILIES]
+    except (ImportError, AttributeError) as error:  # a Triton that moved what the launches stand on
+        registry.mark_unavailable("triton", f"cannot use the installed triton ({error}); 3.6 and 3.7 are known to work")
+        return
+    for adapter in adapters:
+        adapter.register()

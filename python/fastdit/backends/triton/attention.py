@@ -5,17 +5,14 @@ Launches: 1 dense; 2 packed (the plan of tiles, then attention).
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...kernels.attention import attention_forward, attention_varlen_forward
 from ...kernels.attention_window import attention_window_forward
-from ..reference import attention as reference
 from ..registry import Impl, register as _register
 from ._launch import arch, dot_precision, launch, unfit
+from .attention_backward import attention_backward, attention_varlen_backward
 from .attention_merge import merge_attention, merge_attention_backward
 from .attention_tiles import (
     MOST_CHANNELS,
@@ -194,10 +191,5 @@ def _supports(q, *_):
 
 def register() -> None:
     _register(Impl("merge_attention", "triton", lambda o1, *_: unfit(o1), merge_attention, merge_attention_backward))
-    name = f"{__package__}.attention_backward"
-    own = importlib.util.find_spec(name) is not None
-    gradients = importlib.import_module(name) if own else reference
-    for op, forward in (("attention", attention), ("attention_varlen", attention_varlen)):
-        backward = getattr(gradients, f"{op}_backward")
-        where = None if own else "reference"
-        _register(Impl(op, "triton", _supports, forward, backward, backward_backend=where))
+    _register(Impl("attention", "triton", _supports, attention, attention_backward))
+    _register(Impl("attention_varlen", "triton", _supports, attention_varlen, attention_varlen_backward))
