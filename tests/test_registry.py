@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,3 +103,11 @@ def test_impl_rejects_unknown_backend():
         registry.Impl("norm_modulate", "gpu", lambda *a: None, lambda *a: None, lambda *a: None)
     with pytest.raises(ValueError, match="already"):
         registry.register(registry.implementations("norm_modulate")["cpu"])
+
+
+def test_dense_attention_prefers_the_libraries_on_a_gpu():
+    """Until a GPU has measured ours; what they cannot express (kv_len, windows, packed neighbours) stays with ours."""
+    on_gpu = SimpleNamespace(is_cpu=False, is_cuda=True, device=torch.device("cuda"))
+    dense, packed = (registry.order(op, on_gpu) for op in ("attention", "attention_varlen"))
+    assert dense.index("sdpa") < dense.index("triton") and packed.index("triton") < packed.index("sdpa")
+    assert set(dense) == set(packed) == set(registry.BACKENDS) - {"cpu"}

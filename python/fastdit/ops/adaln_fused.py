@@ -114,7 +114,11 @@ def _choose(half: str, calls: Sequence[tuple[Op, tuple]], fused: bool | None, ba
     """The backend whose kernels run this half fused, or None: the composition does."""
     x = calls[0][1][0]
     requested = registry.requested(backend)
-    names = (requested,) if requested else tuple(name for name in registry.order(x) if name != "reference")
+    names = (
+        (requested,)
+        if requested
+        else tuple(name for name in registry.order(calls[0][0].name, x) if name != "reference")
+    )
     reasons = []
     for name in names:
         reason = _refusal(name, calls, fused is None)
