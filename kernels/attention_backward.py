@@ -41,9 +41,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def piece(X, at, ok, FROM: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Channels FROM .. FROM + WIDTH of the rows at X + at, 0 where a row is not ok and behind D; None if WIDTH is 0."""
+    """Channels FROM .. FROM + WIDTH of the rows at X + at, 0 where a row is not ok and behind D; (1,) if WIDTH is 0."""
     if WIDTH == 0:
-        return None
+        return tl.zeros((1,), X.dtype.element_ty)  # Triton 3.6 cannot return None
     else:
         d = FROM + tl.arange(0, WIDTH)
         here = ok[:, None]
@@ -65,7 +65,7 @@ def put(X, x, at, ok, FROM: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
 def products(a0, a1, b0, b1, PRECISION: tl.constexpr):
     """a b^T over both pieces of the channels."""
     x = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
-    if a1 is not None:
+    if len(a1.shape) == 2:
         x = tl.dot(a1, tl.trans(b1), x, input_precision=PRECISION)
     return x
 
