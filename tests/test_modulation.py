@@ -24,6 +24,16 @@ def test_zero_size(shape, backend):
     assert x.grad.shape == shape
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+def test_offset_belongs_to_the_weight(backend):
+    x = torch.randn(2, 4, 8, requires_grad=True)
+    for seam in (ops.norm_modulate, lambda x, **rest: ops.gate_residual_norm_modulate(x, x, **rest)[1]):
+        plain, offset = (seam(x, weight_offset=o, backend=backend) for o in (0.0, 1.5))
+        close.assert_bitwise(offset, plain)
+        (a,), (b,) = (torch.autograd.grad(y.square().sum(), x) for y in (plain, offset))
+        close.assert_bitwise(a, b)
+
+
 def test_never_returns_its_input():
     x = torch.randn(2, 4, 8)
     zero = torch.zeros_like(x)

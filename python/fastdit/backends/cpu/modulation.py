@@ -59,7 +59,7 @@ def _shared(
         None if gate is None else _table(gate, tokens, gate_index is not None), _table(shift, tokens, indexed),
         _table(scale, tokens, indexed), _vector(weight), _vector(bias), _vector(post_norm_weight),
         pointer(gate_index), pointer(index), wide, _NORM[norm],
-        gate_act == "tanh", post_norm == "rms", eps, post_norm_eps, weight_offset,
+        gate_act == "tanh", post_norm == "rms", eps, post_norm_eps, 0.0 if weight is None else weight_offset,
         precision == "native", torch.get_num_threads(),
     )  # fmt: skip
 
@@ -73,7 +73,7 @@ def norm_modulate(x, shift, scale, weight, bias, row_index, norm, eps, weight_of
         shared = (  # _shared, written out: 1 us less in the op that is called most
             batch, tokens, channels, dtype, dtype, x.data_ptr(), *strides, 0, 0, 0,
             None, _table(shift, tokens, indexed), _table(scale, tokens, indexed), _vector(weight), _vector(bias), None,
-            0, pointer(index), wide, _NORM[norm], 0, 0, eps, 0.0, weight_offset,
+            0, pointer(index), wide, _NORM[norm], 0, 0, eps, 0.0, 0.0 if weight is None else weight_offset,
             precision == "native", torch.get_num_threads(),
         )  # fmt: skip
         _cpu.modulation_forward(shared, 0, h.data_ptr())
