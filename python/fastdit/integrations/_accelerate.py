@@ -47,17 +47,22 @@ def accelerate(
     rows: dict[tuple, Row] = {}
     covered: set[nn.Module] = set()  # replaced, driven or absorbed by a known block: not listed again
     for root in roots:
+        inside: dict[str, bool] = {}  # blocks by name: is it one whose structure is known in full?
         for name, module in root.named_modules():
             for kind in KINDS:
                 if not kind.match(module):
                     continue
-                patches = list(kind.patches(module))
-                why = refusal(kind, module, name, patches, allowed, patterns)
+                unknown = kind.refuse(module)
+                if kind.block:
+                    inside[name] = unknown is None
+                patches = list(kind.patches(module)) if unknown is None else []
+                why = outside(kind, name, inside) or refusal(kind, module, name, patches, allowed, patterns) or unknown
                 if why is None:
                     for owner, attribute, replacement in patches:
                         registry.patch(owner, attribute, replacement, kind, precision or kind.precision)
-                covered.update(owner for owner, _, _ in patches)
-                covered.update(kind.absorbs(module))
+                covered.update([module, *(owner for owner, _, _ in patches)])
+                if unknown is None:
+                    covered.update(kind.absorbs(module))
                 row = rows.setdefault((kind.name, why), Row(kind.name, why is None, why or ", ".join(kind.ops)))
                 row.count += 1
                 row.saving += 0 if why else kind.saving(module)
@@ -124,10 +129,18 @@ def is_excluded(name: str, patterns: list[str]) -> bool:
     return any(fnmatchcase(".".join(parts[:n]), p) for p in patterns for n in range(1, len(parts) + 1))
 
 
+def outside(kind: Kind, name: str, inside: dict[str, bool]) -> str | None:
+    """Why a layer stays because of what is around it: blocks are replaced whole or not at all."""
+    above = [known for block, known in inside.items() if name.startswith(f"{block}.") or not block]
+    if not all(above):
+        return "inside a block that is left"
+    return "in no block that is known" if kind.part and not above else None
+
+
 def refusal(
     kind: Kind, module: nn.Module, name: str, patches: list, allowed: set[str] | None, patterns: list[str]
 ) -> str | None:
-    """Why this block stays as it is, or None."""
+    """Why a block whose structure is known stays as it is, or None."""
     if is_excluded(name, patterns):
         return "excluded"
     if allowed is not None and not allowed.issuperset(kind.ops):
@@ -135,7 +148,5 @@ def refusal(
     for owner, attribute, _ in patches:
         if registry.foreign_forward(owner, attribute):
             return f"{type(owner).__name__}.{attribute} is wrapped already (a hook?): accelerate first, add hooks later"
-    hooked = registry.has_hooks(kind.absorbs(module))
-    if hooked is not None:
-        return f"{hooked} carries a hook, which would no longer run"
-    return kind.refuse(module)
+    hooked = registry.has_hooks(kind.absorbs(module)) if patches else None
+    return None if hooked is None else f"{hooked} carries a hook, which would no longer run"

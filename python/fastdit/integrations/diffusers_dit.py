@@ -11,14 +11,8 @@ from torch import Tensor, nn
 
 from fastdit import ops
 from fastdit.integrations.diffusers_processor import Processor, shared
-from fastdit.integrations.registry import RECORD, Kind, register
-from fastdit.integrations.structure import has, itemsize
-
-
-def law(module: Any, x: Tensor, table: Tensor) -> str:
-    """The rounding law of modulation. Under autocast x is wider than its tables; promotion makes the math fp32."""
-    return getattr(module, RECORD).precision if x.dtype == table.dtype else "fp32"
-
+from fastdit.integrations.registry import Kind, register
+from fastdit.integrations.structure import has, itemsize, law
 
 # The adaLN-Zero block ---------------------------------------------------------------------------------------------
 
@@ -99,6 +93,7 @@ register(
         absorbs=lambda block: [block.norm1, block.norm1.norm, block.norm3],
         # passes over (tokens, C): eager 2*(norm 2, scale 2, shift 2) + 2*(gate 2, add 3) = 22, fused 2 + 4 + 3 = 9
         saving=lambda block: 13 * block.norm3.normalized_shape[0] * itemsize(block),
+        block=True,
     )
 )
 
@@ -162,6 +157,7 @@ register(
         patches=lambda attn: [(attn, "processor", shared(FastditAttnProcessor))],
         # the division by rescale_output_factor = 1; the op's own gain is arithmetic, not traffic
         saving=lambda attn: 2 * attn.out_dim * itemsize(attn) if attn.rescale_output_factor == 1.0 else 0,
+        part=True,
     )
 )
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastdit import ops
 from fastdit.integrations.diffusers_processor import Processor, shared
 from fastdit.integrations.registry import RECORD, Kind, register
-from fastdit.integrations.structure import has, itemsize
+from fastdit.integrations.structure import has, itemsize, unknown
 
 TEXT_TOKENS = 512  # the tokens before them in the context are the image's (I2V)
 
@@ -57,9 +57,11 @@ def block_forward(
 block_forward.__name__ = "forward"
 
 
+BLOCK = ("norm1", "attn1", "attn2", "norm2", "norm3", "ffn", "scale_shift_table")
+
+
 def matches_block(module: Any) -> bool:
-    names = ("norm1", "attn1", "attn2", "norm2", "norm3", "ffn", "scale_shift_table")
-    if not has(module, *names) or module.scale_shift_table.ndim != 3 or module.scale_shift_table.shape[1] != 6:
+    if not has(module, *BLOCK) or module.scale_shift_table.ndim != 3 or module.scale_shift_table.shape[1] != 6:
         return False
     return list(inspect.signature(type(module).forward).parameters)[1:] == [
         "hidden_states",
@@ -76,7 +78,7 @@ def refuse_block(block: Any) -> str | None:
             return f"its norm is a {type(norm).__name__}, not a LayerNorm"
     if block.norm1.elementwise_affine or block.norm3.elementwise_affine:
         return "its modulated norms are affine"
-    return None
+    return unknown(block, *BLOCK)
 
 
 register(
@@ -92,6 +94,7 @@ register(
         # product 4, sum 6, cast 3), the plain sum 3: 81; fused 2 + 4 + 4 + 3
         saving=lambda block: 68 * block.scale_shift_table.shape[-1] * itemsize(block),
         precision="fp32",
+        block=True,
     )
 )
 
@@ -190,6 +193,7 @@ register(
         absorbs=lambda attn: [attn.norm_q, attn.norm_k] + ([attn.norm_added_k] if attn.add_k_proj is not None else []),
         # q and k: norm 2, then four strided products, two sums, two scattered writes (14 halves) against 2
         saving=lambda attn: 2 * 7 * attn.inner_dim * itemsize(attn),
+        part=True,
     )
 )
 

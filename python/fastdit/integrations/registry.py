@@ -32,6 +32,8 @@ class Kind:
         saving: bytes of memory traffic spared per `unit` of one call, from the block's sizes.
         unit: what `saving` counts, e.g. "token".
         precision: the rounding law of the original: "native" or "fp32" (`ops.norm_modulate`).
+        block: a whole transformer block; where `refuse` leaves it, everything below it is left too.
+        part: replaced only inside a block that some kind with `block=True` knows.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Kind:
     saving: Callable[[Any], int] = lambda block: 0
     unit: str = "token"
     precision: str = "native"
+    block: bool = False
+    part: bool = False
 
 
 KINDS: list[Kind] = []

@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
 
+from fastdit.integrations.registry import RECORD
+
 
 def has(module: Any, *names: str) -> bool:
     return all(hasattr(module, name) for name in names)
+
+
+def unknown(module: Any, *known: str) -> str | None:
+    """The first child, parameter or buffer of the module, or own attribute that its forward reads, not among `known`.
+
+    What a fork adds to a block (an adapter, a second norm, a flag) is seen here, and the block is left as it is.
+    """
+    held = {*module._modules, *module._parameters, *module._buffers}
+    read = inspect.unwrap(type(module).forward).__code__.co_names
+    settings = {name for name in module.__dict__ if not name.startswith("_") and name != "training"}
+    for name in sorted((held | settings.intersection(read)) - set(known)):
+        if name in held and getattr(module, name) is None:
+            continue
+        return f"has {name}, which the {type(module).__name__} that is known does not have"
+    return None
+
+
+def law(module: Any, x: Tensor, table: Tensor) -> str:
+    """The rounding law of modulation. Under autocast x is wider than its tables; promotion makes the math fp32."""
+    return getattr(module, RECORD).precision if x.dtype == table.dtype else "fp32"
 
 
 def itemsize(module: Any) -> int:

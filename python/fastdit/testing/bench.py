@@ -24,7 +24,7 @@ from .machine import describe
 from .workloads import Maker, Workload
 
 PASSES = ("fwd", "bwd", "fwd+bwd")
-SUITES = ("smoke", "cpu", "gpu")
+SUITES = ("smoke", "cpu", "gpu", "models")
 _GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 Row = dict[str, Any]
 
@@ -44,7 +44,8 @@ class Settings:
             raise ValueError(f"bench: unknown suite; got {suite!r}, expected one of {SUITES}; see fastdit bench --help")
         if suite == "smoke":
             return cls(rounds=3, compiled=False, passes=passes)
-        return cls(device="cuda" if suite == "gpu" else "cpu", passes=passes)
+        on_gpu = suite == "gpu" or (suite == "models" and torch.cuda.is_available())
+        return cls(device="cuda" if on_gpu else "cpu", passes=passes)
 
 
 class Subject(Protocol):
@@ -119,7 +120,9 @@ class Measured:
 
 
 def cases(op: str | None = None, suite: str = "cpu") -> list[tuple[Workload, torch.dtype]]:
-    """Every benchmark row of a suite, of all ops or of one; gpu has its own, smoke the first of each op, in bf16."""
+    """Every row of a suite, of all ops or of one; gpu has its own, smoke the first of each op in bf16, models none."""
+    if suite == "models":
+        return []
     found = gpu.rows(op) if suite == "gpu" else workloads.bench(op)
     if suite == "smoke":
         first: dict[str, Workload] = {}

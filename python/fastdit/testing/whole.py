@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastdit.integrations import accelerate
 
-from . import bench, close, models, timing
+from . import bench, close, models, timing, zoo
 
 OP = "model"
 Run = Callable[[Any], Tensor]
@@ -56,7 +56,9 @@ class Whole:
 
 
 def cases(op: str | None = None, suite: str = "cpu") -> list[tuple[Whole, torch.dtype]]:
-    return [(row, dtype) for row in ROWS for dtype in row.dtypes] if op in (None, OP) and suite != "smoke" else []
+    """`models`: one block or layer of every codebase that `accelerate` knows, at its own width."""
+    rows = {"smoke": (), "models": zoo.rows()}.get(suite, ROWS)
+    return [(row, dtype) for row in rows for dtype in row.dtypes] if op in (None, OP) else []
 
 
 def measure(row: Whole, dtype: torch.dtype, settings: bench.Settings) -> bench.Measured:

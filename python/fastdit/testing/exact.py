@@ -1,0 +1,41 @@
+"""Originals in fp64, as truth: what they round to fp32 on the way is kept from rounding."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+
+class _Exact(nn.LayerNorm):
+    def forward(self, x):
+        return nn.functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def exact(model: Any) -> Any:
+    """A copy of the model in fp64; call it under `no_rounding()`."""
+    double = copy.deepcopy(model).double()
+    for module in double.modules():
+        if type(module).__name__ == "FP32LayerNorm":
+            module.__class__ = _Exact
+        if isinstance(module, nn.Upsample):  # Wan's rounds to fp32
+            module.__class__ = nn.Upsample
+    return double
+
+
+class no_rounding(TorchFunctionMode):
+    """`.float()`, `.to(float32)` and `.type(float32)` of fp64 tensors are the identity."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], torch.Tensor) and args[0].dtype is torch.float64:
+            if func is torch.Tensor.float:
+                return args[0]
+            if func in (torch.Tensor.to, torch.Tensor.type):
+                swap = torch.float64
+                args = tuple(swap if a is torch.float32 else a for a in args)
+                kwargs = {k: swap if v is torch.float32 else v for k, v in kwargs.items()}
+        return func(*args, **kwargs)
