@@ -61,7 +61,7 @@ def verify(
 
 @app.command()
 def bench(
-    suite: Annotated[str | None, typer.Option(help="cpu, gpu, models or smoke. Default: gpu where there is one.")] = None,
+    suite: Annotated[str | None, typer.Option(help="cpu, models, smoke, or gpu: the default if there is one.")] = None,
     op: Annotated[str | None, typer.Option(help="Only this op, e.g. attention.")] = None,
     model: Annotated[str | None, typer.Option(help="Only rows whose model holds this text, e.g. Wan2.1.")] = None,
     passes: Annotated[list[str] | None, typer.Option("--pass", help="fwd, bwd or fwd+bwd; may be repeated.")] = None,
