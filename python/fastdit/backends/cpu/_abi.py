@@ -20,13 +20,3 @@ def on_cpu(x: torch.Tensor) -> str | None:
 def pointer(t: torch.Tensor | None) -> int:
     """The address of a tensor's first element; 0 stands for None."""
     return 0 if t is None else t.data_ptr()
-
-
-def empty(t: torch.Tensor) -> torch.Tensor:
-    """Contiguous and uninitialised, like t; half the cost of torch.empty(t.shape, dtype=t.dtype)."""
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
-def rows_contiguous(grad: torch.Tensor) -> torch.Tensor:
-    """Autograd may hand over an expanded gradient: the kernels read rows whose channels lie side by side."""
-    return grad if grad.stride(-1) == 1 else grad.contiguous()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from ... import _cpu
+from .._tensors import empty, rows_contiguous
 from ..registry import Impl, register as _register
-from ._abi import DTYPE, empty, on_cpu, pointer, rows_contiguous
+from ._abi import DTYPE, on_cpu, pointer
 
 _ACT = {"gelu": 0, "gelu_tanh": 1, "silu": 2, "relu": 3}
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 import torch
 
 from ... import _cpu
+from .._tensors import contiguous, empty, rows_contiguous
 from ..registry import Impl, register as _register
-from ._abi import DTYPE, empty, on_cpu, pointer, rows_contiguous
+from ._abi import DTYPE, on_cpu, pointer
 
 
 def _strides(t):
     """(batch, token, head) of (B, N, H, D), or of packed (N, H, D)."""
     strides = t.stride()
     return strides[:3] if len(strides) == 4 else (0, *strides[:2])
-
-
-def _dense_index(t):
-    return None if t is None else t.contiguous()
 
 
 def _lse_dtype(q):
@@ -47,7 +44,7 @@ def attention(q, k, v, kv_len, frame_tokens_of, frame_tokens, scale, return_lse,
     batch, tokens, heads, _ = q.shape
     o, lse = empty(q), torch.empty((batch, heads, tokens), dtype=_lse_dtype(q))
     if batch and tokens and heads:
-        kv_len, frame_tokens_of = _dense_index(kv_len), _dense_index(frame_tokens_of)
+        kv_len, frame_tokens_of = contiguous(kv_len), contiguous(frame_tokens_of)
         _cpu.attention_forward(_dense(q, k, v, o, lse, kv_len, frame_tokens_of, frame_tokens, scale))
     return o, lse
 
@@ -60,7 +57,7 @@ def attention_varlen(
     o, lse = empty(q), torch.empty((heads, tokens), dtype=_lse_dtype(q))
     if tokens and heads:
         cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-        frame_tokens_of, grids = _dense_index(frame_tokens_of), _dense_index(grids)
+        frame_tokens_of, grids = contiguous(frame_tokens_of), contiguous(grids)
         _cpu.attention_forward(
             _packed(q, k, v, o, lse, cu_q, cu_k, frame_tokens_of, grids, frame_tokens, window, window_stride, scale)
         )
@@ -81,7 +78,7 @@ def _gradients(do, dlse, q, k, v, o, lse, needs, tell):
 def attention_backward(
     do, dlse, q, k, v, kv_len, frame_tokens_of, frame_tokens, scale, return_lse, deterministic, o, lse, needs
 ):
-    indices = _dense_index(kv_len), _dense_index(frame_tokens_of)
+    indices = contiguous(kv_len), contiguous(frame_tokens_of)
     return _gradients(
         *(do, dlse, q, k, v, o, lse, needs),
         lambda o, lse: _dense(q, k, v, o, lse, *indices, frame_tokens, scale),
@@ -93,7 +90,7 @@ def attention_varlen_backward(
     window, window_stride, scale, return_lse, deterministic, o, lse, needs,
 ):  # fmt: skip
     cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    frames, grids = _dense_index(frame_tokens_of), _dense_index(grids)
+    frames, grids = contiguous(frame_tokens_of), contiguous(grids)
     return _gradients(
         *(do, dlse, q, k, v, o, lse, needs),
         lambda o, lse: _packed(q, k, v, o, lse, cu_q, cu_k, frames, grids, frame_tokens, window, window_stride, scale),

@@ -9,7 +9,8 @@ from collections import OrderedDict
 import torch
 
 from ... import _cpu
-from ...reference.conv import NORM_EPS, memory_format, output_shape
+from ...reference.conv import NORM_EPS, output_shape
+from .._video import empty, next_cache_backward
 from ..registry import Impl, register as _register
 from ._abi import DTYPE, on_cpu, pointer
 
@@ -107,10 +108,6 @@ def use_winograd(algo: str, dtype: torch.dtype, kernel: tuple, stride: tuple, di
     return algo == "winograd"
 
 
-def _empty(x, shape, dtype=None):
-    return torch.empty(shape, dtype=dtype or x.dtype, memory_format=memory_format(x))
-
-
 def _geometry(x, weight, norm_weight, stride, dilation, padding, time_pad, space_pad, norm, norm_eps, act, winograd):
     return (
         weight.shape[2:], stride, dilation, (1, 1), padding[::2], _PAD[time_pad], _PAD[space_pad],
@@ -123,7 +120,7 @@ def causal_conv3d(
     stride, dilation, padding, time_pad, space_pad, norm, norm_eps, act, algo,
 ):  # fmt: skip
     shape = output_shape(x.shape, weight.shape, stride, dilation, padding)
-    y = _empty(x, shape)
+    y = empty(x, shape)
     if y.numel():
         winograd = use_winograd(algo, x.dtype, weight.shape[2:], stride, dilation)
         packed = packed_weights.get(weight, x.dtype, winograd)
@@ -142,7 +139,7 @@ def next_cache(x, cache, k_t):
     new = min(k_t - 1, x.shape[2])
     old = 0 if cache is None else min(k_t - 1 - new, cache.shape[2])
     shape = (*x.shape[:2], old + new, *x.shape[3:])
-    out = torch.empty(shape, dtype=x.dtype, memory_format=memory_format(x))
+    out = empty(x, shape)
     if old:
         out[:, :, :old].copy_(cache[:, :, cache.shape[2] - old :])
     if new:
@@ -151,7 +148,7 @@ def next_cache(x, cache, k_t):
 
 
 def norm_silu(x, weight, bias, norm, groups, eps):
-    y = torch.empty(x.shape, dtype=x.dtype, memory_format=memory_format(x))
+    y = empty(x)
     if y.numel():
         # (B, C), (B, C, L) and (B, C, H, W) as (B, C, 1, ..., W)
         shape = (*x.shape[:2], *[1] * (5 - x.dim()), *x.shape[2:])
@@ -171,8 +168,9 @@ def _five(t):
 def register() -> None:
     from . import conv_backward  # which needs what is defined here
 
-    for name in ("causal_conv3d", "next_cache", "norm_silu"):
-        _register(Impl(name, "cpu", _supports, globals()[name], getattr(conv_backward, f"{name}_backward")))
+    _register(Impl("causal_conv3d", "cpu", _supports, causal_conv3d, conv_backward.causal_conv3d_backward))
+    _register(Impl("next_cache", "cpu", _supports, next_cache, next_cache_backward))
+    _register(Impl("norm_silu", "cpu", _supports, norm_silu, conv_backward.norm_silu_backward))
 
 
 def _supports(x, *_):

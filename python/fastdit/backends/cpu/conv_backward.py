@@ -13,17 +13,11 @@ import torch
 
 from ... import _cpu
 from ...reference.conv import NORM_EPS
+from .._video import empty, zeros_or_none
 from . import conv
 from ._abi import DTYPE, pointer
 
 _NONE = (0, 0, 0, 0, 0)
-
-
-def _zeros_or_none(tensors, needs):
-    return tuple(
-        conv._empty(t, t.shape).zero_() if need and t is not None else None
-        for t, need in zip(tensors, needs, strict=True)
-    )
 
 
 def causal_conv3d_backward(
@@ -35,7 +29,7 @@ def causal_conv3d_backward(
         need and t is not None for need, t in zip(needs, tensors, strict=True)
     )
     if grad is None or grad.numel() == 0:
-        return _zeros_or_none(tensors, needs)
+        return zeros_or_none(tensors, needs)
     winograd = conv.use_winograd(algo, x.dtype, weight.shape[2:], stride, dilation)
     shared = conv._geometry(
         x, weight, norm_weight, stride, dilation, padding, time_pad, space_pad, norm, norm_eps, act, winograd
@@ -55,7 +49,7 @@ def causal_conv3d_backward(
             """Gradient of `t`, frames `first`... of cat(cache, x)."""
             if not wanted and sums is None:
                 return None
-            out = conv._empty(t, t.shape)
+            out = empty(t)
             if whole is None:
                 transposed.into(out, (padding[0] - cached + first, padding[2], padding[4]))
                 given = out
@@ -75,7 +69,7 @@ def causal_conv3d_backward(
 def _shared_gradients(shared, grad, x, weight, bias, cache, norm_weight, need_weight, need_bias):
     if not (need_weight or need_bias):
         return None, None
-    d_weight = conv._empty(weight, weight.shape) if need_weight else None
+    d_weight = empty(weight) if need_weight else None
     sums = torch.empty(weight.shape[0], dtype=torch.float64) if need_bias else None
     _cpu.conv_weight_grad(
         shared, x.data_ptr(), pointer(cache), pointer(norm_weight), grad.data_ptr(), pointer(d_weight), pointer(sums),
@@ -168,7 +162,7 @@ def _folded(x, cached, transposed, padding, folds):
         # a folded axis is computed over all of its padded extent, which may end before the input does
         shape.append(extent[axis] if folds[axis] is None else max(transposed.reach(axis), before[axis] + extent[axis]))
         offset.append(before[axis] if folds[axis] is None else 0)
-    wide = conv._empty(x, (*x.shape[:2], *shape), torch.promote_types(x.dtype, torch.float32))
+    wide = empty(x, (*x.shape[:2], *shape), torch.promote_types(x.dtype, torch.float32))
     transposed.into(wide, offset)
     for axis, fold in enumerate(folds):
         if fold is None:
@@ -197,8 +191,8 @@ def _through_prologue(t, given, out, sums, norm_weight, norm, norm_eps, act) -> 
 def norm_silu_backward(grad, x, weight, bias, norm, groups, eps, needs):
     need_x, need_weight, need_bias = (need and t is not None for need, t in zip(needs, (x, weight, bias), strict=True))
     if grad is None or grad.numel() == 0:
-        return _zeros_or_none((x, weight, bias), needs)
-    d_x = conv._empty(x, x.shape) if need_x else None
+        return zeros_or_none((x, weight, bias), needs)
+    d_x = empty(x) if need_x else None
     channels = x.shape[1]
     sums = torch.zeros(2, channels, dtype=torch.float64) if need_weight or need_bias else None
     address = pointer(sums)
@@ -212,15 +206,3 @@ def norm_silu_backward(grad, x, weight, bias, norm, groups, eps, needs):
     )  # fmt: skip
     d_weight = sums[0].to(weight.dtype) if need_weight and sums is not None else None
     return d_x, d_weight, sums[1].to(bias.dtype) if need_bias and sums is not None else None
-
-
-def next_cache_backward(grad, x, cache, k_t, needs):
-    d_x, d_cache = _zeros_or_none((x, cache), needs)
-    if grad is not None:
-        new = min(k_t - 1, x.shape[2])
-        old = grad.shape[2] - new
-        if d_x is not None:
-            d_x[:, :, x.shape[2] - new :].copy_(grad[:, :, old:])
-        if d_cache is not None and cache is not None:
-            d_cache[:, :, cache.shape[2] - old :].copy_(grad[:, :, :old])
-    return d_x, d_cache

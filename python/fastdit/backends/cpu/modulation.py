@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from ... import _cpu
+from .._modulation import backwards
+from .._tensors import empty, rows_contiguous
 from ..registry import Impl, register as _register
-from ._abi import DTYPE, empty, on_cpu, pointer, rows_contiguous
+from ._abi import DTYPE, on_cpu, pointer
 
 _NORM = {None: 0, "layer": 1, "rms": 2}
 
@@ -137,36 +139,7 @@ def _gradients(grad_r, grad_h, residual, y, tables, indices, rest, needs):
     return [d_residual, d_y, *(g for g, _ in made)]
 
 
-def norm_modulate_backward(
-    grad_h, x, shift, scale, weight, bias, row_index, norm, eps, weight_offset, precision, needs
-):
-    need_x, need_shift, need_scale, need_weight, need_bias = needs
-    _, d_x, _, *tables, _ = _gradients(
-        None, grad_h, None, x, (None, shift, scale, weight, bias, None), (None, row_index),
-        (norm, eps, weight_offset, None, None, 0.0, precision),
-        (False, need_x, False, need_shift, need_scale, need_weight, need_bias, False),
-    )  # fmt: skip
-    return (d_x, *tables)
-
-
-def gate_residual_backward(
-    grad_r, residual, y, gate, post_weight, row_index, gate_act, post_norm, post_eps, precision, needs
-):
-    need_residual, need_y, need_gate, need_weight = needs
-    d_residual, d_y, d_gate, *_, d_weight = _gradients(
-        grad_r, None, residual, y, (gate, None, None, None, None, post_weight), (row_index, None),
-        (None, 0.0, 0.0, gate_act, post_norm, post_eps, precision),
-        (need_residual, need_y, need_gate, False, False, False, False, need_weight),
-    )  # fmt: skip
-    return d_residual, d_y, d_gate, d_weight
-
-
-def gate_residual_norm_modulate_backward(
-    grad_r, grad_h, residual, y, gate, shift, scale, weight, bias, post_weight, gate_row_index, row_index, *rest
-):
-    *options, needs = rest
-    tables = (gate, shift, scale, weight, bias, post_weight)
-    return _gradients(grad_r, grad_h, residual, y, tables, (gate_row_index, row_index), options, needs)
+norm_modulate_backward, gate_residual_backward, gate_residual_norm_modulate_backward = backwards(_gradients)
 
 
 def register() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from ... import _cpu
+from .._tensors import empty, rows_contiguous
 from ..reference import rotary as reference
 from ..registry import Impl, register as _register
-from ._abi import DTYPE, empty, on_cpu, pointer, rows_contiguous
+from ._abi import DTYPE, on_cpu, pointer
 
 _NORM = {None: 0, "rms": 1, "layer": 2}
 _LAYOUT = {"interleaved": 0, "half": 1, "axis_half": 2}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from fastdit.kernels.activation import GELU, GELU_TANH, RELU, SILU, activation_backward, activation_forward
 
+from .._tensors import empty, rows_contiguous
 from ..registry import Impl, register as _register
 from ._config import Config, choose, tunable
 from ._launch import launch, unfit
+from ._tiles import alignment
 
 _ACT = {"gelu": GELU, "gelu_tanh": GELU_TANH, "silu": SILU, "relu": RELU}
 for _kernel in ("activation_forward", "activation_backward"):
@@ -21,9 +21,7 @@ def _rows(t):
     """t as rows that are one stride apart; a copy where its leading dims do not collapse."""
     if t is None or t.is_contiguous():
         return t
-    if t.stride(-1) != 1:  # autograd may hand over an expanded gradient
-        return t.contiguous()
-    return t.reshape(-1, t.shape[-1])
+    return rows_contiguous(t).reshape(-1, t.shape[-1])
 
 
 def _plan(kernel, x, *tensors):
@@ -35,13 +33,12 @@ def _plan(kernel, x, *tensors):
         steps = tuple(0 if t is None else channels if t.is_contiguous() else t.stride(0) for t in (x, *tensors))
     config = choose(kernel, x, (x.dtype,), lambda arch: Config((1024 if x.dtype == torch.float32 else 2048,), 4))
     blocks = -(-channels // config.blocks[0])
-    vector = 16 // x.element_size()
-    align = vector if math.gcd(channels, *steps) % vector == 0 else 1
+    align = alignment(x.element_size(), channels, *steps)
     return (channels, *steps, blocks), align, config, blocks * (elements // channels)
 
 
 def activation(x, up, act):
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = empty(x)
     if y.numel():
         x, up = _rows(x), _rows(up)
         numbers, align, config, programs = _plan("activation_forward", x, up)
@@ -53,10 +50,7 @@ def activation(x, up, act):
 
 
 def activation_grads(grad, x, up, act, needs):
-    d_x, d_up = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need and t is not None else None
-        for t, need in zip((x, up), needs, strict=True)
-    )
+    d_x, d_up = (empty(x) if need and t is not None else None for t, need in zip((x, up), needs, strict=True))
     if grad is None:
         return tuple(None if d is None else d.zero_() for d in (d_x, d_up))
     if x.numel() and not (d_x is None and d_up is None):

@@ -24,6 +24,7 @@ from ..registry import Impl, register as _register
 from . import adaln_backward as _backward
 from ._config import Config, choose, tunable
 from ._launch import dot_precision, launch, unfit
+from ._tiles import alignment
 
 ROWS, CHANNELS = 2048, 1536
 _BUCKETS = (512, 2048, 8192)
@@ -81,14 +82,6 @@ def _groups(rows, pers, indexed, BM):
     return rows, False
 
 
-def _align(itemsize, *strides):
-    unit = 16 // itemsize
-    for stride in strides:
-        if stride % unit:
-            return 1
-    return unit
-
-
 def norm_modulate_linear(
     x, shift, scale, norm_weight, norm_bias, row_index, weight, bias, norm, eps, weight_offset, act, precision, keep
 ):
@@ -144,7 +137,7 @@ def _project(
             cos, sin = cos.contiguous(), sin.contiguous()
         R, step = 2 * cos.shape[-1], cos.stride(-1)
         cos_strides = _rope_strides(cos)
-        cos_align = _align(4, *cos_strides)
+        cos_align = alignment(4, *cos_strides)
     indexed = index is not None
     shift_row, scale_row = _table(shift, tokens, indexed), _table(scale, tokens, indexed)
     pers = [row[2] for t, row in ((shift, shift_row), (scale, scale_row)) if t is not None]
@@ -166,7 +159,7 @@ def _project(
         (
             C, F, norm == "layer", precision == "native", uniform, act, H, HKV, D, qk_norm, layout, R, step,
             cos is not None and precision == "native" and cos.dtype == x.dtype,
-            _align(x.itemsize, x_b, x_n, w_n, *shift_row[:2], *scale_row[:2]), cos_align, dot_precision(),
+            alignment(x.itemsize, x_b, x_n, w_n, *shift_row[:2], *scale_row[:2]), cos_align, dot_precision(),
             BM, BN, BK, stages,
         ),
         warps, stages,
@@ -202,7 +195,7 @@ def linear_gate_residual(residual, y, weight, bias, gate, index, gate_act, preci
         (rows, tokens, group, r_b, r_n, a_b, a_n, w_n, *gate_row),
         (
             K, C, gate_act, precision == "native", uniform,
-            _align(y.itemsize, r_b, r_n, a_b, a_n, w_n, *gate_row[:2]), dot_precision(), BM, BN, BK,
+            alignment(y.itemsize, r_b, r_n, a_b, a_n, w_n, *gate_row[:2]), dot_precision(), BM, BN, BK,
         ),
         config.warps, config.stages,
     )  # fmt: skip

@@ -10,13 +10,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...kernels.attention import attention_forward, attention_varlen_forward
 from ...kernels.attention_window import attention_window_forward
+from .._tensors import contiguous, empty
 from ..registry import Impl, register as _register
 from ._launch import arch, dot_precision, launch, unfit
+from ._tiles import alignment
 from .attention_backward import attention_backward, attention_varlen_backward
 from .attention_merge import merge_attention, merge_attention_backward
 from .attention_tiles import (
     MOST_CHANNELS,
-    alignment,
     far,
     folded_scale,
     lines_config,
@@ -32,14 +33,6 @@ from .attention_tiles import (
 TMA_PAIRS = 1 << 24
 # Tiles of 128 queries that fill a data-centre card; with fewer, tiles are half as tall.
 FULL = 128
-
-
-def _empty(t):
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
-def _index(t):
-    return None if t is None else t.contiguous()
 
 
 # ---- TMA ----------------------------------------------------------------------------------------------------
@@ -76,7 +69,7 @@ def _keys(q, k, v, pairs):
 def attention(q, k, v, kv_len, frame_tokens_of, frame_tokens, scale, return_lse, deterministic):
     batch, tokens, heads, channels = q.shape
     keys, kv_heads = k.shape[1], k.shape[2]
-    o = _empty(q)
+    o = empty(q)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
     planes = batch * heads
     if not (planes and tokens):
@@ -96,7 +89,7 @@ def attention(q, k, v, kv_len, frame_tokens_of, frame_tokens, scale, return_lse,
     launch(
         attention_forward,
         (tiles * planes, 1, 1),
-        (q, k_rows, k_rest, v_rows, v_rest, o, lse, _index(kv_len), _index(frame_tokens_of)),
+        (q, k_rows, k_rest, v_rows, v_rest, o, lse, contiguous(kv_len), contiguous(frame_tokens_of)),
         (tokens, keys, heads, heads // kv_heads, min(frame_tokens, 2**31 - 1), tiles, *strides, factor),
         (
             channels, d0, d1, bool(frame_tokens) or frame_tokens_of is not None, negate,
@@ -114,7 +107,7 @@ def attention_varlen(
     window, window_stride, scale, return_lse, deterministic,
 ):  # fmt: skip
     tokens, heads, channels = q.shape
-    o = _empty(q)
+    o = empty(q)
     lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
     if not (heads and tokens):
         return o, lse
@@ -169,7 +162,7 @@ def attention_varlen(
         ((tokens + block_m - 1) // block_m + segments + 1, heads, 1),
         (
             q, k_rows, k_rest, v_rows, v_rest, o, lse, plan(cu_q, cu_k, tokens, block_m), cu_q, cu_k,
-            _index(frame_tokens_of),
+            contiguous(frame_tokens_of),
         ),
         (tokens, heads, group, segments, min(frame_tokens, 2**31 - 1), *strides, factor),
         (

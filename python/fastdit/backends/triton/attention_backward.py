@@ -14,9 +14,11 @@ import torch
 
 from ...kernels.attention_backward import attention_dkdv, attention_rows, attention_varlen_dkdv
 from ...kernels.attention_backward_dq import attention_dq, attention_varlen_dq
+from .._tensors import contiguous, empty, rows_contiguous
 from ._config import Config, choose, tunable
 from ._launch import dot_precision, launch
-from .attention_tiles import alignment, pieces, plan, plan_bricks
+from ._tiles import alignment, power
+from .attention_tiles import pieces, plan, plan_bricks
 
 _ROWS = 32  # of attention_rows
 
@@ -80,20 +82,12 @@ def _tiles(q, mask: str) -> tuple[Config, Config]:
 
 
 # ---- what both have in common -------------------------------------------------------------------------------
-def _empty(t):
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
 def _given(do, dlse, q, k, v, o, needs):
     """Empty gradients and a usable do; do is None where the gradients are zero and done."""
-    grads = [_empty(t) if need else None for t, need in zip((q, k, v), needs, strict=True)]
+    grads = [empty(t) if need else None for t, need in zip((q, k, v), needs, strict=True)]
     if q.numel() == 0 or k.numel() == 0 or (do is None and dlse is None):
         return tuple(None if g is None else g.zero_() for g in grads), None
-    if do is None:
-        do = torch.zeros_like(o)
-    elif do.stride(-1) != 1:  # autograd may hand over an expanded one
-        do = do.contiguous()
-    return tuple(grads), do
+    return tuple(grads), torch.zeros_like(o) if do is None else rows_contiguous(do)
 
 
 def _rows(do, dlse, o, lse, align):
@@ -109,13 +103,9 @@ def _rows(do, dlse, o, lse, align):
     launch(
         attention_rows, (grid, 1, 1), (o.contiguous(), do, lse.contiguous(), dlse, rows),
         (tokens, lse.numel(), *of_do, *of_dlse),
-        (heads, channels, _ROWS, max(1 << (channels - 1).bit_length(), 16), align), 4, 1,
+        (heads, channels, _ROWS, max(power(channels), 16), align), 4, 1,
     )  # fmt: skip
     return rows
-
-
-def _index(t):
-    return None if t is None else t.contiguous()
 
 
 # ---- dense --------------------------------------------------------------------------------------------------
@@ -133,7 +123,7 @@ def attention_backward(
     rows = _rows(do, dlse, o, lse, align)
     frames = frame_tokens_of is not None or frame_tokens > 0
     of_keys, of_queries = _tiles(q, "frames" if frames else "none")
-    masks = (_index(kv_len), _index(frame_tokens_of))
+    masks = (contiguous(kv_len), contiguous(frame_tokens_of))
     static = (heads, kv_heads, channels, *pieces(channels), frames)
     rest = (min(frame_tokens, m), lse.numel(), *strides, scale)
     if dk is not None or dv is not None:
@@ -169,9 +159,9 @@ def attention_varlen_backward(
     rows = _rows(do, dlse, o, lse, align)
     frames = frame_tokens_of is not None or frame_tokens > 0
     of_keys, of_queries = _tiles(q, "frames" if frames else "none" if grids is None else "window")
-    cu_q, cu_k, grids = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), _index(grids)
+    cu_q, cu_k, grids = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), contiguous(grids)
     segments = cu_q.shape[0] - 1
-    indices = (cu_q, cu_k, _index(frame_tokens_of), grids)
+    indices = (cu_q, cu_k, contiguous(frame_tokens_of), grids)
     static = (heads, kv_heads, channels, *pieces(channels), frames)
     rest = (segments, min(frame_tokens, m), lse.numel(), *strides, scale)
     if dk is not None or dv is not None:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from ...kernels.attention_merge import merge_backward, merge_forward
+from .._tensors import empty, rows_contiguous
 from ._launch import launch
-from .attention_tiles import alignment
-
-
-def _empty(t):
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
+from ._tiles import alignment, power
 
 
 def _of_o(t):
@@ -29,13 +24,13 @@ def _rows(o):
     """Rows in all, tokens of a sample, heads; constants: channels, padded, rows of a program; the grid."""
     tokens, heads, channels = o.shape[-3:]
     total = o.numel() // channels
-    width = max(1 << (channels - 1).bit_length(), 16)
+    width = max(power(channels), 16)
     block = max(1024 // width, 1)
     return (total, tokens, heads), (channels, width, block), ((total + block - 1) // block, 1, 1)
 
 
 def merge_attention(o1, lse1, o2, lse2):
-    o, lse = _empty(o1), _empty(lse1)
+    o, lse = empty(o1), empty(lse1)
     if o1.numel():
         numbers, (channels, width, block), grid = _rows(o1)
         strides = (*_of_o(o1), *_of_o(o2))
@@ -48,11 +43,11 @@ def merge_attention(o1, lse1, o2, lse2):
 
 
 def merge_attention_backward(do, dlse, o1, lse1, o2, lse2, needs):
-    grads = [_empty(t) if need else None for t, need in zip((o1, lse1, o2, lse2), needs, strict=True)]
+    grads = [empty(t) if need else None for t, need in zip((o1, lse1, o2, lse2), needs, strict=True)]
     if o1.numel() == 0 or (do is None and dlse is None) or not any(needs):
         return tuple(None if g is None else g.zero_() for g in grads)
-    if do is not None and do.stride(-1) != 1:  # autograd may hand over an expanded one
-        do = do.contiguous()
+    if do is not None:
+        do = rows_contiguous(do)
     numbers, (channels, width, block), grid = _rows(o1)
     strides = (*_of_o(o1), *_of_o(o2))
     of_do = _of_o(o1 if do is None else do)

@@ -1,4 +1,4 @@
-"""What attention's adapters decide on the host: pieces of a head, alignment, bricks of a window, the plan of tiles."""
+"""What attention's adapters decide on the host: pieces of a head, bricks of a window, the plan of tiles."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from ...kernels.attention_tiles import plan_tiles
 from ._config import Config, choose, tunable
 from ._launch import launch
+from ._tiles import power
 
 LOG2E = 1.4426950408889634
 MOST_CHANNELS = 512
@@ -85,19 +86,10 @@ def window_config(q: Tensor, width: int, few: bool) -> Config:
 @functools.cache
 def pieces(channels: int) -> tuple[int, int]:
     """A head of `channels` as two powers of two, the second 0 where one is no wider: 72 -> 64, 16; 112 -> 128, 0."""
-    whole = max(1 << (channels - 1).bit_length(), 16)
+    whole = max(power(channels), 16)
     first = whole // 2
-    rest = max(1 << max(channels - first - 1, 0).bit_length(), 16)
+    rest = max(power(channels - first), 16)
     return (first, rest) if first >= 16 and first + rest < whole else (whole, 0)
-
-
-def alignment(itemsize: int, *strides: int) -> int:
-    """Elements in 16 bytes where every stride is a multiple of them, else 1."""
-    elements = 16 // itemsize
-    for stride in strides:
-        if stride % elements:
-            return 1
-    return elements
 
 
 def far(rows: int, k: Tensor, v: Tensor) -> bool:

@@ -17,11 +17,13 @@ from torch import Tensor
 from fastdit.kernels import conv as kernels, conv_weight
 
 from ...reference.conv import output_shape
+from .._video import empty, next_cache_backward
 from ..registry import Impl, register as _register
 from . import conv_norm
 from ._config import Config, choose, tunable
 from ._launch import INTERPRET, dot_precision, launch, unfit
-from .conv_norm import NORM, NOTHING, WIDEST, _laid, empty, laid, next_cache, norm_silu, power, shapes
+from ._tiles import power
+from .conv_norm import NORM, NOTHING, WIDEST, _laid, laid, next_cache, norm_silu, shapes
 
 PAD = {"zeros": 0, "first": 1, "replicate": 1, "reflect": 2}
 
@@ -165,7 +167,7 @@ def register() -> None:
     _register(
         Impl("causal_conv3d", "triton", _supports, causal_conv3d, conv_backward.causal_conv3d_backward),
     )
-    _register(Impl("next_cache", "triton", _moves, next_cache, conv_norm.next_cache_backward))
+    _register(Impl("next_cache", "triton", _moves, next_cache, next_cache_backward))
     _register(Impl("norm_silu", "triton", _supports_norm, norm_silu, conv_norm.norm_silu_backward))
 
 

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from fastdit.kernels import conv_weight
 
+from .._video import empty, zeros_or_none
 from . import conv
 from ._config import Config, choose, tunable
 from ._launch import INTERPRET, dot_precision, launch, processors
-from .conv_norm import NORM, empty, laid, normalize_backward, pixel_sums, sum_rows, zeros_or_none
+from .conv_norm import NORM, laid, normalize_backward, pixel_sums, sum_rows
 
 tunable(
     "conv_weight_grad",  # BLOCK_P, M, N0, N1

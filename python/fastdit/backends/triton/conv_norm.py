@@ -12,9 +12,11 @@ from torch import Tensor
 
 from fastdit.kernels import conv_group, conv_norm as kernels
 
-from ...reference.conv import NORM_EPS, memory_format
+from ...reference.conv import NORM_EPS
+from .._video import empty, zeros_or_none
 from ._config import Config, choose, tunable
 from ._launch import launch, processors
+from ._tiles import power
 
 NORM = {None: 0, "channel_l2": 1, "channel_rms": 2, "group": 3}
 WIDEST = 8192  # channels of a pixel in one tile
@@ -23,16 +25,6 @@ WIDEST = 8192  # channels of a pixel in one tile
 _VALUES = tuple(Config((values,), warps) for values, warps in ((32, 4), (16, 4), (64, 4), (32, 8), (16, 8)))
 tunable("conv_normalize", *_VALUES)
 tunable("conv_normalize_backward", *_VALUES)
-
-
-def empty(t: Tensor, shape=None, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised, in t's memory format."""
-    shape = t.shape if shape is None else shape
-    return torch.empty(shape, dtype=dtype or t.dtype, device=t.device, memory_format=memory_format(t))
-
-
-def power(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
 
 
 @lru_cache(4096)
@@ -257,10 +249,6 @@ def _group_backward(dx, x: Tensor, g: Tensor, weight, bias, groups: int, eps: fl
     return sums
 
 
-def zeros_or_none(tensors, needs) -> tuple:
-    return tuple(empty(t).zero_() if need and t is not None else None for t, need in zip(tensors, needs, strict=True))
-
-
 def next_cache(x, cache, k_t):
     new = min(k_t - 1, x.shape[2])
     old = 0 if cache is None else min(k_t - 1 - new, cache.shape[2])
@@ -269,15 +257,3 @@ def next_cache(x, cache, k_t):
         x = x if new == x.shape[2] else x[:, :, x.shape[2] - new :]
         normalize(out, x, cache, None, None, None, 0, 0.0, False)
     return out
-
-
-def next_cache_backward(grad, x, cache, k_t, needs):
-    d_x, d_cache = zeros_or_none((x, cache), needs)
-    if grad is not None:
-        new = min(k_t - 1, x.shape[2])
-        old = grad.shape[2] - new
-        if d_x is not None:
-            d_x[:, :, x.shape[2] - new :].copy_(grad[:, :, old:])
-        if d_cache is not None and cache is not None:
-            d_cache[:, :, cache.shape[2] - old :].copy_(grad[:, :, :old])
-    return d_x, d_cache

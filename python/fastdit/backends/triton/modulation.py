@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from fastdit.kernels.modulation import modulation_forward
 
+from .._tensors import contiguous, empty
 from ..registry import Impl, register as _register
 from ._config import Config, choose, tunable
 from ._launch import launch, processors, unfit
+from ._tiles import alignment
 from .modulation_backward import gate_residual_backward, gate_residual_norm_modulate_backward, norm_modulate_backward
-from .modulation_walk import align, contiguous, fitting, strides, table, walk
+from .modulation_walk import fitting, strides, table, walk
 
 # blocks: CHUNK, ROWS, programs per multiprocessor
 tunable(
@@ -32,8 +32,8 @@ def _forward(
     channels = y.shape[-1]
     tokens = y.shape[-2]
     rows = y.numel() // channels
-    r = None if residual is None else torch.empty_like(residual, memory_format=torch.contiguous_format)
-    h = None if norm is None else torch.empty_like(y, memory_format=torch.contiguous_format)
+    r = None if residual is None else empty(residual)
+    h = None if norm is None else empty(y)
     if rows == 0:
         return r, h
     itemsize = y.element_size()
@@ -60,7 +60,8 @@ def _forward(
         (rows, tokens, span, splits, per, run, *steps, *gates, *shifts, *scales, eps, post_eps),
         (
             float(weight_offset), channels, chunk, at_once, norm == "rms", gate_act == "tanh", post_norm is not None,
-            precision == "native", gather, align(y, *steps, *gates[:2], *shifts[:2], *scales[:2]), config.stages,
+            precision == "native", gather, alignment(itemsize, *steps, *gates[:2], *shifts[:2], *scales[:2]),
+            config.stages,
         ),
         config.warps,
         config.stages,

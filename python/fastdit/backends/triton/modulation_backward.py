@@ -14,9 +14,12 @@ import torch
 from fastdit.kernels.modulation_backward import PER_TOKEN, UNWANTED, modulation_backward, modulation_sums
 
 from ...packing import row_order
+from .._modulation import backwards
+from .._tensors import contiguous, empty, rows_contiguous
 from ._config import Config, choose, tunable
 from ._launch import launch, processors
-from .modulation_walk import align, contiguous, fitting, strides, table, walk
+from ._tiles import alignment
+from .modulation_walk import fitting, strides, table, walk
 
 # blocks: CHUNK, ROWS, programs per multiprocessor
 tunable(
@@ -30,20 +33,16 @@ _TABLES = ("gate", "shift", "scale")
 
 
 def _incoming(grad):
-    """Autograd may hand over an expanded gradient."""
-    return grad.contiguous() if grad is not None and grad.stride(-1) != 1 else grad
+    return None if grad is None else rows_contiguous(grad)
 
 
 def _same(a, b) -> bool:
     return a is b or (a is not None and b is not None and a.data_ptr() == b.data_ptr() and a.dtype == b.dtype)
 
 
-def _gradients(grad_r, grad_h, residual, y, tables, vectors, indices, rest, needs):
-    """tables: gate, shift, scale; vectors: weight, bias, post_norm_weight; needs: for residual, y and each of them."""
-    new = [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need and t is not None else None
-        for t, need in zip((residual, y, *tables, *vectors), needs, strict=True)
-    ]
+def _gradients(grad_r, grad_h, residual, y, tables, indices, options, needs):
+    """See `backwards`."""
+    new = [empty(t) if need and t is not None else None for t, need in zip((residual, y, *tables), needs, strict=True)]
     if y.numel() == 0 or (grad_r is None and grad_h is None):
         return [None if g is None else g.zero_() for g in new]
     d_residual, d_y, *sums = new
@@ -53,23 +52,23 @@ def _gradients(grad_r, grad_h, residual, y, tables, vectors, indices, rest, need
     else:
         wanted = sums
     gate_index, index = contiguous(indices[0]), contiguous(indices[1])
-    args = (_incoming(grad_r), _incoming(grad_h), residual, y, tables, vectors)
+    args = (_incoming(grad_r), _incoming(grad_h), residual, y, tables)
     by_norm, by_gate = wanted[1] is not None or wanted[2] is not None, wanted[0] is not None
     order = index if by_norm else gate_index if by_gate else None
     later = by_gate and not _same(order, gate_index)
     if later:  # its tokens come in another order
-        _walk(args, (gate_index, index), gate_index, rest, (None, None), [wanted[0], None, None, None, None, None])
+        _walk(args, (gate_index, index), gate_index, options, (None, None), [wanted[0], None, None, None, None, None])
         wanted = [None, *wanted[1:]]
     if not later or d_residual is not None or d_y is not None or any(g is not None for g in wanted):
-        _walk(args, (gate_index, index), order, rest, (d_residual, d_y), wanted)
+        _walk(args, (gate_index, index), order, options, (d_residual, d_y), wanted)
     return [d_residual, d_y, *sums]
 
 
-def _walk(args, indices, order, rest, outputs, wanted) -> None:
+def _walk(args, indices, order, options, outputs, wanted) -> None:
     """One pass over the tokens, in their own order or in the one that sorts them by `order`, and its sums."""
-    grad_r, grad_h, residual, y, (gate, shift, scale), (weight, bias, post_weight) = args
+    grad_r, grad_h, residual, y, (gate, shift, scale, weight, bias, post_weight) = args
     gate_index, index = indices
-    norm, eps, weight_offset, gate_act, post_norm, post_eps, _ = rest
+    norm, eps, weight_offset, gate_act, post_norm, post_eps, _ = options
     channels, tokens = y.shape[-1], y.shape[-2]
     rows, itemsize = y.numel() // channels, y.element_size()
     ways = [table(gate, tokens, gate_index), table(shift, tokens, index), table(scale, tokens, index)]
@@ -144,7 +143,7 @@ def _walk(args, indices, order, rest, outputs, wanted) -> None:
             float(weight_offset), channels, chunk, at_once, norm == "rms", gate_act == "tanh", post_norm is not None,
             order is not None or tokens % run != 0, natural[0] if order is None else _same(gate_index, order),
             natural[2] if order is None else _same(index, order),
-            *to, align(y, *steps, *ways[0][:2], *ways[2][:2]), config.stages,
+            *to, alignment(itemsize, *steps, *ways[0][:2], *ways[2][:2]), config.stages,
         ),
         warps,
         config.stages,
@@ -166,35 +165,4 @@ def _walk(args, indices, order, rest, outputs, wanted) -> None:
         first += len(group)
 
 
-def norm_modulate_backward(
-    grad_h, x, shift, scale, weight, bias, row_index, norm, eps, weight_offset, precision, needs
-):
-    need_x, need_shift, need_scale, need_weight, need_bias = needs
-    _, d_x, _, *tables, _ = _gradients(
-        None, grad_h, None, x, (None, shift, scale), (weight, bias, None), (None, row_index),
-        (norm, eps, weight_offset, None, None, 0.0, precision),
-        (False, need_x, False, need_shift, need_scale, need_weight, need_bias, False),
-    )  # fmt: skip
-    return (d_x, *tables)
-
-
-def gate_residual_backward(
-    grad_r, residual, y, gate, post_weight, row_index, gate_act, post_norm, post_eps, precision, needs
-):
-    need_residual, need_y, need_gate, need_weight = needs
-    d_residual, d_y, d_gate, *_, d_weight = _gradients(
-        grad_r, None, residual, y, (gate, None, None), (None, None, post_weight), (row_index, None),
-        (None, 0.0, 0.0, gate_act, post_norm, post_eps, precision),
-        (need_residual, need_y, need_gate, False, False, False, False, need_weight),
-    )  # fmt: skip
-    return d_residual, d_y, d_gate, d_weight
-
-
-def gate_residual_norm_modulate_backward(
-    grad_r, grad_h, residual, y, gate, shift, scale, weight, bias, post_weight, gate_row_index, row_index, *rest
-):
-    *options, needs = rest
-    return _gradients(
-        grad_r, grad_h, residual, y, (gate, shift, scale), (weight, bias, post_weight), (gate_row_index, row_index),
-        options, needs,
-    )  # fmt: skip
+norm_modulate_backward, gate_residual_backward, gate_residual_norm_modulate_backward = backwards(_gradients)

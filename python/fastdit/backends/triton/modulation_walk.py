@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from ._config import Config
@@ -43,12 +41,6 @@ def table(t: Tensor | None, tokens: int, index: Tensor | None) -> tuple[int, int
     return s[0] if t.shape[0] > 1 else 0, 0, tokens
 
 
-def align(x: Tensor, *steps: int) -> int:
-    """ALIGN: 16 bytes' worth of channels where every stride is a multiple of it."""
-    vector = 16 // x.element_size()
-    return vector if math.gcd(*steps) % vector == 0 else 1
-
-
 def walk(rows: int, run: int, programs: int, least: int, together: int = 0) -> tuple[int, int, int]:
     """(span, splits, per): how about `programs` programs share runs of `run` tokens.
 
@@ -65,7 +57,3 @@ def walk(rows: int, run: int, programs: int, least: int, together: int = 0) -> t
     per = -(-run // splits)
     per = -(-per // least) * least
     return run, -(-run // per), per
-
-
-def contiguous(index: Tensor | None) -> Tensor | None:
-    return None if index is None else index.contiguous()

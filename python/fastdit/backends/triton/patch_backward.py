@@ -14,7 +14,8 @@ from fastdit.kernels.patch_backward import patch_embed_dw, patch_embed_dx, patch
 
 from ._config import Config, choose, tunable
 from ._launch import dot_precision, launch, processors
-from .patch_plan import dense as _dense, launches, layout, power, precision, wide as _wide
+from ._tiles import power
+from .patch_plan import dense as _dense, launches, layout, precision, wide as _wide
 
 _SUM = 1024
 

@@ -8,14 +8,10 @@ from functools import lru_cache
 import torch
 
 from ._launch import dot_precision
+from ._tiles import power
 
 VIDEOS = 8  # that one launch can tell apart
 NO_TABLE = (0,) * (2 * VIDEOS + 1)
-
-
-def power(n: int) -> int:
-    """The least power of two that holds n."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def step(K: int, wide: bool) -> int:

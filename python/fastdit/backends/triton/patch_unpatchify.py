@@ -11,7 +11,8 @@ from fastdit.kernels.patch_unpatchify import unpatchify
 
 from ._config import Config, choose, tunable
 from ._launch import launch
-from .patch_plan import NO_TABLE, divisor, power, tables
+from ._tiles import power
+from .patch_plan import NO_TABLE, divisor, tables
 
 tunable("unpatchify", *(Config((q,), warps, 1) for q in (32, 64, 128, 256) for warps in (4, 8)))
 

@@ -15,10 +15,12 @@ from fastdit.kernels import rotary as kernels, rotary_table
 from fastdit.kernels.rotary import Law
 from fastdit.kernels.rotary_table import Head, Side
 
+from .._tensors import empty
 from ..reference import rotary as reference
 from ..registry import Impl, register as _register
 from ._config import Config, choose, tunable
 from ._launch import launch, unfit
+from ._tiles import alignment, power
 
 WIDEST = 1 << 15  # channels that share a statistic: a row stays in registers
 _END = (1 << 31) - 1  # where a slice ends that has no end of its own
@@ -40,11 +42,6 @@ def supports(q, k, *args):
 
 
 # ---- static facts -> constants --------------------------------------------------------------------------------
-def power(n: int) -> int:
-    """The least power of two that is no less."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def vector(dtype: torch.dtype) -> int:
     """Elements of 16 bytes."""
     return 16 // dtype.itemsize
@@ -144,15 +141,6 @@ def strides(x):
     return tuple([s if n > 1 else 0 for n, s in zip(shape[:3], stride, strict=False)])
 
 
-def alignment(dtype: torch.dtype, *numbers: int) -> int:
-    """What kernels may take for granted of strides: 16 bytes' worth of elements, or nothing."""
-    width = 16 // dtype.itemsize
-    low = 0
-    for n in numbers:
-        low |= n
-    return 1 if low % width else width
-
-
 def table(cos, sin, x):
     """Kind of the table for the constants, its pointers and strides, from sample to pair."""
     if cos is None:
@@ -233,14 +221,10 @@ def _forward(q, k, q_out, k_out, q_weight, k_weight, q_bias, k_bias, *rest):
         (q_tiles + k_tiles, groups, 1),
         (q, k, q_out, k_out, q_weight, k_weight, q_bias, k_bias, *q_table[:2], *k_table[:2], *compact[0]),
         (batch, q_tokens, k_tokens, q_tiles, *steps, *q_table[2:], *k_table[2:], *compact[1], *last),
-        (*fixed, together, alignment(q.dtype, *steps), alignment(torch.float32, *q_table[2:5], *k_table[2:5])),
+        (*fixed, together, alignment(q.element_size(), *steps), alignment(4, *q_table[2:5], *k_table[2:5])),
         config.warps,
         config.stages,
     )
-
-
-def empty(t):
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def qk_norm_rope(q, k, *args):

@@ -14,22 +14,11 @@ from fastdit.kernels import rotary_backward as kernels
 from fastdit.kernels.rotary import Law
 from fastdit.kernels.rotary_table import Side
 
+from .._tensors import empty, rows_contiguous
 from ._config import Config, tunable
 from ._launch import launch, processors
-from .rotary import (
-    Facts,
-    alignment,
-    axes,
-    configuration,
-    constants,
-    counted,
-    described,
-    empty,
-    head_of,
-    power,
-    strides,
-    tile,
-)
+from ._tiles import alignment, power
+from .rotary import Facts, axes, configuration, constants, counted, described, head_of, strides, tile
 
 
 def _tile(dtype, D, Hq, Hk, hidden, halves) -> Config:
@@ -64,8 +53,7 @@ def qk_norm_rope_backward(grad_q, grad_k, q, k, *rest):
             grads[i] = empty(t) if used[i % 2] else torch.zeros_like(t, memory_format=torch.contiguous_format)
     tables = [None] * 10
     if q_used or k_used:
-        grad_q, grad_k = ((g if g.stride(-1) == 1 else g.contiguous()) if u else None
-                          for g, u in zip((grad_q, grad_k), used, strict=True))  # fmt: skip
+        grad_q, grad_k = (rows_contiguous(g) if u else None for g, u in zip((grad_q, grad_k), used, strict=True))
         facts, *description = described(q, k, *others)
         if any(g is not None and u for g, u in zip(grads, used * 3, strict=True)):
             _operands(grad_q, grad_k, q, k, affine, grads, facts, *description)
@@ -107,7 +95,7 @@ def _operands(grad_q, grad_k, q, k, affine, grads, facts: Facts, q_table, k_tabl
         (sum(programs), groups, 1),
         (q, k, grad_q, grad_k, dq, dk, *affine[:2], *q_table[:2], *k_table[:2], *compact[0], sums),
         (batch, q_tokens, k_tokens, *programs, *steps, *q_table[2:], *k_table[2:], *compact[1], *last, *begins),
-        (*fixed, alignment(q.dtype, *steps), alignment(torch.float32, *q_table[2:5], *k_table[2:5]), wanted),
+        (*fixed, alignment(q.element_size(), *steps), alignment(4, *q_table[2:5], *k_table[2:5]), wanted),
         config.warps,
         config.stages,
     )
@@ -163,7 +151,7 @@ def _rows(x, grad, weight, bias, sections, per_head: bool, norm, scope, eps, lay
             (x4, g4, weight, bias, cos, sin),
             (B, rope_start, length, *steps, eps),
             (BT, HB, head, Side(H, -(-H // HB), "dense", per_head, True, False), Law(norm, facts.hidden, False),
-             alignment(x.dtype, *steps)),
+             alignment(x.element_size(), *steps)),
             warps,
             1,
         )  # fmt: skip
