@@ -30,7 +30,7 @@ def _dkdv_default(arch: int, itemsize: int, channels: int, mask: str) -> Config:
     if channels > 128:
         return Config((32, 32) if itemsize == 2 else (16, 16), 8, 1)
     if itemsize == 4:
-        return Config((32, 32), 8, 1)
+        return Config((32, 32), 4 if mask == "window" and channels <= 64 else 8, 1)
     if 90 <= arch < 120:
         if mask == "window" and channels > 64:
             return Config((32, 128), 8, 3) if arch < 100 else Config((32, 64), 8, 2)

@@ -75,8 +75,12 @@ def _walk(args, indices, order, options, outputs, wanted) -> None:
     sums = sum(g is not None for g in wanted)
     tables = sum(t is not None for t in (gate, scale, weight, post_weight))
     held = sums + tables + (3 if residual is None else 5 if post_norm is None else 7)  # rows that a lane keeps
+    registers = 240 if itemsize == 2 else 200  # for them; loads on their way take the rest
     config = choose(
-        "modulation_backward", y, (y.dtype, channels, held), lambda arch: fitting(channels, itemsize, 240 // held, 2)
+        "modulation_backward",
+        y,
+        (y.dtype, channels, held),
+        lambda arch: fitting(channels, itemsize, registers // held, 2),
     )
     chunk, at_once, per_processor = config.blocks
     warps = config.warps
