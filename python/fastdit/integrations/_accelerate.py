@@ -46,11 +46,12 @@ def accelerate(
 
     rows: dict[tuple, Row] = {}
     covered: set[nn.Module] = set()  # replaced, driven or absorbed by a known block: not listed again
+    driven: set[nn.Module] = set()  # below a replaced block, patched or absorbed by it: no other kind looks at them
     for root in roots:
         inside: dict[str, bool] = {}  # blocks by name: is it one whose structure is known in full?
         for name, module in root.named_modules():
             for kind in KINDS:
-                if not kind.match(module):
+                if module in driven or not kind.match(module):
                     continue
                 unknown = kind.refuse(module)
                 if kind.block:
@@ -60,9 +61,12 @@ def accelerate(
                 if why is None:
                     for owner, attribute, replacement in patches:
                         registry.patch(owner, attribute, replacement, kind, precision or kind.precision)
-                covered.update([module, *(owner for owner, _, _ in patches)])
+                own = {owner for owner, _, _ in patches}
                 if unknown is None:
-                    covered.update(kind.absorbs(module))
+                    own.update(kind.absorbs(module))
+                covered.update(own, [module])
+                if why is None:
+                    driven.update(own - {module})
                 row = rows.setdefault((kind.name, why), Row(kind.name, why is None, why or ", ".join(kind.ops)))
                 row.count += 1
                 row.saving += 0 if why else kind.saving(module)

@@ -1,4 +1,4 @@
-"""diffusers' AutoencoderKLWan (Wan 2.1, 2.2): causal convolutions, residual blocks, resampling, attention.
+"""diffusers' AutoencoderKLWan and its kin (Qwen-Image): causal convolutions, residual blocks, resampling, attention.
 
 The feature cache keeps its slots and its life time; a slot holds the layer's last input frames as passed, before
 norm and activation, because `causal_conv3d` applies both itself. Everything between the first and the last
@@ -22,52 +22,28 @@ from fastdit.integrations.structure import (
     refuse_convs,
     refuse_norms,
 )
+from fastdit.integrations.vae_layers import channel_norm, conv_forward
 from fastdit.models.vae import AFTER, ONE_BEFORE
 from fastdit.nn import frame_attention, last_frames, upsampled
 
 # Convolutions: called with what is fused into them, and with nothing more by anybody else -------------------------
 
 
-def causal_conv_forward(
-    self, x: Tensor, cache_x: Tensor | None = None, *, padding=None, norm_weight=None, act=None, residual=None
-) -> Tensor:
-    """WanCausalConv3d: conv(act(norm([cache_x, x]))) + residual without the padded and concatenated copies."""
+def causal_conv_forward(self, x: Tensor, cache_x: Tensor | None = None, *, padding=None, **fused) -> Tensor:
+    """WanCausalConv3d: conv([cache_x, x]) without the padded and concatenated copies, with what is fused into it.
+
+    QwenImage21CausalConv3d is its Conv2d of single frames; it takes no cache, as its own error says.
+    """
+    if self.weight.ndim == 4:
+        if cache_x is not None or x.shape[2] != 1:
+            return type(self).forward(self, x, cache_x)
+        w0, w1, h0, h1 = self._padding
+        return conv_forward(self, x, padding=(0, 0, h0, h1, w0, w1), **fused)
     if padding is None:
         w0, w1, h0, h1, t0, t1 = self._padding
         padding = (t0, t1, h0, h1, w0, w1)
-    return ops.causal_conv3d(
-        x,
-        self.weight,
-        self.bias,
-        stride=self.stride,
-        padding=padding,
-        cache=None if cache_x is None or padding[0] == 0 else cache_x.to(x.device),
-        norm=None if norm_weight is None else "channel_l2",
-        norm_weight=norm_weight,
-        act=act,
-        residual=residual,
-    )
-
-
-def frame_conv_forward(self, input: Tensor, *, padding=None, norm_weight=None, residual=None) -> Tensor:
-    """nn.Conv2d on a video (B, C, T, H, W), or on images as before."""
-    if input.ndim != 5:
-        return type(self).forward(self, input)
-    p_h, p_w = self.padding
-    return ops.causal_conv3d(
-        input,
-        self.weight.unsqueeze(2),
-        self.bias,
-        stride=(1, *self.stride),
-        padding=padding or (0, 0, p_h, p_h, p_w, p_w),
-        norm=None if norm_weight is None else "channel_l2",
-        norm_weight=norm_weight,
-        residual=residual,
-    )
-
-
-def gamma(norm: Any) -> Tensor:
-    return norm.gamma.flatten()
+    cache = None if cache_x is None or padding[0] == 0 else cache_x.to(x.device)
+    return conv_forward(self, x, padding=padding, cache=cache, **fused)
 
 
 def cached(conv: Any, x: Tensor, feat_cache: list | None, feat_idx: list, **fused) -> Tensor:
@@ -76,7 +52,7 @@ def cached(conv: Any, x: Tensor, feat_cache: list | None, feat_idx: list, **fuse
         return conv(x, **fused)
     cache = feat_cache[feat_idx[0]]
     y = conv(x, cache, **fused)
-    feat_cache[feat_idx[0]] = last_frames(x, cache, conv.kernel_size[0])
+    feat_cache[feat_idx[0]] = last_frames(x, cache, conv.kernel_size[0] if conv.weight.ndim == 5 else 1)
     feat_idx[0] += 1
     return y
 
@@ -86,12 +62,12 @@ def cached(conv: Any, x: Tensor, feat_cache: list | None, feat_idx: list, **fuse
 
 def residual_block_forward(self, x: Tensor, feat_cache=None, feat_idx=None) -> Tensor:
     shortcut = self.conv_shortcut(x)
-    y = cached(self.conv1, x, feat_cache, feat_idx, norm_weight=gamma(self.norm1), act="silu")
-    return cached(self.conv2, y, feat_cache, feat_idx, norm_weight=gamma(self.norm2), act="silu", residual=shortcut)
+    y = cached(self.conv1, x, feat_cache, feat_idx, **channel_norm(self.norm1), act="silu")
+    return cached(self.conv2, y, feat_cache, feat_idx, **channel_norm(self.norm2), act="silu", residual=shortcut)
 
 
 def attention_block_forward(self, x: Tensor) -> Tensor:
-    qkv = self.to_qkv(x, norm_weight=gamma(self.norm))
+    qkv = self.to_qkv(x, **channel_norm(self.norm))
     return self.proj(frame_attention(qkv), residual=x)
 
 
@@ -120,13 +96,7 @@ def resample_forward(self, x: Tensor, feat_cache=None, feat_idx=None) -> Tensor:
     return x
 
 
-for function in (
-    causal_conv_forward,
-    frame_conv_forward,
-    residual_block_forward,
-    attention_block_forward,
-    resample_forward,
-):
+for function in (causal_conv_forward, residual_block_forward, attention_block_forward, resample_forward):
     function.__name__ = "forward"
 
 
@@ -171,7 +141,7 @@ register(
 
 def resample_patches(module: Any) -> Iterator:
     yield module, "forward", resample_forward
-    yield module.resample[1], "forward", frame_conv_forward
+    yield module.resample[1], "forward", conv_forward
     if hasattr(module, "time_conv"):
         yield module.time_conv, "forward", causal_conv_forward
 
@@ -204,8 +174,8 @@ register(
         refuse=lambda m: refuse_convs(m.to_qkv, m.proj) or refuse_norms(m.norm),
         patches=lambda m: [
             (m, "forward", attention_block_forward),
-            (m.to_qkv, "forward", frame_conv_forward),
-            (m.proj, "forward", frame_conv_forward),
+            (m.to_qkv, "forward", conv_forward),
+            (m.proj, "forward", conv_forward),
         ],
         absorbs=lambda m: [m.norm],
         # passes: normalize 3, scale 2, gamma 2, bias 2, transposed copies of q, k, v and of the output 8, residual 2

@@ -1,15 +1,18 @@
-"""diffusers' AutoencoderKLWan (Wan 2.1, 2.2): the encoder, the decoder, and the loop over time that drives them."""
+"""diffusers' AutoencoderKLWan and its kin (Qwen-Image): the encoder, the decoder, and the loop over time that drives them."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastdit.integrations.diffusers_wan_vae import cached, causal_conv_forward, gamma
+from fastdit.integrations.diffusers_wan_vae import cached, causal_conv_forward
 from fastdit.integrations.registry import Kind, register
 from fastdit.integrations.structure import has, is_causal_conv, itemsize, refuse_activation, refuse_convs, refuse_norms
+from fastdit.integrations.vae_layers import channel_norm
 from fastdit.models.vae import chunks, patchify, pieces, unpatchify
 from fastdit.nn import channels_last
 
@@ -19,7 +22,7 @@ def encoder_forward(self, x: Tensor, feat_cache=None, feat_idx=None) -> Tensor:
     for layer in self.down_blocks:
         x = layer(x) if feat_cache is None else layer(x, feat_cache=feat_cache, feat_idx=feat_idx)
     x = self.mid_block(x, feat_cache=feat_cache, feat_idx=feat_idx)
-    x = cached(self.conv_out, x, feat_cache, feat_idx, norm_weight=gamma(self.norm_out), act="silu")
+    x = cached(self.conv_out, x, feat_cache, feat_idx, **channel_norm(self.norm_out), act="silu")
     return x.contiguous()
 
 
@@ -40,18 +43,28 @@ def up_blocks(decoder, x: Tensor, feat_cache, feat_idx, first_chunk: bool, start
                 feat_idx[0] = slot
                 made.append(up_blocks(decoder, part, feat_cache, feat_idx, first_chunk, i))
             return torch.cat(made, dim=2)
-        x = block(x, feat_cache=feat_cache, feat_idx=feat_idx, first_chunk=first_chunk)
-    return cached(decoder.conv_out, x, feat_cache, feat_idx, norm_weight=gamma(decoder.norm_out), act="silu")
+        x = block(x, feat_cache=feat_cache, feat_idx=feat_idx, **marked(block, first_chunk))
+    return cached(decoder.conv_out, x, feat_cache, feat_idx, **channel_norm(decoder.norm_out), act="silu")
+
+
+def marked(module: nn.Module, first_chunk: bool) -> dict[str, bool]:
+    """`first_chunk`, for the modules that ask for it: Wan's, not Qwen-Image's."""
+    takes = "first_chunk" in inspect.unwrap(type(module).forward).__code__.co_varnames
+    return {"first_chunk": first_chunk} if takes else {}
 
 
 # The loop over time, without the concatenation in every step ------------------------------------------------------
+
+
+def patch_size(vae: Any) -> int:
+    return getattr(vae.config, "patch_size", None) or 1
 
 
 def _encode(self, x: Tensor) -> Tensor:
     if self.use_tiling and (x.shape[-1] > self.tile_sample_min_width or x.shape[-2] > self.tile_sample_min_height):
         return type(self)._encode(self, x)
     self.clear_cache()
-    x = patchify(x, self.config.patch_size or 1)
+    x = patchify(x, patch_size(self))
     whole = 1 + (x.shape[2] - 1) // 4 * 4  # as the original: frames that fill no latent frame are dropped
     latents = []
     for start, stop in chunks(whole, 4):
@@ -74,10 +87,9 @@ def _decode(self, z: Tensor, return_dict: bool = True):
     frames = []
     for start, stop in chunks(x.shape[2], 1):
         self._conv_idx = [0]
-        y = self.decoder(
-            x[:, :, start:stop], feat_cache=self._feat_map, feat_idx=self._conv_idx, first_chunk=start == 0
-        )
-        frames.append(unpatchify(y, self.config.patch_size or 1).clamp(min=-1.0, max=1.0))
+        first = marked(self.decoder, start == 0)
+        y = self.decoder(x[:, :, start:stop], feat_cache=self._feat_map, feat_idx=self._conv_idx, **first)
+        frames.append(unpatchify(y, patch_size(self)).clamp(min=-1.0, max=1.0))
     out = torch.cat(frames, dim=2)
     self.clear_cache()
     return DecoderOutput(sample=out) if return_dict else (out,)

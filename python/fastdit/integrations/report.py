@@ -19,6 +19,8 @@ LEFT = {
     "DupUp3D": "one copy per chunk",
     "Embedding": "a table look-up",
     "Linear": "called, never read (LoRA, quantised weights): the vendor's GEMM",
+    "QwenImage21AvgDown3D": "one copy per image",
+    "QwenImage21DupUp3D": "one copy per image",
     "SiLU": "one row per sample, or between layers that no known block holds",
 }
 UNKNOWN = "no known block holds it"

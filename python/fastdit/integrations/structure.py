@@ -39,7 +39,9 @@ def itemsize(module: Any) -> int:
 
 
 def is_causal_conv(module: object) -> bool:
-    return isinstance(module, nn.Conv3d) and len(getattr(module, "_padding", ())) == 6
+    """Wan's convolution, or Qwen-Image 2.1's Conv2d of single frames: each pads by its own `_padding`."""
+    pads = len(getattr(module, "_padding", ()))
+    return (isinstance(module, nn.Conv3d) and pads == 6) or (isinstance(module, nn.Conv2d) and pads == 4)
 
 
 def refuse_convs(*convs: Any) -> str | None:
