@@ -1,0 +1,165 @@
+"""What the replaced layers of video VAEs share. Videos are (B, C, T, H, W); inside a VAE in channels_last_3d memory.
+
+Convolutions are patched, then called with what is fused into them, so that hooks on the convolution itself still run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdit import ops
+from fastdit.integrations.structure import has
+
+# Convolutions -----------------------------------------------------------------------------------------------------
+
+
+def conv_forward(
+    self,
+    input: Tensor,
+    *,
+    padding: tuple[int, ...] | None = None,
+    time_pad: str = "zeros",
+    space_pad: str = "zeros",
+    cache: Tensor | None = None,
+    norm: str | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float | None = None,
+    act: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """nn.Conv3d, or nn.Conv2d over each frame of a video: `ops.causal_conv3d`; padding None is the layer's own, zeros.
+
+    Images (a Conv2d called with four dims) go to the layer as it was.
+    """
+    if input.ndim != 5:
+        return type(self).forward(self, input)
+    over_frames = self.weight.ndim == 4
+    if padding is None:
+        own = (0, *self.padding) if over_frames else self.padding
+        padding = tuple(p for p in own for _ in range(2))
+    return ops.causal_conv3d(
+        input,
+        self.weight.unsqueeze(2) if over_frames else self.weight,
+        self.bias,
+        stride=(1, *self.stride) if over_frames else self.stride,
+        dilation=(1, *self.dilation) if over_frames else self.dilation,
+        padding=padding,
+        time_pad=time_pad,
+        space_pad=space_pad,
+        cache=cache,
+        norm=norm,
+        norm_weight=norm_weight,
+        norm_eps=norm_eps,
+        act=act,
+        residual=residual,
+    )
+
+
+def padded_conv_forward(self, hidden_states: Tensor, **fused) -> Tensor:
+    """A module that pads its input by `time_causal_padding` (F.pad's order) and calls `conv`: no padded copy."""
+    w0, w1, h0, h1, t0, t1 = self.time_causal_padding
+    zeros = self.pad_mode == "constant"
+    return self.conv(
+        hidden_states,
+        padding=(t0, t1, h0, h1, w0, w1),
+        time_pad="zeros" if zeros else "first",
+        space_pad="zeros" if zeros else "replicate",
+        **fused,
+    )
+
+
+conv_forward.__name__ = padded_conv_forward.__name__ = "forward"
+
+
+def is_plain_conv(conv: Any) -> bool:
+    """nn.Conv2d, nn.Conv3d, or a Conv3d that only cuts inputs above a memory limit into pieces."""
+    if type(conv) in (nn.Conv2d, nn.Conv3d):
+        return True
+    return isinstance(conv, nn.Conv3d) and "memory_count" in type(conv).forward.__code__.co_varnames
+
+
+def refuse_plain_convs(*convs: Any) -> str | None:
+    for conv in convs:
+        if not is_plain_conv(conv) or conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            return f"its convolution is a {type(conv).__name__} with groups, a border mode or a wrapper"
+    return None
+
+
+def is_padded_conv(module: Any) -> bool:
+    return has(module, "conv", "time_causal_padding", "pad_mode") and isinstance(module.conv, nn.Conv3d)
+
+
+def refuse_padded_convs(*modules: Any) -> str | None:
+    for module in modules:
+        if not is_padded_conv(module):
+            return f"its convolution is a {type(module).__name__}, not one that pads and calls `conv`"
+        if module.pad_mode not in ("replicate", "constant"):
+            return f"its convolution pads with {module.pad_mode}"
+        if module.time_causal_padding[5] != 0 or any(module.conv.padding):
+            return "its convolution sees later frames, or pads twice"
+    return refuse_plain_convs(*(module.conv for module in modules))
+
+
+def padded_conv_patches(*modules: Any) -> list[tuple[nn.Module, str, Any]]:
+    padded = [(module, "forward", padded_conv_forward) for module in modules]
+    return padded + [(module.conv, "forward", conv_forward) for module in modules]
+
+
+# Norms and activations --------------------------------------------------------------------------------------------
+
+
+def channel_norm(norm: Any) -> dict[str, Any]:
+    """Keyword arguments of a convolution that applies this norm (F.normalize * sqrt(C) * gamma) to its input."""
+    return {"norm": "channel_l2", "norm_weight": norm.gamma.flatten()}
+
+
+def group_norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    return ops.norm_silu(
+        x, norm="group", weight=norm.weight, bias=norm.bias, groups=norm.num_groups, eps=norm.eps
+    )  # fmt: skip
+
+
+def norm_silu_conv(conv: Any, norm: Any, x: Tensor, **fused) -> Tensor:
+    """conv(silu(norm(x))): a channel norm runs inside the convolution, a GroupNorm before it."""
+    if isinstance(norm, nn.GroupNorm):
+        return conv(group_norm_silu(norm, x), **fused)
+    return conv(x, **channel_norm(norm), act="silu", **fused)
+
+
+def refuse_group_norms(*norms: Any) -> str | None:
+    for norm in norms:
+        if type(norm) is not nn.GroupNorm or norm.weight is None:
+            return f"its norm is a {type(norm).__name__} without weights, or not a GroupNorm"
+    return None
+
+
+# Resampling and attention -----------------------------------------------------------------------------------------
+
+
+def nearest(x: Tensor, factor: tuple[int, int, int], first_apart: bool = True) -> Tensor:
+    """Nearest-neighbour upsampling by factor (t, h, w), channels_last_3d: one copy. The first frame may stay one."""
+    (b, c, t, h, w), (f_t, f_h, f_w) = x.shape, factor
+    y = x.permute(0, 2, 3, 4, 1)[:, :, None, :, None, :, None].expand(b, t, f_t, h, f_h, w, f_w, c)
+    y = y.reshape(b, t * f_t, h * f_h, w * f_w, c)
+    return y[:, f_t - 1 if first_apart else 0 :].permute(0, 4, 1, 2, 3)
+
+
+WIDEST = 512  # channels of a head that the GPU kernels hold
+
+
+def frame_causal_attention(q: Tensor, k: Tensor, v: Tensor, frame_tokens: int) -> Tensor:
+    """(B, N, H, D): each token sees every frame up to its own. Wider heads frame by frame, over the keys seen so far."""
+    if q.shape[-1] <= WIDEST:
+        return ops.attention(q, k, v, frame_tokens=frame_tokens)
+    ends = range(frame_tokens, q.shape[1] + 1, frame_tokens)
+    return torch.cat([ops.attention(q[:, n - frame_tokens : n], k[:, :n], v[:, :n]) for n in ends], dim=1)
+
+
+def checkpointed(owner: Any, block: Any, *args: Any) -> Any:
+    """block(*args), under the gradient checkpointing that is switched on in `owner`."""
+    if torch.is_grad_enabled() and owner.gradient_checkpointing:
+        return owner._gradient_checkpointing_func(block, *args)
+    return block(*args)
