@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastdit import ops
 from fastdit.integrations.diffusers_processor import Processor, shared
+from fastdit.integrations.padding import is_lengths
 from fastdit.integrations.registry import Kind, register
 from fastdit.integrations.structure import has, itemsize, law
 
@@ -102,7 +103,10 @@ register(
 
 
 class FastditAttnProcessor(Processor):
-    """AttnProcessor2_0 with `fastdit.ops.attention`; what that does not cover goes to the original."""
+    """AttnProcessor2_0 with `fastdit.ops.attention`; what that does not cover goes to the original.
+
+    attention_mask: None, a bias (the original's), or key lengths (`padding.valid_first`).
+    """
 
     def __init__(self):
         from diffusers.models.attention_processor import AttnProcessor2_0
@@ -119,7 +123,8 @@ class FastditAttnProcessor(Processor):
         *args,
         **kwargs,
     ) -> Tensor:
-        if attention_mask is not None or hidden_states.ndim != 3 or args or kwargs:
+        masked = attention_mask is not None and not is_lengths(attention_mask)
+        if masked or hidden_states.ndim != 3 or args or kwargs:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         residual = hidden_states
         if encoder_hidden_states is None:
@@ -130,7 +135,7 @@ class FastditAttnProcessor(Processor):
         query = attn.to_q(hidden_states).unflatten(-1, heads)  # (B, N, H, D)
         key = attn.to_k(encoder_hidden_states).unflatten(-1, heads)
         value = attn.to_v(encoder_hidden_states).unflatten(-1, heads)
-        hidden_states = ops.attention(query, key, value).flatten(2)
+        hidden_states = ops.attention(query, key, value, kv_len=attention_mask).flatten(2)
         hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
         if attn.residual_connection:
             hidden_states = hidden_states + residual
