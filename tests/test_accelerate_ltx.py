@@ -103,12 +103,9 @@ def test_compiled_block():
     fastdit.accelerate(model)
     block = model.transformer_blocks[0]
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
-    torch._dynamo.config.error_on_recompile = True
-    try:
+    with torch._dynamo.config.patch(error_on_recompile=True):
         for grid, text, lengths in (((2, 3, 5), 7, [3, 5]), ((2, 4, 6), 9, [9, 2])):
             tokens = grid[0] * grid[1] * grid[2]
             x, context, temb = torch.randn(2, tokens, 44), torch.randn(2, text, 44), torch.randn(2, 1, 6 * 44)
             call = x, context, temb, model.rope(x, *grid), torch.tensor(lengths, dtype=torch.int32)
             close.assert_bitwise(compiled(*call), block(*call))
-    finally:
-        torch._dynamo.config.error_on_recompile = False
