@@ -61,3 +61,13 @@ def refuse_norms(*norms: Any) -> str | None:
 
 def refuse_activation(module: Any) -> str | None:
     return None if type(module) is nn.SiLU else f"its activation is {type(module).__name__}, not SiLU"
+
+
+def reads(function: Any) -> frozenset[str]:
+    """The names that a function looks up: attributes, methods and globals. Copies of one original read the same."""
+    return frozenset(inspect.unwrap(function).__code__.co_names)
+
+
+def parameters(module: Any) -> list[str]:
+    """Names of the parameters of the module's forward, without self."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]

@@ -1,0 +1,101 @@
+"""The attention of diffusers' Flux models: text and image normed, rotated and joined, text first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastdit.integrations.diffusers_processor import Processor, shared
+from fastdit.integrations.joint import (
+    Stream,
+    joint_attention,
+    projections,
+    refuse_qk_norms,
+    rotation_passes,
+    text_projections,
+)
+from fastdit.integrations.registry import Kind, register
+from fastdit.integrations.structure import has, itemsize, reads
+
+
+class FastditFluxAttnProcessor(Processor):
+    """FluxAttnProcessor with `qk_norm_rope` and `attention`; masks go to the original."""
+
+    def __init__(self):
+        from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+        super().__init__(FluxAttnProcessor())
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        joint = encoder_hidden_states is not None
+        if attention_mask is not None or joint != (attn.added_kv_proj_dim is not None):
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        cos, sin = (None, None) if image_rotary_emb is None else pairs(*image_rotary_emb)
+        if encoder_hidden_states is None:
+            image = Stream(*projections(attn, hidden_states), attn.norm_q, attn.norm_k, cos, sin)
+            return joint_attention(image)[0]
+        n = encoder_hidden_states.shape[1]
+        rows = (None,) * 4 if cos is None or sin is None else (cos[:n], sin[:n], cos[n:], sin[n:])
+        text = Stream(*text_projections(attn, encoder_hidden_states), attn.norm_added_q, attn.norm_added_k, *rows[:2])
+        image = Stream(*projections(attn, hidden_states), attn.norm_q, attn.norm_k, *rows[2:])
+        context, x = joint_attention(text, image)
+        return attn.to_out[1](attn.to_out[0](x)), attn.to_add_out(context)
+
+
+def pairs(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """One value per pair of channels, of tables (N, D) that hold each twice."""
+    return cos[:, 0::2], sin[:, 0::2]
+
+
+# What the processor's call reads. Copies of it (Bria, LongCat, Ovis) count heads instead of channels.
+READS = frozenset(
+    "_get_qkv_projections unflatten norm_q norm_k added_kv_proj_dim norm_added_q norm_added_k torch cat "
+    "apply_rotary_emb dispatch_attention_fn _attention_backend _parallel_config flatten to dtype split_with_sizes "
+    "shape to_out to_add_out".split()
+)
+MAY_READ = frozenset(("heads", "head_dim", "contiguous"))
+
+
+def refuse_processor(processor: Any, known: frozenset[str], name: str) -> str | None:
+    """Unless the processor's call reads what the known one reads, and uses no backend of its own."""
+    if reads(type(processor).__call__) - MAY_READ != known:
+        return f"its processor is {type(processor).__name__}, not {name}"
+    if processor._attention_backend is not None or processor._parallel_config is not None:
+        return "an attention backend or context parallelism was chosen for it"
+    return None
+
+
+def norms_of(attn: Any) -> list[Any]:
+    added = [attn.norm_added_q, attn.norm_added_k] if attn.added_kv_proj_dim is not None else []
+    return [attn.norm_q, attn.norm_k, *added]
+
+
+def refuse_attention(attn: Any) -> str | None:
+    if attn.pre_only == (attn.added_kv_proj_dim is not None):
+        return "it has an output projection without text, or text without one"
+    return refuse_processor(attn.processor, READS, "FluxAttnProcessor") or refuse_qk_norms(*norms_of(attn))
+
+
+register(
+    Kind(
+        name="attention (FluxAttnProcessor)",
+        ops=("qk_norm_rope", "attention"),
+        match=lambda m: has(
+            m, "to_q", "to_k", "to_v", "norm_q", "norm_k", "heads", "inner_dim", "pre_only", "processor",
+            "added_kv_proj_dim", "context_pre_only",
+        ) and not has(m, "spatial_norm"),
+        refuse=refuse_attention,
+        patches=lambda attn: [(attn, "processor", shared(FastditFluxAttnProcessor))],
+        absorbs=norms_of,
+        saving=lambda attn: rotation_passes(itemsize(attn)) * attn.inner_dim * itemsize(attn),
+        part=True,
+    )
+)  # fmt: skip

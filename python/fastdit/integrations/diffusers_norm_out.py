@@ -1,0 +1,50 @@
+"""diffusers' AdaLayerNormContinuous: the modulated norm before the output layer of most models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastdit import ops
+from fastdit.integrations.joint import is_diffusers_rms
+from fastdit.integrations.registry import Kind, register
+from fastdit.integrations.structure import has, itemsize, law, parameters, unknown
+
+
+def forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
+    scale, shift = self.linear(self.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
+    return ops.norm_modulate(
+        x,
+        shift=shift,
+        scale=scale,
+        weight=self.norm.weight,
+        bias=self.norm.bias,
+        norm="rms" if is_diffusers_rms(self.norm) else "layer",
+        eps=self.norm.eps,
+        precision=law(self, x, scale),
+    )
+
+
+def refuse(module: Any) -> str | None:
+    if type(module.norm) is not nn.LayerNorm and not is_diffusers_rms(module.norm):
+        return f"its norm is a {type(module.norm).__name__}, not a LayerNorm or an RMSNorm"
+    return unknown(module, "silu", "linear", "norm")
+
+
+register(
+    Kind(
+        name="output norm (AdaLayerNormContinuous)",
+        ops=("norm_modulate",),
+        match=lambda m: (
+            has(m, "silu", "linear", "norm")
+            and type(m.silu) is nn.SiLU
+            and parameters(m) == ["x", "conditioning_embedding"]
+        ),
+        refuse=refuse,
+        patches=lambda m: [(m, "forward", forward)],
+        absorbs=lambda m: [m.norm],
+        # passes over (tokens, C): norm 2, scale 2, shift 2 against 2
+        saving=lambda m: 4 * m.linear.out_features // 2 * itemsize(m),
+    )
+)
