@@ -71,7 +71,9 @@ def test_gradients(entry, dtype):
     after = gradients(model, entry.given(dtype))
     assert after.keys() == before.keys() == truth.keys()
     assert all(after[name].dtype == g.dtype and after[name].shape == g.shape for name, g in before.items())
-    scales = {name: g.square().mean().sqrt() for name, g in truth.items() if g.any()}
+    rms = {name: g.square().mean().sqrt() for name, g in truth.items()}
+    # zero but for fp64's own rounding: keys' biases, which a softmax does not see
+    scales = {name: scale for name, scale in rms.items() if scale > 1e-12 * max(rms.values())}
     pooled = [torch.cat([(g[n].double() / s).flatten() for n, s in scales.items()]) for g in (after, truth, before)]
     close.assert_close(pooled[0].to(dtype), pooled[1], pooled[2].to(dtype))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fastdit import ops
 from fastdit.integrations.diffusers_processor import Processor, shared
+from fastdit.integrations.padding import is_lengths
 from fastdit.integrations.registry import Kind, register
 from fastdit.integrations.structure import has, itemsize, law
 
@@ -102,7 +104,10 @@ register(
 
 
 class FastditAttnProcessor(Processor):
-    """AttnProcessor2_0 with `fastdit.ops.attention`; what that does not cover goes to the original."""
+    """AttnProcessor2_0 with `fastdit.ops.attention`; what that does not cover goes to the original.
+
+    attention_mask: None, a bias (the original's), or key lengths (`padding.valid_first`).
+    """
 
     def __init__(self):
         from diffusers.models.attention_processor import AttnProcessor2_0
@@ -119,40 +124,62 @@ class FastditAttnProcessor(Processor):
         *args,
         **kwargs,
     ) -> Tensor:
-        if attention_mask is not None or hidden_states.ndim != 3 or args or kwargs:
+        masked = attention_mask is not None and not is_lengths(attention_mask)
+        if masked or hidden_states.ndim != 3 or args or kwargs:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
-        residual = hidden_states
-        if encoder_hidden_states is None:
-            encoder_hidden_states = hidden_states
-        elif attn.norm_cross:
-            encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
-        heads = (attn.heads, -1)
-        query = attn.to_q(hidden_states).unflatten(-1, heads)  # (B, N, H, D)
-        key = attn.to_k(encoder_hidden_states).unflatten(-1, heads)
-        value = attn.to_v(encoder_hidden_states).unflatten(-1, heads)
-        hidden_states = ops.attention(query, key, value).flatten(2)
-        hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
-        if attn.residual_connection:
-            hidden_states = hidden_states + residual
-        if attn.rescale_output_factor != 1.0:
-            hidden_states = hidden_states / attn.rescale_output_factor
-        return hidden_states
+        return attend(attn, hidden_states, encoder_hidden_states, attention_mask)
 
 
-def refuse_attention(attn: Any) -> str | None:
+def attend(
+    attn: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None,
+    kv_len: Tensor | None,
+    rotated: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> Tensor:
+    """What the processors of diffusers' `Attention` have in common; rotated: (q, k), each (B, N, H, D) -> (q, k)."""
+    residual = hidden_states
+    if encoder_hidden_states is None:
+        encoder_hidden_states = hidden_states
+    elif attn.norm_cross:
+        encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
+    heads = (attn.heads, -1)
+    query = attn.to_q(hidden_states).unflatten(-1, heads)  # (B, N, H, D)
+    key = attn.to_k(encoder_hidden_states).unflatten(-1, heads)
+    value = attn.to_v(encoder_hidden_states).unflatten(-1, heads)
+    if rotated is not None:
+        query, key = rotated(query, key)
+    hidden_states = ops.attention(query, key, value, kv_len=kv_len).flatten(2)
+    hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
+    if attn.residual_connection:
+        hidden_states = hidden_states + residual
+    if attn.rescale_output_factor != 1.0:
+        hidden_states = hidden_states / attn.rescale_output_factor
+    return hidden_states
+
+
+def refuse_attention(attn: Any, expected: str = "AttnProcessor2_0") -> str | None:
     name = type(attn.processor).__name__
-    if name != "AttnProcessor2_0":
-        return f"its processor is {name}, not AttnProcessor2_0"
+    if name != expected:
+        return f"its processor is {name}, not {expected}"
     if attn.spatial_norm is not None or attn.group_norm is not None or attn.norm_q is not None:
         return "norms inside the attention"
     return None
+
+
+def matches_attention(module: Any, *extra: str) -> bool:
+    """diffusers' `Attention` with a processor that takes (hidden_states, temb) and these."""
+    if not has(module, "to_q", "to_k", "to_v", "to_out", "heads", "processor", "norm_cross", "spatial_norm"):
+        return False
+    taken = inspect.signature(module.processor.__call__).parameters
+    return "temb" in taken and ("image_rotary_emb" in taken) == ("image_rotary_emb" in extra)
 
 
 register(
     Kind(
         name="attention (AttnProcessor2_0)",
         ops=("attention",),
-        match=lambda m: has(m, "to_q", "to_k", "to_v", "to_out", "heads", "processor", "norm_cross", "spatial_norm"),
+        match=matches_attention,
         refuse=refuse_attention,
         patches=lambda attn: [(attn, "processor", shared(FastditAttnProcessor))],
         # the division by rescale_output_factor = 1; the op's own gain is arithmetic, not traffic

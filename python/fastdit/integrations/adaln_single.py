@@ -1,0 +1,60 @@
+"""What adaLN-single blocks share (PixArt, Latte, Allegro, LTX): one table for all samples beside six rows a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdit import ops
+from fastdit.integrations.structure import law
+
+
+def sublayers(
+    block: Any,
+    x: Tensor,
+    temb: Tensor,
+    attention: Callable[[Tensor], Tensor],
+    cross: Callable[[Tensor], Tensor] | None = None,
+    norm: str = "layer",
+) -> Tensor:
+    """Self-attention, cross-attention (without norm and gate) and feed-forward of a block with `scale_shift_table`.
+
+    x (B, N, C); temb (B, 6C), (B, 1, 6C), or (B, N, 6C) with a timestep per token.
+    """
+    table = block.scale_shift_table
+    tables = table.to(temb.device) + temb.reshape(x.shape[0], -1, *table.shape)  # (B, 1 or N, 6, C)
+    shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = tables.unbind(2)
+    x = x.contiguous()  # the first block's comes transposed from an eager patch embedding
+    x = x.to(torch.promote_types(x.dtype, tables.dtype))  # autocast: the table is fp32, and widens the stream
+
+    h = ops.norm_modulate(
+        x, shift=shift_msa, scale=scale_msa, norm=norm, eps=block.norm1.eps, precision=law(block, x, tables)
+    )
+    y, gate = attention(h), gate_msa
+    precision = law(block, y, tables)
+    if cross is not None:
+        x = ops.gate_residual(x, y, gate, precision=precision)
+        y, gate = cross(x), None
+    x, h = ops.gate_residual_norm_modulate(
+        x, y, gate, shift=shift_mlp, scale=scale_mlp, norm=norm, eps=block.norm2.eps, precision=precision
+    )
+    return ops.gate_residual(x, block.ff(h), gate_mlp, precision=precision)
+
+
+def refuse_table(block: Any) -> str | None:
+    table = block.scale_shift_table
+    plain = isinstance(table, Tensor) and table.ndim == 2 and table.shape[0] == 6
+    return None if plain else "its table is not (6, C)"
+
+
+def refuse_layer_norms(*norms: Any) -> str | None:
+    """Modulated norms have to be LayerNorms without weights."""
+    for norm in norms:
+        if type(norm) is not nn.LayerNorm:
+            return f"its norm is a {type(norm).__name__}, not nn.LayerNorm"
+        if norm.elementwise_affine:
+            return "its modulated norms are affine"
+    return None
