@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastdit import ops
 from fastdit.integrations.diffusers_processor import Processor, shared
-from fastdit.integrations.registry import Kind, register
+from fastdit.integrations.registry import KINDS, Kind, register
 from fastdit.integrations.structure import has, itemsize, law
 
 # The adaLN-Zero block ---------------------------------------------------------------------------------------------
@@ -148,11 +148,17 @@ def refuse_attention(attn: Any) -> str | None:
     return None
 
 
-register(
+def is_attention(module: Any) -> bool:
+    """diffusers' Attention, where no other kind knows its processor."""
+    names = ("to_q", "to_k", "to_v", "to_out", "heads", "processor", "norm_cross", "spatial_norm")
+    return has(module, *names) and not any(k.part and k is not ATTENTION and k.match(module) for k in KINDS)
+
+
+ATTENTION = register(
     Kind(
         name="attention (AttnProcessor2_0)",
         ops=("attention",),
-        match=lambda m: has(m, "to_q", "to_k", "to_v", "to_out", "heads", "processor", "norm_cross", "spatial_norm"),
+        match=is_attention,
         refuse=refuse_attention,
         patches=lambda attn: [(attn, "processor", shared(FastditAttnProcessor))],
         # the division by rescale_output_factor = 1; the op's own gain is arithmetic, not traffic
