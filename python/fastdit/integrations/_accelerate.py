@@ -50,9 +50,9 @@ def accelerate(
     for root in roots:
         inside: dict[str, bool] = {}  # blocks by name: is it one whose structure is known in full?
         for name, module in root.named_modules():
-            for kind in KINDS:
-                if module in driven or not kind.match(module):
-                    continue
+            if module in driven:
+                continue
+            for kind in [kind for kind in KINDS if kind.match(module)]:  # matched before any of them patches it
                 unknown = kind.refuse(module)
                 if kind.block:
                     inside[name] = unknown is None
