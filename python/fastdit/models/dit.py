@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import ops
+from fastdit.nn import AdaLNZeroBlock, FinalLayer, PatchEmbed3d
 
 DIT_CONFIGS = {
     f"DiT-{size}/{patch}": dict(hidden_size=c, depth=depth, num_heads=heads, patch_size=patch)
@@ -72,59 +73,6 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
-class PatchEmbed(nn.Module):
-    """Patches of (pt, ph, pw) pixels to tokens; `proj` has the shape of the convolution it stands for."""
-
-    def __init__(self, in_channels: int, hidden_size: int, patch: tuple[int, ...]):
-        super().__init__()
-        conv: type = nn.Conv3d if len(patch) == 3 else nn.Conv2d
-        self.proj = conv(in_channels, hidden_size, kernel_size=patch, stride=patch)
-
-    def forward(self, x: Tensor, pos: Tensor) -> Tensor:
-        weight = self.proj.weight if x.ndim == 5 else self.proj.weight.unsqueeze(2)
-        x = x if x.ndim == 5 else x.unsqueeze(2)
-        return ops.patch_embed3d(x, weight, self.proj.bias, pos=pos)
-
-
-def modulation_law(x: Tensor, table: Tensor) -> str:
-    """DiT rounds after each step; under autocast x is wider than its tables and the math is fp32 anyway."""
-    return "native" if table.dtype == x.dtype else "fp32"
-
-
-class DiTBlock(nn.Module):
-    """x + gate * attention(modulate(norm(x))), then x + gate * mlp(modulate(norm(x))): adaLN-Zero."""
-
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0):
-        super().__init__()
-        self.num_heads = num_heads
-        mlp_size = int(hidden_size * mlp_ratio)
-        self.attn = nn.ModuleDict(
-            {"qkv": nn.Linear(hidden_size, 3 * hidden_size), "proj": nn.Linear(hidden_size, hidden_size)}
-        )
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(hidden_size, mlp_size), "fc2": nn.Linear(mlp_size, hidden_size)})
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        law = modulation_law(x, gate_msa)
-        qkv, proj, fc1, fc2 = self.attn["qkv"], self.attn["proj"], self.mlp["fc1"], self.mlp["fc2"]
-        modulation = {"shift": shift_msa, "scale": scale_msa, "gate": gate_msa}
-        x = ops.adaln_attention(x, **modulation, qkv=qkv, proj=proj, num_heads=self.num_heads, precision=law)
-        modulation = {"shift": shift_mlp, "scale": scale_mlp, "gate": gate_mlp}
-        return ops.adaln_mlp(x, **modulation, fc1=fc1, fc2=fc2, precision=law)
-
-
-class FinalLayer(nn.Module):
-    def __init__(self, hidden_size: int, token_size: int):
-        super().__init__()
-        self.linear = nn.Linear(hidden_size, token_size)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(ops.norm_modulate(x, shift=shift, scale=scale, precision=modulation_law(x, scale)))
-
-
 class DiT(nn.Module):
     """Diffusion Transformer with adaLN-Zero conditioning on a timestep and a class label.
 
@@ -175,11 +123,11 @@ class DiT(nn.Module):
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.grid = tuple(n // p for n, p in zip(self.input_size, self.patch_size, strict=True))
 
-        self.x_embedder = PatchEmbed(in_channels, hidden_size, self.patch_size)
+        self.x_embedder = PatchEmbed3d(in_channels, hidden_size, self.patch_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid), hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(AdaLNZeroBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, math.prod(self.patch_size) * self.out_channels)
         self.initialize_weights()
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdit import ops
-from fastdit.nn import CausalConv3d, FrameConv2d, channels_last, frame_attention, last_frames, upsampled
+from fastdit.nn import CausalConv3d, ChannelNorm, FrameConv2d, channels_last, frame_attention, last_frames, upsampled
 
 AFTER = (0, 0, 0, 1, 0, 1)  # one row and one column of zeros after the image, for stride 2
 PIECE = 2  # frames that leave a block of a decoder at a time: as many as a 3-tap convolution remembers
@@ -37,18 +37,6 @@ class Stream(dict):
         y = conv(x, cache, **fused)
         self[conv] = last_frames(x, cache, conv.kernel_size[0])
         return y
-
-
-class ChannelNorm(nn.Module):
-    """x / ||x|| * sqrt(C) * gamma over the channels of each pixel; runs as the prologue of the next convolution."""
-
-    def __init__(self, channels: int, axes: int = 3):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(channels, *[1] * axes))
-
-    @property
-    def weight(self) -> Tensor:
-        return self.gamma.flatten()
 
 
 class ResidualBlock(nn.Module):

@@ -1,5 +1,6 @@
-"""Small torch.nn layers over `fastdit.ops`, shared by the models and by `fastdit.accelerate`."""
+"""torch.nn layers over `fastdit.ops`: for models of your own, for `fastdit.models` and for `fastdit.accelerate`."""
 
+from fastdit.nn.adaln import AdaLNAttention, AdaLNMlp, AdaLNZeroBlock, FinalLayer
 from fastdit.nn.conv import (
     CausalConv3d,
     FrameConv2d,
@@ -9,5 +10,23 @@ from fastdit.nn.conv import (
     upsample2x,
     upsampled,
 )
+from fastdit.nn.norm import ChannelNorm, ChannelRMSSiLU, QKNormRope
+from fastdit.nn.patch import PatchEmbed3d
 
-__all__ = ["CausalConv3d", "FrameConv2d", "channels_last", "frame_attention", "last_frames", "upsample2x", "upsampled"]
+__all__ = [
+    "AdaLNAttention",
+    "AdaLNMlp",
+    "AdaLNZeroBlock",
+    "CausalConv3d",
+    "ChannelNorm",
+    "ChannelRMSSiLU",
+    "FinalLayer",
+    "FrameConv2d",
+    "PatchEmbed3d",
+    "QKNormRope",
+    "channels_last",
+    "frame_attention",
+    "last_frames",
+    "upsample2x",
+    "upsampled",
+]

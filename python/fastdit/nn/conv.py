@@ -9,18 +9,28 @@ LARGE = 2**22  # elements of a chunk; below, one call for all frames
 
 
 class CausalConv3d(nn.Conv3d):
-    """nn.Conv3d that sees no later frame: conv(act(norm([cache, x]))) + residual, one op without padded copies.
+    """nn.Conv3d that sees no later frame, one op without padded copies.
 
-    `cache` are the input frames before x, as passed (`ops.next_cache`); frames still missing are zeros.
-    `padding` are six ints (t0, t1, h0, h1, w0, w1); None is causal "same" padding.
+        y = conv(act(norm([cache, x]))) + bias + residual
+
+    Args: in_channels, out_channels, kernel_size, stride, dilation, bias, device, dtype of nn.Conv3d.
+    Shapes:
+        x (B, C, T, H, W) -> (B, D, T, H, W), fewer with a stride. `cache` are the input frames before x, as passed
+        (`ops.next_cache`); frames still missing are zeros. `padding` of a call are six ints (t0, t1, h0, h1, w0, w1);
+        None is causal "same" padding. `norm_weight` (C,) is a `ChannelNorm`'s; `act` "silu".
+    Source: Wan2.1 wan/modules/vae.py CausalConv3d; diffusers WanCausalConv3d.
     """
 
     def forward(self, x: Tensor, cache=None, *, padding=None, norm_weight=None, act=None, residual=None) -> Tensor:
+        if padding is None and self.dilation != (1, 1, 1):
+            t, h, w = (d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True))
+            padding = (t, 0, h // 2, h - h // 2, w // 2, w - w // 2)
         return ops.causal_conv3d(
             x,
             self.weight,
             self.bias,
             stride=self.stride,
+            dilation=self.dilation,
             padding=padding,
             cache=cache,
             norm=None if norm_weight is None else "channel_l2",
