@@ -6,7 +6,7 @@ from hypothesis import Phase, given, settings, strategies as st
 
 from fastdit import ops
 from fastdit.backends.registry import NoBackend
-from fastdit.backends.triton import _config, conv as adapter
+from fastdit.backends.triton import _config, _launch, conv as adapter
 from fastdit.reference.conv import output_shape
 from fastdit.testing import close, contract
 from fastdit.testing.workloads import Maker, Sample
@@ -255,15 +255,13 @@ def test_winograd_is_refused_and_auto_goes_direct():
 # ---- launches -------------------------------------------------------------------------------------------
 @pytest.fixture
 def launched(monkeypatch):
-    names: list[str] = []
-    for module in (adapter, adapter.conv_norm):
-        real = module.launch
+    names, run = [], _launch.Launch.__call__
 
-        def counted(kernel, *args, real=real):
-            names.append(kernel.fn.__name__)
-            real(kernel, *args)
+    def counted(self, *tensors):
+        names.append(self.kernel.fn.__name__)
+        run(self, *tensors)
 
-        monkeypatch.setattr(module, "launch", counted)
+    monkeypatch.setattr(_launch.Launch, "__call__", counted)
     return names
 
 

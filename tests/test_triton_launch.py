@@ -18,7 +18,7 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import _allocation
 
 from fastdit import ops
-from fastdit.backends import registry
+from fastdit.backends import _facts, registry
 from fastdit.backends.triton import _launch
 from fastdit.testing.workloads import Maker, samples
 
@@ -54,7 +54,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(_launch, "_slow", slow)
     cuda = dict(_cuda_getDevice=(-1).__index__, _cuda_getCurrentRawStream=(10).__add__)  # a CPU tensor's device is -1
     monkeypatch.setattr(_launch, "_C", SimpleNamespace(**cuda))
-    return world
+    _facts.forget()
+    yield world
+    _facts.forget()  # plans remember what the stub built
 
 
 KERNEL, OTHER = object(), object()
@@ -196,6 +198,70 @@ def test_refused_without_a_gpu(monkeypatch):
     assert "needs a GPU tensor; got cpu" in _launch.unfit(x)
     monkeypatch.setattr(_launch, "on_cpu", True)
     assert _launch.unfit(x) is None and "float64" in _launch.unfit(x.double())
+
+
+# ---- plans --------------------------------------------------------------------------------------------------
+TRITON = [s for s in samples() if "triton" in registry.implementations(s.op)]
+
+
+def _padded(t):
+    return torch.empty(*t.shape[:-1], t.shape[-1] + 8, dtype=t.dtype)[..., : t.shape[-1]]
+
+
+def _shifted(t):
+    return torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape)
+
+
+def _calls(op):
+    """Every sample of an op, and each again in another dtype, with other strides, and 2 or 4 bytes further on."""
+    for sample in (s for s in TRITON if s.op == op):
+        for dtype in (torch.float32, torch.bfloat16):
+            args, kwargs = sample.make(Maker(dtype))
+            yield f"{sample} {dtype}", args, kwargs
+            for change in (_padded, _shifted):
+
+                def changed(t, change=change):
+                    return change(t) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dim() else t
+
+                yield (
+                    f"{sample} {dtype} {change.__name__}",
+                    tuple(map(changed, args)),
+                    {k: v if k in ("axes", "pos") else changed(v) for k, v in kwargs.items()},
+                )
+
+
+@pytest.mark.parametrize("op", sorted({s.op for s in TRITON}))
+def test_plans_are_never_mistaken(gpu, monkeypatch, op):
+    """Whatever was called before, a call launches what it launches first of all."""
+    seen, run = [], _launch.Launch.__call__
+
+    def watched(self, *tensors):
+        kinds = [None if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors]
+        seen.append((self.kernel.fn.__name__, self.grid, self._rest, self.num_warps, self.num_stages, kinds))
+        run(self, *tensors)
+
+    monkeypatch.setattr(_launch.Launch, "__call__", watched)
+    calls = list(_calls(op))
+
+    def launches(args, kwargs):
+        seen.clear()
+        try:
+            with torch.no_grad():
+                getattr(ops, op)(*args, **kwargs, backend="triton")
+        except (ValueError, TypeError, registry.NoBackend) as error:
+            return str(error)
+        return list(seen)
+
+    first = []
+    for _, args, kwargs in calls:
+        _facts.forget()
+        first.append(launches(args, kwargs))
+    _facts.forget()
+    for _ in range(2):  # in one go: every plan of the others is there
+        for (name, args, kwargs), expected in zip(calls, first, strict=True):
+            assert launches(args, kwargs) == expected, name
+    made = [tuple(map(str, found)) for found in first if isinstance(found, list) and found]
+    assert len(set(made)) > len(made) // 3 > 0  # else the variants would prove nothing
 
 
 # ---- host cost ----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _facts
 from ._launch import arch
 
 FOLDER = Path(__file__).parent / "choice"
@@ -91,15 +92,20 @@ def save(device: str, rows: dict[str, Config]) -> Path:
 def forced(kernel: str, config: Config) -> Iterator[None]:
     """Every choice of this kernel is `config` inside the block: how the tuner and the tests try candidates."""
     _forced[kernel] = config
-    _chosen.clear()
+    _forget_choices()
     try:
         yield
     finally:
         del _forced[kernel]
-        _chosen.clear()
+        _forget_choices()
 
 
 def forget() -> None:
     """Drops what was chosen: after the architecture was pretended, or a table rewritten."""
-    _chosen.clear()
+    _forget_choices()
     _tables.clear()
+
+
+def _forget_choices() -> None:
+    _chosen.clear()
+    _facts.forget()

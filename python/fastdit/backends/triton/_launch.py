@@ -1,8 +1,12 @@
-"""From an adapter's call to a running kernel: the compiled kernel is cached here, under a key that is cheap to make.
+"""From an adapter's call to a running kernel, with what can be decided once decided once.
 
-A plain `kernel[grid](...)` binds and specialises every argument on every call (11 us of Python for 23 of them). Here
-numbers are never specialised (`kernels/_jit.py`), so a key needs only what is left: dtypes, 16-byte alignment of the
-pointers, the constants and the options.
+    plan     `.._facts.kept`: an adapter's decisions (grid, numbers, constants) are kept by the facts they were made
+             from, every tensor's shape, strides, dtype and device, and all options: same facts, same launches
+    launch   `Launch`: the compiled kernel is kept by what decides its build: dtypes, 16-byte alignment of the pointers,
+             constants and options. Numbers are never specialised (`kernels/_jit.py`)
+
+A warm call makes a key, finds its plan, allocates the outputs and passes pointers on. A plain `kernel[grid](...)` binds
+and specialises every argument on every call (11 us of Python for 23 of them).
 
 Three ways to run, one code path in the adapters:
     a GPU            compiled kernels
@@ -20,12 +24,15 @@ import triton
 from torch import Tensor
 from triton.runtime import _allocation, driver
 
+from .. import _facts
+
 INTERPRET: bool = triton.knobs.runtime.interpret
 _C: Any = torch._C
 _runtime: Any = triton.knobs.runtime
+_allows_tf32 = _C._get_cublas_allow_tf32  # torch.backends.cuda.matmul.allow_tf32, for a tenth of its cost
 _hooks: Any = _runtime.launch_enter_hook  # a chain, empty until a profiler adds to it
 
-_ready: dict[tuple, Callable[..., None]] = {}  # key of a launch -> (grid, stream, arguments) -> None
+_ready: dict[tuple, Callable[..., None]] = {}  # key of a build -> (grid, stream, arguments) -> None
 _arch: dict[int, int] = {}
 _PROCESSORS = {80: 108, 90: 132, 100: 148, 120: 188}  # of A100, H200, B200, RTX PRO 6000, where they are pretended
 collecting: Callable[..., None] | None = None  # (kernel, grid, args, options): set by testing/aot.py only
@@ -60,6 +67,7 @@ def pretend(capability: int | None) -> None:
     """Makes `arch` answer this: what tests use to reach another card's code paths. None ends it."""
     global _pretended
     _pretended = capability
+    _facts.forget()
 
 
 def processors(x: Tensor) -> int:
@@ -67,6 +75,63 @@ def processors(x: Tensor) -> int:
     if _pretended is not None:
         return _PROCESSORS.get(_pretended, 128)
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+
+
+# ---- launches -----------------------------------------------------------------------------------------------
+class Launch:
+    """A kernel and all that decides its launch but the tensors: what a plan holds. It keeps none of them alive.
+
+    grid: x up to 2^31 - 1, y and z up to 65,535. numbers: after the tensors; constants: after the numbers.
+    """
+
+    __slots__ = ("_rest", "_runs", "constants", "grid", "kernel", "num_stages", "num_warps")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        numbers: tuple,
+        constants: tuple,
+        num_warps: int = 4,
+        num_stages: int = 2,
+    ) -> None:
+        self.kernel, self.grid, self.constants = kernel, grid, constants
+        self.num_warps, self.num_stages = num_warps, num_stages
+        self._rest = (*numbers, *constants)
+        self._runs: dict[tuple, Callable[..., None]] = {}  # by (dtypes, alignment; None where all pointers have it)
+
+    def __call__(self, *tensors: Any) -> None:
+        """Runs on the stream and device of tensors[0]. tensors: Tensor, None or triton's TensorDescriptor."""
+        if INTERPRET or collecting is not None or _hooks.calls or _runtime.launch_enter_hook is not _hooks:
+            self._build(tensors)
+            return
+        device = tensors[0].get_device()
+        if device != _C._cuda_getDevice():
+            with torch.cuda.device(device):
+                self(*tensors)
+            return
+        aligned: tuple | None = None
+        try:
+            pointers = [t if t is None else t.data_ptr() for t in tensors]
+            kinds = tuple([t if t is None else t.dtype for t in tensors])
+            for p in pointers:
+                if p is not None and p & 15:
+                    aligned = tuple([q is None or q & 15 == 0 for q in pointers])
+                    break
+        except AttributeError:  # a tensor descriptor has neither
+            pointers, kinds, aligned = _described(tensors)
+        run = self._runs.get((kinds, aligned))
+        if run is None:
+            key = (id(self.kernel), device, kinds, aligned, self.constants, self.num_warps, self.num_stages)
+            run = _ready.get(key)  # hash(kernel) costs 0.5 us
+            if run is None:
+                self._runs[kinds, aligned] = _ready[key] = _runner(self._build(tensors))  # which runs it, too
+                return
+            self._runs[kinds, aligned] = run
+        run(self.grid, _C._cuda_getCurrentRawStream(device), (*pointers, *self._rest))
+
+    def _build(self, tensors: tuple) -> Any:
+        return _slow(self.kernel, self.grid, (*tensors, *self._rest), self.num_warps, self.num_stages)
 
 
 def launch(
@@ -78,39 +143,12 @@ def launch(
     num_warps: int = 4,
     num_stages: int = 2,
 ) -> None:
-    """Runs kernel(*tensors, *numbers, *constants) on the stream and device of tensors[0].
-
-    tensors: Tensor, None or triton's TensorDescriptor. grid: x up to 2^31 - 1, y and z up to 65,535.
-    """
-    if INTERPRET or collecting is not None or _hooks.calls or _runtime.launch_enter_hook is not _hooks:
-        _slow(kernel, grid, (*tensors, *numbers, *constants), num_warps, num_stages)
-        return
-    device = tensors[0].get_device()
-    if device != _C._cuda_getDevice():
-        with torch.cuda.device(device):
-            launch(kernel, grid, tensors, numbers, constants, num_warps, num_stages)
-        return
-    try:
-        pointers = [t if t is None else t.data_ptr() for t in tensors]
-        kinds = tuple([t if t is None else t.dtype for t in tensors])
-        aligned: Any = None
-        for p in pointers:
-            if p is not None and p & 15:
-                aligned = tuple([q is None or q & 15 == 0 for q in pointers])
-                break
-    except AttributeError:  # a tensor descriptor has neither
-        pointers, kinds, aligned = _described(tensors)
-    key = (id(kernel), device, kinds, aligned, constants, num_warps, num_stages)  # hash(kernel) costs 0.5 us
-    run = _ready.get(key)
-    if run is None:
-        made = _slow(kernel, grid, (*tensors, *numbers, *constants), num_warps, num_stages)  # compiles, and runs it
-        _ready[key] = _runner(made)
-        return
-    run(grid, _C._cuda_getCurrentRawStream(device), (*pointers, *numbers, *constants))
+    """A launch without a plan."""
+    Launch(kernel, grid, numbers, constants, num_warps, num_stages)(*tensors)
 
 
 def _described(tensors: tuple) -> tuple[list, tuple, tuple]:
-    """Arguments and key where tensor descriptors are among the tensors."""
+    """Arguments and what a build depends on of them, where tensor descriptors are among the tensors."""
     pointers = [t.data_ptr() if isinstance(t, Tensor) else t for t in tensors]
     kinds = (
         t.dtype if isinstance(t, Tensor) else t and (t.base.dtype, tuple(t.block_shape), t.padding) for t in tensors
@@ -174,7 +212,7 @@ def target() -> Any:
 
 def dot_precision() -> str:
     """How tl.dot multiplies fp32: exactly, unless the user allowed TF32 to torch's own matmuls."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if _allows_tf32() else "ieee"
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ...kernels.attention_merge import merge_backward, merge_forward
+from .._facts import kept
 from .._tensors import empty, rows_contiguous
-from ._launch import launch
+from ._launch import Launch, launch
 from ._tiles import alignment, power
 
 
@@ -29,16 +30,23 @@ def _rows(o):
     return (total, tokens, heads), (channels, width, block), ((total + block - 1) // block, 1, 1)
 
 
+@kept
+def _plan(o1, lse1, o2, lse2) -> Launch | None:
+    if not o1.numel():
+        return None
+    numbers, (channels, width, block), grid = _rows(o1)
+    strides = (*_of_o(o1), *_of_o(o2))
+    return Launch(
+        merge_forward, grid, (*numbers, *strides, *_of_lse(lse1), *_of_lse(lse2)),
+        (channels, alignment(o1.element_size(), *strides), width, block), 4, 1,
+    )  # fmt: skip
+
+
 def merge_attention(o1, lse1, o2, lse2):
     o, lse = empty(o1), empty(lse1)
-    if o1.numel():
-        numbers, (channels, width, block), grid = _rows(o1)
-        strides = (*_of_o(o1), *_of_o(o2))
-        launch(
-            merge_forward, grid, (o1, lse1, o2, lse2, o, lse),
-            (*numbers, *strides, *_of_lse(lse1), *_of_lse(lse2)),
-            (channels, alignment(o1.element_size(), *strides), width, block), 4, 1,
-        )  # fmt: skip
+    plan = _plan(o1, lse1, o2, lse2)
+    if plan is not None:
+        plan(o1, lse1, o2, lse2, o, lse)
     return o, lse
 
 

@@ -6,12 +6,12 @@ import functools
 import itertools
 import math
 
-import torch
 from torch import Tensor
 
 from ...kernels.attention_tiles import plan_tiles
+from .._facts import kept
 from ._config import Config, choose, tunable
-from ._launch import launch
+from ._launch import Launch
 from ._tiles import power
 
 LOG2E = 1.4426950408889634
@@ -105,20 +105,23 @@ def folded_scale(scale: float, itemsize: int) -> tuple[float, bool]:
 
 def plan(cu: Tensor, cu_other: Tensor, rows: int, block: int) -> Tensor:
     """Tiles of `block` rows of a packed tensor of `rows` rows, costly segments first (kernels/attention_tiles.py)."""
-    return _plan(cu, cu_other, None, rows, (1, 1, block), (1, 1, 1))
+    return _made(cu, cu_other, None, rows, (1, 1, block), (1, 1, 1))
 
 
 def plan_bricks(cu: Tensor, grids: Tensor, rows: int, brick: tuple, window: tuple) -> Tensor:
-    return _plan(cu, None, grids, rows, brick, window)
+    return _made(cu, None, grids, rows, brick, window)
 
 
-def _plan(cu, cu_other, grids, rows, brick, window):
-    segments = cu.shape[0] - 1
-    made = torch.empty((2, segments + 2), dtype=torch.int32, device=cu.device)
-    launch(
-        plan_tiles, (segments + 1, 1, 1), (made, cu, cu_other, grids), (segments, rows), (*brick, *window, 128), 1, 1
-    )
+def _made(cu, cu_other, grids, rows, brick, window):
+    made = cu.new_empty((2, cu.shape[0] + 1))
+    _plan(cu, cu_other, grids, rows, brick, window)(made, cu, cu_other, grids)
     return made
+
+
+@kept
+def _plan(cu, cu_other, grids, rows, brick, window) -> Launch:
+    segments = cu.shape[0] - 1
+    return Launch(plan_tiles, (segments + 1, 1, 1), (segments, rows), (*brick, *window, 128), 1, 1)
 
 
 @functools.cache

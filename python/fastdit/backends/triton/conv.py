@@ -17,13 +17,14 @@ from torch import Tensor
 from fastdit.kernels import conv as kernels, conv_weight
 
 from ...reference.conv import output_shape
+from .._facts import kept
 from .._video import empty, next_cache_backward
 from ..registry import Impl, register as _register
 from . import conv_norm
 from ._config import Config, choose, tunable
-from ._launch import INTERPRET, dot_precision, launch, unfit
+from ._launch import INTERPRET, Launch, dot_precision, unfit
 from ._tiles import power
-from .conv_norm import NORM, NOTHING, WIDEST, _laid, laid, next_cache, norm_silu, shapes
+from .conv_norm import NORM, WIDEST, laid, next_cache, norm_silu
 
 PAD = {"zeros": 0, "first": 1, "replicate": 1, "reflect": 2}
 
@@ -83,13 +84,17 @@ def pack(weight: Tensor, dtype: torch.dtype, transposed: bool = False) -> Tensor
 
 def move_weight(out: Tensor, given: Tensor, parts: int = 1, distance: int = 0) -> None:
     """out[n, c, tap] = given's, or the sum of `parts` of them `distance` elements apart."""
+    _move(out, given, parts, distance)(out, given)
+
+
+@kept
+def _move(out: Tensor, given: Tensor, parts: int, distance: int) -> Launch:
     N, C, KT, KH, KW = out.shape
     taps = power(KT * KH * KW)
     block = min(power(C), max(16, 2048 // taps))
-    launch(
+    return Launch(
         conv_weight.move_weight,
         (N, -(-C // block), 1),
-        (out, given),
         (parts, C, distance, *given.stride(), *out.stride()),
         (KT, KH, KW, given.stride(1) == 1, out.stride(1) == 1, taps, block),
     )
@@ -102,41 +107,38 @@ def convolve(
 
     weight: channels adjacent; w_stride: element of tap 0, then strides of (N, KT, KH, KW), which may be negative.
     """
-    C, N = x.shape[1], y.shape[1]
-    config = choose("conv", x, (x.dtype, C, N), lambda arch: _default(x.dtype, C, N, arch))
     plan = _plan(
-        shapes(y), shapes(x), shapes(cache), shapes(residual), x.element_size(), y.element_size(), kernel, w_stride,
-        stride, dilation, start, time_first, space, dot_precision(), config,
+        x, y, cache, residual, kernel, w_stride, stride, dilation, start, time_first, space, dot_precision()
     )  # fmt: skip
-    launch(kernels.conv, plan[0], (y, x, cache, weight, bias, residual), plan[1], plan[2], config.warps, config.stages)
+    plan(y, x, cache, weight, bias, residual)
 
 
-@lru_cache(4096)
+@kept
 def _plan(
-    y, x, cache, residual, itemsize: int, y_itemsize: int, kernel, w_stride, stride, dilation, start,
-    time_first: bool, space: int, precision: str, config: Config,
-) -> tuple:  # fmt: skip
-    """Grid, numbers and constants of `conv` for (shape, strides) of its tensors."""
-    B, N, T, H, W = y[0]
-    frames, cached = x[0][2], cache[0][2] if cache else 0
+    x, y, cache, residual, kernel, w_stride, stride, dilation, start, time_first: bool, space: int, precision: str
+) -> Launch:
+    B, N, T, H, W = y.shape
+    C, frames, cached = x.shape[1], x.shape[2], 0 if cache is None else cache.shape[2]
+    config = choose("conv", x, (x.dtype, C, N), lambda arch: _default(x.dtype, C, N, arch))
     block_m, n0, n1, k = config.blocks
-    _, x_align, x_stride = _laid(*x, itemsize)
-    _, c_align, c_stride = _laid(*cache, itemsize) if cache else NOTHING
-    low = 16 // itemsize
-    for s in w_stride:
-        low = gcd(low, s)
-    y_layout, y_align, y_stride = _laid(*y, y_itemsize)
-    r_layout, r_align, r_stride = _laid(*residual, itemsize) if residual else NOTHING
-    return (
+    _, x_align, x_stride = laid(x)
+    _, c_align, c_stride = laid(cache)
+    low = gcd(16 // x.element_size(), *w_stride)
+    y_layout, y_align, y_stride = laid(y)
+    r_layout, r_align, r_stride = laid(residual)
+    return Launch(
+        kernels.conv,
         (B * T * -(-(H * W) // block_m) * -(-N // (n0 + n1)), 1, 1),
         (
-            T, H, W, frames, cached, *x[0][3:], *start,
+            T, H, W, frames, cached, *x.shape[3:], *start,
             x_stride[0], *x_stride[2:], c_stride[0], *c_stride[2:], *w_stride, *y_stride, *r_stride,
         ),
         (
-            x[0][1], N, *kernel, *stride, *dilation, time_first, space, min(x_align, c_align) if cache else x_align,
+            C, N, *kernel, *stride, *dilation, time_first, space, x_align if cache is None else min(x_align, c_align),
             low, y_layout, y_align, r_layout, r_align, precision, block_m, n0, n1, k,
         ),
+        config.warps,
+        config.stages,
     )  # fmt: skip
 
 

@@ -5,17 +5,16 @@ Launches: 1 (GroupNorm 3), backward 2 (GroupNorm 5, and one for each of d_weight
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from fastdit.kernels import conv_group, conv_norm as kernels
 
 from ...reference.conv import NORM_EPS
+from .._facts import kept
 from .._video import empty, zeros_or_none
 from ._config import Config, choose, tunable
-from ._launch import launch, processors
+from ._launch import Launch, launch, processors
 from ._tiles import power
 
 NORM = {None: 0, "channel_l2": 1, "channel_rms": 2, "group": 3}
@@ -27,9 +26,10 @@ tunable("conv_normalize", *_VALUES)
 tunable("conv_normalize_backward", *_VALUES)
 
 
-@lru_cache(4096)
-def _laid(shape: tuple, stride: tuple, itemsize: int) -> tuple[int, int, tuple[int, ...]]:
-    s_b, s_c, s_t, s_h, s_w = (0 if n == 1 else s for n, s in zip(shape, stride, strict=True))
+@kept
+def _laid(t: Tensor) -> tuple[int, int, tuple[int, ...]]:
+    shape = t.shape
+    s_b, s_c, s_t, s_h, s_w = (0 if n == 1 else s for n, s in zip(shape, t.stride(), strict=True))
     s_w = s_h if shape[4] == 1 else s_w
     s_h = s_w * shape[4] if shape[3] == 1 else s_h
     flat = s_h == s_w * shape[4]
@@ -39,7 +39,7 @@ def _laid(shape: tuple, stride: tuple, itemsize: int) -> tuple[int, int, tuple[i
         layout, low = (1 if flat else 2), s_b | s_t | s_h | s_w
     else:
         layout, low = 0, 1
-    most = 16 // itemsize
+    most = 16 // t.element_size()
     return layout, min(low & -low, most) if low else most, (s_b, s_c, s_t, s_h, s_w)
 
 
@@ -48,7 +48,7 @@ NOTHING = (0, 1, (0, 0, 0, 0, 0))
 
 def laid(t: Tensor | None) -> tuple[int, int, tuple[int, ...]]:
     """(LAYOUT, ALIGN, strides with 0 for dims of size 1): see kernels/conv_index.py."""
-    return NOTHING if t is None else _laid(t.shape, t.stride(), t.element_size())
+    return NOTHING if t is None else _laid(t)
 
 
 def video(t: Tensor, group: bool = False) -> Tensor:
@@ -60,10 +60,6 @@ def video(t: Tensor, group: bool = False) -> Tensor:
     if t.dim() == 3:
         return t[:, :, None, None]
     return t[:, :, None, None, None] if group else t.t()[None, :, None, None]
-
-
-def shapes(t: Tensor | None) -> tuple | None:
-    return None if t is None else (t.shape, t.stride())
 
 
 def choice(name: str, x: Tensor) -> Config:
@@ -85,17 +81,18 @@ def tile(config: Config, shape: tuple, itemsize: int, layouts: tuple[int, ...], 
     return min(block_p, power(pixels)), block_c, warps
 
 
-@lru_cache(4096)
-def _plan(y, x, cache, itemsize: int, norm: int, eps: float, act: bool, config: Config) -> tuple:
-    """Grid, numbers, constants and warps of `normalize` for (shape, strides) of its tensors."""
-    x_layout, x_align, x_stride = _laid(*x, itemsize)
-    c_layout, c_align, c_stride = _laid(*cache, itemsize) if cache else NOTHING
-    y_layout, y_align, y_stride = _laid(*y, itemsize)
-    block_p, block_c, warps = tile(config, y[0], itemsize, (x_layout, y_layout), norm in (1, 2))
-    B, C, T, H, W = y[0]
-    return (
+@kept
+def _plan(y, x, cache, norm: int, eps: float, act: bool) -> Launch:
+    x_layout, x_align, x_stride = laid(x)
+    c_layout, c_align, c_stride = laid(cache)
+    y_layout, y_align, y_stride = laid(y)
+    config = choice("conv_normalize", y)
+    block_p, block_c, warps = tile(config, y.shape, y.element_size(), (x_layout, y_layout), norm in (1, 2))
+    B, C, T, H, W = y.shape
+    return Launch(
+        kernels.normalize,
         (B * T * -(-(H * W) // block_p), -(-C // block_c), 1),
-        (T, T - x[0][2], H, W, *x_stride, *c_stride, *y_stride, eps),
+        (T, T - x.shape[2], H, W, *x_stride, *c_stride, *y_stride, eps),
         (C, norm, act, x_layout, x_align, c_layout, c_align, y_layout, y_align, block_p, block_c),
         warps,
     )
@@ -108,9 +105,7 @@ def normalize(y: Tensor, x: Tensor, cache, weight, bias, stats, norm: int, eps: 
         cache = None
     elif cache.shape[2] != cached:
         cache = cache[:, :, cache.shape[2] - cached :]
-    config = choice("conv_normalize", y)
-    plan = _plan(shapes(y), shapes(x), shapes(cache), y.element_size(), norm, eps, act, config)
-    launch(kernels.normalize, plan[0], (y, x, cache, weight, bias, stats), plan[1], plan[2], plan[3])
+    _plan(y, x, cache, norm, eps, act)(y, x, cache, weight, bias, stats)
 
 
 def normalize_backward(dx, x: Tensor, g: Tensor, weight, bias, norm: int, eps: float, act: bool, sums: bool):

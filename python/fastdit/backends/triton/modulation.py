@@ -9,10 +9,11 @@ import math
 
 from fastdit.kernels.modulation import modulation_forward
 
+from .._facts import kept
 from .._tensors import contiguous, empty
 from ..registry import Impl, register as _register
 from ._config import Config, choose, tunable
-from ._launch import launch, processors, unfit
+from ._launch import Launch, processors, unfit
 from ._tiles import alignment
 from .modulation_backward import gate_residual_backward, gate_residual_norm_modulate_backward, norm_modulate_backward
 from .modulation_walk import fitting, strides, table, walk
@@ -25,17 +26,16 @@ tunable(
 )  # fmt: skip
 
 
-def _forward(
-    residual, y, gate, shift, scale, weight, bias, post_weight, gate_index, index,
+@kept
+def _plan(
+    y, residual, gate, shift, scale, weight, bias, post_weight, gate_index, index,
     norm, eps, weight_offset, gate_act, post_norm, post_eps, precision,
-):  # fmt: skip
+) -> Launch | None:  # fmt: skip
     channels = y.shape[-1]
     tokens = y.shape[-2]
     rows = y.numel() // channels
-    r = None if residual is None else empty(residual)
-    h = None if norm is None else empty(y)
     if rows == 0:
-        return r, h
+        return None
     itemsize = y.element_size()
     config = choose(
         "modulation_forward", y, (y.dtype, channels, residual is not None),
@@ -53,10 +53,9 @@ def _forward(
         if run < 4 * at_once:
             run, gather = rows, True
     span, splits, per = walk(rows, run, processors(y) * per_processor, at_once)
-    launch(
+    return Launch(
         modulation_forward,
         (-(-rows // span) * splits, 1, 1),
-        (y, residual, r, h, gate, shift, scale, weight, bias, post_weight, contiguous(gate_index), contiguous(index)),
         (rows, tokens, span, splits, per, run, *steps, *gates, *shifts, *scales, eps, post_eps),
         (
             float(weight_offset), channels, chunk, at_once, norm == "rms", gate_act == "tanh", post_norm is not None,
@@ -66,6 +65,21 @@ def _forward(
         config.warps,
         config.stages,
     )  # fmt: skip
+
+
+def _forward(
+    residual, y, gate, shift, scale, weight, bias, post_weight, gate_index, index,
+    norm, eps, weight_offset, gate_act, post_norm, post_eps, precision,
+):  # fmt: skip
+    r = None if residual is None else empty(residual)
+    h = None if norm is None else empty(y)
+    plan = _plan(
+        y, residual, gate, shift, scale, weight, bias, post_weight, gate_index, index,
+        norm, eps, weight_offset, gate_act, post_norm, post_eps, precision,
+    )  # fmt: skip
+    if plan is not None:
+        index = contiguous(index)
+        plan(y, residual, r, h, gate, shift, scale, weight, bias, post_weight, contiguous(gate_index), index)
     return r, h
 
 

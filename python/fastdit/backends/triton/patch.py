@@ -11,9 +11,11 @@ import torch
 
 from fastdit.kernels.patch import patch_embed
 
+from .._facts import kept
+from .._tensors import contiguous
 from ..registry import Impl, register as _register
 from ._config import Config, choose, tunable
-from ._launch import launch, processors, unfit
+from ._launch import Launch, processors, unfit
 from .patch_backward import patch_embed3d_backward
 from .patch_plan import dense as _dense, divisor, launches, layout, precision, step, wide as _wide
 from .patch_unpatchify import unpatchify3d, unpatchify3d_backward
@@ -46,18 +48,20 @@ def _embed_default(K: int, wide: bool):
     return default
 
 
-def patch_embed3d(x, weight, bias, pos, grids):
+@kept
+def _plan(x, weight, pos, grids, multiplied) -> tuple[tuple[int, ...], list[Launch] | None]:
+    """The shape of the tokens and the launches; None where a token has no values."""
     D, C, pt, ph, pw = weight.shape
     many, dense = x.dim() == 1, _dense(x, weight)
     if many:
-        y = x.new_empty((sum(math.prod(grids[i : i + 3]) for i in range(0, len(grids), 3)), D))
+        shape: tuple[int, ...] = (sum(math.prod(grids[i : i + 3]) for i in range(0, len(grids), 3)), D)
     else:
-        y = x.new_empty((x.shape[0], dense[1], D))
-    if y.numel() == 0:
-        return y
+        shape = (x.shape[0], dense[1], D)
+    if math.prod(shape) == 0:
+        return shape, []
     K = C * pt * ph * pw
     if K == 0:
-        return _without_values(y, bias, pos)
+        return shape, None
     wide = _wide(weight)
     config = choose("patch_embed", x, (x.dtype, weight.dtype, K, D), _embed_default(K, wide))
     BM, BN = config.blocks
@@ -66,24 +70,32 @@ def patch_embed3d(x, weight, bias, pos, grids):
     if pos is not None:
         pB, pN = pos.stride()[:2] if pos.dim() == 3 else (0, pos.stride(0))
         palign = divisor(pos.element_size(), pB, pN)
-    if bias is not None:
-        bias = bias.contiguous()
     columns = -(-D // BN)
     constants = (
         C, D, pt, ph, pw, unit, align, palign, weight.is_contiguous(), many, BM, BN, step(K, wide),
-        precision(x, weight),
+        multiplied,
     )  # fmt: skip
-    for tiles, table in launches(x, tuple(grids), dense, BM):
+    found = []
+    for tiles, table in launches(x, grids, dense, BM):
         if tiles == 0:
             continue
         # enough programs for the card; beyond that a program keeps its patches for several tiles of outputs
         parts = min(columns, -(-4 * processors(x) // tiles))
         per = -(-columns // parts)
         parts = -(-columns // per)
-        launch(
-            patch_embed, (tiles * parts, 1, 1), (x, weight, bias, pos, y),
-            (*dense, *strides, *weight.stride(), pB, pN, per, parts, *table), constants, config.warps, config.stages,
-        )  # fmt: skip
+        numbers = (*dense, *strides, *weight.stride(), pB, pN, per, parts, *table)
+        found.append(Launch(patch_embed, (tiles * parts, 1, 1), numbers, constants, config.warps, config.stages))
+    return shape, found
+
+
+def patch_embed3d(x, weight, bias, pos, grids):
+    shape, launches = _plan(x, weight, pos, tuple(grids), precision(x, weight))
+    y = x.new_empty(shape)
+    if launches is None:
+        return _without_values(y, bias, pos)
+    bias = contiguous(bias)
+    for launch in launches:
+        launch(x, weight, bias, pos, y)
     return y
 
 

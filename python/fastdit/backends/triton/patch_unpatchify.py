@@ -9,8 +9,9 @@ import torch
 
 from fastdit.kernels.patch_unpatchify import unpatchify
 
+from .._facts import kept
 from ._config import Config, choose, tunable
-from ._launch import launch
+from ._launch import Launch
 from ._tiles import power
 from .patch_plan import NO_TABLE, divisor, tables
 
@@ -33,8 +34,9 @@ def _inside(channels: int, pt: int, ph: int, pw: int, order: str) -> tuple[tuple
     return tuple(offset[letter] for letter in "cthw"), channels * pt * ph, turn
 
 
-def _move(tokens, video, grid, patch, channels, order, back):
-    """One launch of the move; video is (B, C, T, H, W), or flat for a list."""
+@kept
+def _plan(tokens, video, grid, patch, channels, order, back) -> list[Launch]:
+    """The launches of the move; video is (B, C, T, H, W), or flat for a list."""
     pt, ph, pw = patch
     itemsize, many = tokens.element_size(), video.dim() == 1
     offsets, lines, turn = _inside(channels, pt, ph, pw, order)
@@ -48,7 +50,7 @@ def _move(tokens, video, grid, patch, channels, order, back):
         nB, nN = 0, tokens.stride(0)
         strides = (0, 0, 0, 0, 1)
         align = divisor(itemsize, *(n * pw for n in grid[2::3]))  # all else is a multiple of a line
-        found = tables(tuple(grid), Q, pw)
+        found = tables(grid, Q, pw)
     else:
         t, h, w = grid
         nB, nN, _ = tokens.stride()
@@ -59,12 +61,18 @@ def _move(tokens, video, grid, patch, channels, order, back):
         channels, pt, ph, pw, *offsets, strides[4] == 1, align,
         divisor(itemsize, nB, nN), many, back, turn, Q, block,
     )  # fmt: skip
-    for tiles, table in found:
-        if tiles:
-            launch(
-                unpatchify, (tiles, -(-lines // block), 1), (tokens, video), (t, h, w, nB, nN, *strides, *table),
-                constants, config.warps, config.stages,
-            )  # fmt: skip
+    return [
+        Launch(
+            unpatchify, (tiles, -(-lines // block), 1), (t, h, w, nB, nN, *strides, *table), constants, config.warps,
+            config.stages,
+        )
+        for tiles, table in found if tiles
+    ]  # fmt: skip
+
+
+def _move(tokens, video, grid, patch, channels, order, back) -> None:
+    for launch in _plan(tokens, video, tuple(grid), tuple(patch), channels, order, back):
+        launch(tokens, video)
 
 
 def unpatchify3d(tokens, grid, patch, channels, order):

@@ -15,17 +15,17 @@ from fastdit.kernels import rotary as kernels, rotary_table
 from fastdit.kernels.rotary import Law
 from fastdit.kernels.rotary_table import Head, Side
 
-from .._tensors import empty
+from .._facts import kept
+from .._tensors import contiguous, empty
 from ..reference import rotary as reference
 from ..registry import Impl, register as _register
 from ._config import Config, choose, tunable
-from ._launch import launch, unfit
+from ._launch import Launch, launch, unfit
 from ._tiles import alignment, power
 
 WIDEST = 1 << 15  # channels that share a statistic: a row stays in registers
 _END = (1 << 31) - 1  # where a slice ends that has no end of its own
-_NO_TABLE = (None, None, 0, 0, 0, 0)
-_NO_AXES = ((None,) * 8, (0,) * 5)
+_NO_AXES = (None,) * 8
 
 
 def supports(q, k, *args):
@@ -141,12 +141,15 @@ def strides(x):
     return tuple([s if n > 1 else 0 for n, s in zip(shape[:3], stride, strict=False)])
 
 
-def table(cos, sin, x):
-    """Kind of the table for the constants, its pointers and strides, from sample to pair."""
+def alike(cos, sin):
+    """cos and sin in one layout."""
+    return (cos, sin) if cos is None or cos.stride() == sin.stride() else (cos.contiguous(), sin.contiguous())
+
+
+def table(cos, x):
+    """Kind of the table for the constants; its strides, from sample to pair."""
     if cos is None:
-        return (None, False, True, False), _NO_TABLE
-    if cos.stride() != sin.stride():
-        cos, sin = cos.contiguous(), sin.contiguous()
+        return (None, False, True, False), (0, 0, 0, 0)
     steps = [s if n > 1 else 0 for n, s in zip(cos.shape, cos.stride(), strict=True)]
     steps[-1] = cos.stride(-1)
     if len(steps) == 2:
@@ -154,36 +157,48 @@ def table(cos, sin, x):
     if len(steps) == 3:
         steps.insert(0, 0)
     rounds = cos.dtype == x.dtype != torch.float32
-    return ("dense", steps[2] != 0, steps[3] == 1, rounds), (cos, sin, *steps)
+    return ("dense", steps[2] != 0, steps[3] == 1, rounds), tuple(steps)
 
 
-def axes(tables, grids, packed: bool, dtype: torch.dtype):
-    """Widths and kind for the constants; the pointers and numbers of the kernels' `axes`."""
-    tables = [None if t is None else t.contiguous() for t in tables]
-    grids = grids.contiguous()
+def axes(tables, grids, dtype: torch.dtype):
+    """Widths and kind for the constants; the numbers of the kernels' `axes`."""
     segments, count = grids.shape
     widths = tuple([t.shape[1] for t in tables[: 2 * count : 2]])
     sizes = [t.shape[0] if t is not None else 0 for t in tables[::2]]
     kind = ("axes" if segments else None, False, True, tables[0].dtype == dtype != torch.float32)
+    return widths, kind, (*sizes, segments, segments.bit_length())
+
+
+def axes_tensors(tables, grids, packed: bool):
+    """The pointers of the kernels' `axes`: six tables, the grids and, of several in a pack, where each one ends."""
+    tables = [contiguous(t) for t in tables]
+    grids = grids.contiguous()
+    segments, count = grids.shape
     ends = None
     if packed and segments > 1:
         ends = torch.empty(segments, dtype=torch.int32, device=grids.device)
         launch(rotary_table.segment_ends, (1, 1, 1), (grids, ends), (segments,), (count, 128))
-    return widths, kind, ((*tables, grids, ends), (*sizes, segments, segments.bit_length()))
+    return (*tables, grids, ends)
 
 
-def described(
-    q, k, cos, sin, k_cos, k_sin, cos_t, sin_t, cos_h, sin_h, cos_w, sin_w, grids,
-    norm, scope, eps, layout, rope_start, rope_len, precision,
-):  # fmt: skip
-    """Facts; the table of q, of k, and the axes; (start, stop, eps)."""
-    q_kind, q_table = table(cos, sin, q)
-    k_kind, k_table = table(cos, sin, k) if k_cos is None else table(k_cos, k_sin, k)
-    compact: tuple = _NO_AXES
+def table_tensors(q, cos, sin, k_cos, k_sin, *compact):
+    """All pointers to tables: of q, of k, of the axes; compact: the axes' six tables and the grids."""
+    own = alike(cos, sin)
+    keys = own if k_cos is None else alike(k_cos, k_sin)
+    return *own, *keys, *(_NO_AXES if compact[6] is None else axes_tensors(compact[:6], compact[6], q.dim() == 3))
+
+
+def described(q, k, cos, k_cos, compact, norm, scope, eps, layout, rope_start, rope_len, precision):
+    """Facts; the strides of q's table and of k's; the numbers of the axes; (start, stop, eps).
+
+    cos, k_cos: as `table_tensors` gives them, k_cos None where k reads q's.
+    """
+    q_kind, q_steps = table(cos, q)
+    k_kind, k_steps = table(cos if k_cos is None else k_cos, k)
+    numbers: tuple = (0,) * 5
     sections: tuple[int, ...] = ()
-    if grids is not None:
-        axis_tables = (cos_t, sin_t, cos_h, sin_h, cos_w, sin_w)
-        sections, q_kind, compact = axes(axis_tables, grids, q.dim() == 3, q.dtype)
+    if compact[6] is not None:
+        sections, q_kind, numbers = axes(compact[:6], compact[6], q.dtype)
         if k_cos is None:
             k_kind = q_kind
     elif cos is not None or k_cos is not None:
@@ -193,7 +208,7 @@ def described(
     native = precision == "native" and q.dtype != torch.float32
     shape = (q.dtype, q.shape[-1], q.shape[-2], k.shape[-2])
     facts = Facts(*shape, layout, sections, q_kind, k_kind, norm, scope == "hidden", native)
-    return facts, q_table, k_table, compact, (rope_start, stop, eps)
+    return facts, q_steps, k_steps, numbers, (rope_start, stop, eps)
 
 
 def counted(q, k) -> tuple[int, int, int]:
@@ -202,11 +217,11 @@ def counted(q, k) -> tuple[int, int, int]:
 
 
 # ---- forward --------------------------------------------------------------------------------------------------
-def _forward(q, k, q_out, k_out, q_weight, k_weight, q_bias, k_bias, *rest):
-    facts, q_table, k_table, compact, last = described(q, k, *rest)
-    batch, q_tokens, k_tokens = counted(q, k)
+@kept
+def _plan(q, k, inplace, cos, k_cos, *rest) -> Launch:
     q_any, k_any = q.numel() > 0, k.numel() > 0
-    k_cos = rest[2]
+    facts, q_steps, k_steps, axes_numbers, last = described(q, k, cos, k_cos, rest[:7], *rest[7:])
+    batch, q_tokens, k_tokens = counted(q, k)
     together = q_any and k_any and q_tokens == k_tokens and k_cos is None
     config = configuration("qk_norm_rope", q, facts)
     if not (q_any and k_any):
@@ -215,16 +230,26 @@ def _forward(q, k, q_out, k_out, q_weight, k_weight, q_bias, k_bias, *rest):
     BT = fixed[0]
     q_tiles = -(-batch * q_tokens // BT) if q_any else 0
     k_tiles = -(-batch * k_tokens // BT) if k_any and not together else 0
-    steps = (*strides(q), *strides(k), *strides(q_out), *strides(k_out))
-    launch(
+    outputs = (q, k) if inplace else (empty(t.to("meta")) for t in (q, k))
+    steps = (*strides(q), *strides(k), *(s for t in outputs for s in strides(t)))
+    return Launch(
         kernels.qk_norm_rope,
         (q_tiles + k_tiles, groups, 1),
-        (q, k, q_out, k_out, q_weight, k_weight, q_bias, k_bias, *q_table[:2], *k_table[:2], *compact[0]),
-        (batch, q_tokens, k_tokens, q_tiles, *steps, *q_table[2:], *k_table[2:], *compact[1], *last),
-        (*fixed, together, alignment(q.element_size(), *steps), alignment(4, *q_table[2:5], *k_table[2:5])),
+        (batch, q_tokens, k_tokens, q_tiles, *steps, *q_steps, *k_steps, *axes_numbers, *last),
+        (*fixed, together, alignment(q.element_size(), *steps), alignment(4, *q_steps[:3], *k_steps[:3])),
         config.warps,
         config.stages,
     )
+
+
+def _forward(
+    q, k, q_out, k_out, q_weight, k_weight, q_bias, k_bias, cos, sin, k_cos, k_sin,
+    cos_t, sin_t, cos_h, sin_h, cos_w, sin_w, grids, *options,
+):  # fmt: skip
+    compact = (cos_t, sin_t, cos_h, sin_h, cos_w, sin_w, grids)
+    tables = table_tensors(q, cos, sin, k_cos, k_sin, *compact)
+    plan = _plan(q, k, q_out is q, tables[0], None if k_cos is None else tables[2], *compact, *options)
+    plan(q, k, q_out, k_out, q_weight, k_weight, q_bias, k_bias, *tables)
 
 
 def qk_norm_rope(q, k, *args):

@@ -18,7 +18,19 @@ from .._tensors import empty, rows_contiguous
 from ._config import Config, tunable
 from ._launch import launch, processors
 from ._tiles import alignment, power
-from .rotary import Facts, axes, configuration, constants, counted, described, head_of, strides, tile
+from .rotary import (
+    Facts,
+    axes,
+    axes_tensors,
+    configuration,
+    constants,
+    counted,
+    described,
+    head_of,
+    strides,
+    table_tensors,
+    tile,
+)
 
 
 def _tile(dtype, D, Hq, Hk, hidden, halves) -> Config:
@@ -54,16 +66,18 @@ def qk_norm_rope_backward(grad_q, grad_k, q, k, *rest):
     tables = [None] * 10
     if q_used or k_used:
         grad_q, grad_k = (rows_contiguous(g) if u else None for g, u in zip((grad_q, grad_k), used, strict=True))
-        facts, *description = described(q, k, *others)
         if any(g is not None and u for g, u in zip(grads, used * 3, strict=True)):
-            _operands(grad_q, grad_k, q, k, affine, grads, facts, *description)
+            _operands(grad_q, grad_k, q, k, affine, grads, others)
     if any(needs[6:]):
         tables = _tables(grad_q, grad_k, q, k, affine, others, needs[6:], used)
     return (*grads, *tables)
 
 
-def _operands(grad_q, grad_k, q, k, affine, grads, facts: Facts, q_table, k_table, compact, last):
+def _operands(grad_q, grad_k, q, k, affine, grads, others):
     """Fills those gradients of q, k and the parameters that are not None."""
+    tables = table_tensors(q, *others[:11])
+    k_cos = None if others[2] is None else tables[2]
+    facts, q_steps, k_steps, axes_numbers, last = described(q, k, tables[0], k_cos, others[4:11], *others[11:])
     batch, q_tokens, k_tokens = counted(q, k)
     config = configuration("qk_norm_rope_backward", q, facts, _tile)
     mine = [[g for g in grads[i::2]] if grad is not None else [None] * 3 for i, grad in enumerate((grad_q, grad_k))]
@@ -93,9 +107,9 @@ def _operands(grad_q, grad_k, q, k, affine, grads, facts: Facts, q_table, k_tabl
     launch(
         kernels.qk_norm_rope_backward,
         (sum(programs), groups, 1),
-        (q, k, grad_q, grad_k, dq, dk, *affine[:2], *q_table[:2], *k_table[:2], *compact[0], sums),
-        (batch, q_tokens, k_tokens, *programs, *steps, *q_table[2:], *k_table[2:], *compact[1], *last, *begins),
-        (*fixed, alignment(q.element_size(), *steps), alignment(4, *q_table[2:5], *k_table[2:5]), wanted),
+        (q, k, grad_q, grad_k, dq, dk, *affine[:2], *tables, sums),
+        (batch, q_tokens, k_tokens, *programs, *steps, *q_steps, *k_steps, *axes_numbers, *last, *begins),
+        (*fixed, alignment(q.element_size(), *steps), alignment(4, *q_steps[:3], *k_steps[:3]), wanted),
         config.warps,
         config.stages,
     )
@@ -173,7 +187,8 @@ def _dense_gradients(x, grad, weight, bias, cos, options):
 
 
 def _axes_gradients(x, grad, weight, bias, tables, grids, options):
-    widths, _, ((*_, grids, ends), (*sizes, segments, steps)) = axes(tables, grids, x.dim() == 3, x.dtype)
+    widths, _, (*sizes, segments, steps) = axes(tables, grids, x.dtype)
+    *_, grids, ends = axes_tensors(tables, grids, x.dim() == 3)
     cos, sin, head = _rows(x, grad, weight, bias, widths, False, *options)
     cells = [size * width for size, width in zip(sizes, widths, strict=False)]
     out = torch.zeros(2 * sum(cells), dtype=torch.float64, device=x.device)

@@ -1,0 +1,64 @@
+"""What follows from the facts of a call, found once: checks that passed, and plans of launches.
+
+The facts of a tensor are its shape, strides, dtype and device; those of anything else are its value. Neither a pointer
+nor an element is one, so nothing here looks into memory or keeps a tensor alive.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Made = TypeVar("Made")
+MOST = 4096  # facts of one function: what ragged shapes leave behind before it starts anew
+_VALUES = frozenset((type(None), bool, int, float, str, tuple, torch.Size))
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_all: list[dict[tuple, Any]] = []
+
+
+def _refuse() -> Any:
+    raise TypeError("its facts cannot be kept")
+
+
+def kept(make: Callable[..., Made]) -> Callable[..., Made]:
+    """Keeps what `make` returns, by the facts of its arguments; what it raises is raised anew.
+
+    make may ask nothing else of a tensor and may return none; a global setting that it depends on is an argument, or
+    `forget` is called where that changes. Lists, symbolic sizes, fake tensors and subclasses are never kept, and under
+    torch.compile nothing is: make runs.
+    """
+    found: dict[tuple, Made] = {}
+    _all.append(found)
+
+    @functools.wraps(make)
+    def known(*args: Any) -> Made:
+        if torch.compiler.is_compiling():
+            return make(*args)
+        try:
+            key = tuple([
+                a if type(a) in _VALUES
+                else (a.shape, a.stride(), a.dtype, a.device) if type(a) in _TENSORS
+                else _refuse()
+                for a in args
+            ])  # fmt: skip
+            made = found.get(key)
+        except TypeError:
+            return make(*args)
+        if made is None:
+            made = make(*args)
+            if len(found) >= MOST:
+                found.clear()
+            found[key] = made
+        return made
+
+    return known
+
+
+def forget() -> None:
+    """Drops everything kept: after a choice of tiles changed, or the architecture was pretended."""
+    for found in _all:
+        found.clear()
