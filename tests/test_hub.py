@@ -66,9 +66,9 @@ def test_the_contract(name):
 
 
 def test_the_repository():
-    """Where `kernels` looks: build/torch-<backend>/ with metadata and a module that has `layers`."""
+    """Where `kernels` looks: torch-<backend>/ with metadata and a module that has `layers`."""
     for device in ("cpu", "cuda"):
-        folder = hub.REPOSITORY / "build" / f"torch-{device}"
+        folder = hub.REPOSITORY / f"torch-{device}"
         assert json.loads((folder / "metadata.json").read_text())["backend"] == {"type": device}
         assert "import layers" in (folder / "__init__.py").read_text()
     assert {case[0] for case in CASES} == set(hub.LAYERS)
@@ -117,6 +117,8 @@ def test_mixed_dtypes_are_the_originals():
 def test_kernelize(monkeypatch):
     """With the real package: a whole DiT, its layers marked, mapped and replaced from the local path."""
     kernels = pytest.importorskip("kernels")
+    if not hasattr(kernels, "kernelize"):
+        pytest.skip("kernels is not installed: that was this repository's folder")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in hub.LAYERS:  # taken back after the test
         for attribute in ("kernel_layer_name", "kernel_condition"):
@@ -127,9 +129,6 @@ def test_kernelize(monkeypatch):
     truth, before = entry.call(exact(model), entry.given(torch.float64)), entry.call(model, given)
     with kernels.use_kernel_mapping(hub.mapping(), inherit_mapping=False):
         kernels.kernelize(model, mode=kernels.Mode.TRAINING | kernels.Mode.TORCH_COMPILE, use_fallback=False)
-    replaced = {
-        type(m).__name__ for m in model.modules() if getattr(m.forward, "__module__", "") == hub.layers.__name__
-    }
-    assert replaced == {"AdaLayerNormZero"}
-    assert model.transformer_blocks[0].ff.net[0].forward.__name__ == "gelu_forward" or True
+    layers = {type(m).__name__: m.forward.__func__ for m in model.modules() if "forward" in m.__dict__}
+    assert layers == {name: getattr(hub.layers, name).forward for name in ("AdaLayerNormZero", "GELU")}
     close.assert_close(entry.call(model, given), truth, before)

@@ -24,7 +24,7 @@ class Processor:
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         if "__call__" in cls.__dict__:
-            cls.__call__ = unless_chosen(cls.__call__)  # type: ignore[attr-defined]
+            cls.__call__ = unless_chosen(cls.__call__)  # type: ignore[method-assign]
 
     # The original's, so that diffusers finds what it looks for: it skips processors without them.
     @property

@@ -41,7 +41,6 @@ def mark_diffusers() -> None:
         ImportError: kernels or diffusers is not installed.
     """
     from diffusers.models import activations, normalization
-
     from kernels import replace_kernel_forward_from_hub
 
     for name in LAYERS:

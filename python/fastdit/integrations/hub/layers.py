@@ -16,7 +16,7 @@ from fastdit.integrations.diffusers_feedforward import gated_forward, gelu_forwa
 
 
 def tokens(x: Tensor) -> Tensor:
-    """As `ops.norm_modulate` takes them: at most three dims, channels side by side. Heads of a fused projection stay."""
+    """As `ops.norm_modulate` takes them: at most three dims, channels side by side; no copy of a projection's heads."""
     x = x if x.stride(-1) == 1 else x.contiguous()  # an eager patch embedding leaves them transposed
     return x if x.ndim < 4 else x.flatten(0, -3)
 
@@ -35,7 +35,7 @@ class AdaLayerNormZero(nn.Module):
     has_backward = True
     can_torch_compile = True
 
-    def forward(self, x, timestep=None, class_labels=None, hidden_dtype=None, emb=None):
+    def forward(self: Any, x, timestep=None, class_labels=None, hidden_dtype=None, emb=None):
         if self.emb is not None:
             emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
         shift, scale, *rest = self.linear(self.silu(emb)).chunk(6, dim=1)
@@ -46,7 +46,7 @@ class AdaLayerNormZeroSingle(nn.Module):
     has_backward = True
     can_torch_compile = True
 
-    def forward(self, x, emb=None):
+    def forward(self: Any, x, emb=None):
         shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
         return modulated(self.norm, x, shift, scale), gate
 
@@ -55,7 +55,7 @@ class AdaLayerNormContinuous(nn.Module):
     has_backward = True
     can_torch_compile = True
 
-    def forward(self, x, conditioning_embedding):
+    def forward(self: Any, x, conditioning_embedding):
         emb = self.linear(self.silu(conditioning_embedding).to(x.dtype))
         scale, shift = emb.chunk(2, dim=1)
         return modulated(self.norm, x, shift, scale)
@@ -65,7 +65,7 @@ class FP32LayerNorm(nn.Module):
     has_backward = True
     can_torch_compile = True
 
-    def forward(self, inputs):
+    def forward(self: Any, inputs):
         if len(self.normalized_shape) != 1 or inputs.ndim < 2:
             return type(self).forward(self, inputs)
         y = ops.norm_modulate(tokens(inputs), weight=self.weight, bias=self.bias, eps=self.eps)
@@ -76,7 +76,7 @@ class RMSNorm(nn.Module):
     has_backward = True
     can_torch_compile = True
 
-    def forward(self, hidden_states):
+    def forward(self: Any, hidden_states):
         x, weight = hidden_states, self.weight
         if x.ndim < 2 or (weight is not None and (weight.dtype != x.dtype or weight.ndim != 1)):
             return type(self).forward(self, x)  # an fp32 weight makes an fp32 result
@@ -94,7 +94,7 @@ class GEGLU(nn.Module):
     has_backward = True
     can_torch_compile = True
 
-    def forward(self, hidden_states, *args, **kwargs):
+    def forward(self: Any, hidden_states, *args, **kwargs):
         return gated_forward(self, hidden_states)
 
 
