@@ -81,9 +81,8 @@ def plain_forward(model, x, t, y):
     for block in model.blocks:
         shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c).chunk(6, dim=1)
         b, n, width = h.shape
-        qkv = (
-            block.attn.qkv(modulate(h, shift1, scale1)).reshape(b, n, 3, block.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-        )
+        qkv = block.attn.qkv(modulate(h, shift1, scale1)).reshape(b, n, 3, block.attn.num_heads, -1)
+        qkv = qkv.permute(2, 0, 3, 1, 4)
         a = F.scaled_dot_product_attention(*qkv.unbind(0)).transpose(1, 2).reshape(b, n, width)
         h = h + gate1.unsqueeze(1) * block.attn.proj(a)
         m = block.mlp.fc2(F.gelu(block.mlp.fc1(modulate(h, shift2, scale2)), approximate="tanh"))

@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from fastdit import ops as fastdit_ops
-from fastdit.integrations import registry
+from fastdit.integrations import diffusers, registry
+from fastdit.integrations.diffusers_processor import per_model
 from fastdit.integrations.registry import KINDS, Kind
 from fastdit.integrations.report import Report, Row, left_rows
 
@@ -43,12 +44,14 @@ def accelerate(
     allowed = None if ops is None else {ops} if isinstance(ops, str) else set(ops)
     check_options(roots, allowed, precision, patterns)
     restore(roots)  # so that a second call means what it says, whatever the first one did
+    diffusers.register_if_used()
 
     rows: dict[tuple, Row] = {}
     covered: set[nn.Module] = set()  # replaced, driven or absorbed by a known block: not listed again
     driven: set[nn.Module] = set()  # below a replaced block, patched or absorbed by it: no other kind looks at them
     for root in roots:
         inside: dict[str, bool] = {}  # blocks by name: is it one whose structure is known in full?
+        processors: dict = {}  # the model's own
         for name, module in root.named_modules():
             if module in driven:
                 continue
@@ -60,6 +63,7 @@ def accelerate(
                 why = outside(kind, name, inside) or refusal(kind, module, name, patches, allowed, patterns) or unknown
                 if why is None:
                     for owner, attribute, replacement in patches:
+                        replacement = per_model(replacement, processors)
                         registry.patch(owner, attribute, replacement, kind, precision or kind.precision)
                 own = {owner for owner, _, _ in patches}
                 if unknown is None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdit.integrations.diffusers_processor import Processor, shared
+from fastdit.integrations.diffusers_processor import Processor, refuse_choice, shared
 from fastdit.integrations.joint import (
     Stream,
     joint_attention,
@@ -68,9 +68,7 @@ def refuse_processor(processor: Any, known: frozenset[str], name: str) -> str | 
     """Unless the processor's call reads what the known one reads, and uses no backend of its own."""
     if reads(type(processor).__call__) - MAY_READ != known:
         return f"its processor is {type(processor).__name__}, not {name}"
-    if processor._attention_backend is not None or processor._parallel_config is not None:
-        return "an attention backend or context parallelism was chosen for it"
-    return None
+    return refuse_choice(processor)
 
 
 def norms_of(attn: Any) -> list[Any]:

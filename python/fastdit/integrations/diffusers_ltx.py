@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastdit import ops
 from fastdit.integrations.adaln_single import refuse_table, sublayers
-from fastdit.integrations.diffusers_processor import Processor, shared
+from fastdit.integrations.diffusers_processor import Processor, refuse_choice, shared
 from fastdit.integrations.diffusers_wan import normed
 from fastdit.integrations.padding import is_lengths
 from fastdit.integrations.registry import Kind, register
@@ -112,8 +112,8 @@ def refuse_attention(attn: Any, name: str = "LTXVideoAttnProcessor") -> str | No
     processor = attn.processor
     if type(processor).__name__ != name:
         return f"its processor is {type(processor).__name__}, not {name}"
-    if processor._attention_backend is not None or processor._parallel_config is not None:
-        return "an attention backend or context parallelism was chosen for it"
+    if chosen := refuse_choice(processor):
+        return chosen
     norms = (attn.norm_q, attn.norm_k)
     if any(type(norm) is not nn.RMSNorm or norm.weight is None for norm in norms) or norms[0].eps != norms[1].eps:
         return "its norms are not nn.RMSNorm with weights and one eps"

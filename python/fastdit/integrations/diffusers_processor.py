@@ -2,29 +2,77 @@
 
 from __future__ import annotations
 
-from functools import cache
+import copy
+import functools
+from collections.abc import Callable
 from typing import Any
+
+OURS = (None, "fastdit")  # choices of an attention backend that leave the attention to fastdit
 
 
 class Processor:
-    """One instance serves all layers: processors are guarded by identity under torch.compile.
+    """One instance serves all layers of a model: processors are guarded by identity under torch.compile.
 
-    original: diffusers' processor, for the calls that the subclass does not cover.
+    original: diffusers' processor, for the calls that the subclass does not cover, and for all of them once
+    another attention backend or context parallelism is chosen (`set_attention_backend`, `enable_parallelism`).
     """
-
-    _attention_backend = None
-    _parallel_config = None
 
     def __init__(self, original: Any):
         self.original = original
+        self.replaced = True  # False: the original does the work
 
-    def __deepcopy__(self, memo):
-        return self
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "__call__" in cls.__dict__:
+            cls.__call__ = unless_chosen(cls.__call__)  # type: ignore[method-assign]
 
-    def __reduce__(self):
-        return shared, (type(self),)
+    # The original's, so that diffusers finds what it looks for: it skips processors without them.
+    @property
+    def _attention_backend(self) -> Any:
+        return self.original._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.original._attention_backend = backend
+        self.replaced = refuse_choice(self.original) is None
+
+    @property
+    def _parallel_config(self) -> Any:
+        return self.original._parallel_config
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        self.original._parallel_config = config
+        self.replaced = refuse_choice(self.original) is None
 
 
-@cache
+def unless_chosen(call: Callable) -> Callable:
+    @functools.wraps(call)  # diffusers reads the signature
+    def __call__(self, *args, **kwargs):
+        return call(self, *args, **kwargs) if self.replaced else self.original(*args, **kwargs)
+
+    return __call__
+
+
+def refuse_choice(processor: Any) -> str | None:
+    """Has somebody chosen another attention than fastdit's for it?"""
+    if getattr(processor, "_attention_backend", None) not in OURS:
+        return "another attention backend was chosen for it"
+    if getattr(processor, "_parallel_config", None) is not None:
+        return "context parallelism was set up for it"
+    return None
+
+
+@functools.cache
 def shared(kind: type) -> Any:
+    """The pattern of a processor; `accelerate` places one copy of it per model."""
     return kind()
+
+
+def per_model(replacement: Any, placed: dict[Any, Any]) -> Any:
+    """The model's own copy of a processor, made on first use; anything else as it is."""
+    if not isinstance(replacement, Processor):
+        return replacement
+    if replacement not in placed:
+        placed[replacement] = copy.deepcopy(replacement)
+    return placed[replacement]

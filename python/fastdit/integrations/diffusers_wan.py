@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import ops
-from fastdit.integrations.diffusers_processor import Processor, shared
+from fastdit.integrations.diffusers_processor import Processor, refuse_choice, shared
 from fastdit.integrations.registry import RECORD, Kind, register
 from fastdit.integrations.structure import has, itemsize, unknown
 
@@ -175,8 +175,8 @@ def refuse_attention(attn: Any) -> str | None:
     processor = attn.processor
     if type(processor).__name__ != "WanAttnProcessor":
         return f"its processor is {type(processor).__name__}, not WanAttnProcessor"
-    if processor._attention_backend is not None or processor._parallel_config is not None:
-        return "an attention backend or context parallelism was chosen for it"
+    if chosen := refuse_choice(processor):
+        return chosen
     norms = [attn.norm_q, attn.norm_k, *([attn.norm_added_k] if attn.add_k_proj is not None else [])]
     if any(type(norm) is not nn.RMSNorm for norm in norms) or attn.norm_q.eps != attn.norm_k.eps:
         return "its norms are not nn.RMSNorm with one eps"
