@@ -173,22 +173,28 @@ def _wan_block(name: str, heads: int, ffn: int, grid: tuple[int, int, int]) -> W
     )  # fmt: skip
 
 
-def _wan_decode(frames: int, side: int) -> Whole:
-    def decode(frames: int, side: int) -> Callable[[torch.dtype, str], Run]:
+def decode_row(
+    name: str, build: Callable[[], nn.Module], size: tuple[int, ...], probe: tuple[int, ...] | None = None,
+    rounds: int = 5, **given: Any,
+) -> Whole:  # fmt: skip
+    """A VAE's decode of latents (C, T, H, W), judged on `probe` where that takes too long in fp64."""
+
+    def decode(size: tuple[int, ...]) -> Callable[[torch.dtype, str], Run]:
         def run(dtype: torch.dtype, device: str) -> Run:
-            z = torch.randn(1, 16, frames, side, side, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+            z = torch.randn(1, *size, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+            more = {key: value.to(device, dtype) for key, value in given.items()}
 
             def call(model: Any) -> Tensor:
                 with torch.no_grad():
-                    return model.decode(z, return_dict=False)[0]
+                    return model.decode(z, **more, return_dict=False)[0]
 
             return call
 
         return run
 
     return Whole(
-        "AutoencoderKLWan decode", f"1x16x{frames}x{side}x{side}", models.diffusers_wan_vae, decode(frames, side),
-        dtypes=(torch.float32, torch.bfloat16), probe=decode(2, 6), rounds=5,
+        f"{name} decode", "x".join(map(str, (1, *size))), build, decode(size),
+        dtypes=(torch.float32, torch.bfloat16), probe=probe and decode(probe), rounds=rounds,
     )  # fmt: skip
 
 
@@ -197,5 +203,5 @@ ROWS = (
     _dit("DiT-XL/2-512", 28, 16, 72, 64, batch=2),
     _wan_block("Wan2.1-1.3B block", 12, 8960, (4, 32, 32)),
     _dit("DiT-B/2-256 training step", 12, 12, 64, 32, batch=8, call=_dit_training, pass_="fwd+bwd"),
-    _wan_decode(3, 16),
+    decode_row("AutoencoderKLWan", models.diffusers_wan_vae, (16, 3, 16, 16), probe=(16, 2, 6, 6)),
 )
