@@ -1,4 +1,4 @@
-"""diffusers' AutoencoderKLWan and its kin (Qwen-Image): the encoder, the decoder, and the loop over time that drives them."""
+"""diffusers' AutoencoderKLWan and its kin (Qwen-Image): encoder, decoder, and the loop over time that drives them."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ Convolutions are patched, then called with what is fused into them, so that hook
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def conv_forward(
     self,
     input: Tensor,
     *,
-    padding: tuple[int, ...] | None = None,
+    padding: tuple[int, int, int, int, int, int] | None = None,
     time_pad: str = "zeros",
     space_pad: str = "zeros",
     cache: Tensor | None = None,
@@ -38,8 +39,8 @@ def conv_forward(
         return type(self).forward(self, input)
     over_frames = self.weight.ndim == 4
     if padding is None:
-        own = (0, *self.padding) if over_frames else self.padding
-        padding = tuple(p for p in own for _ in range(2))
+        p_t, p_h, p_w = (0, *self.padding) if over_frames else self.padding
+        padding = (p_t, p_t, p_h, p_h, p_w, p_w)
     return ops.causal_conv3d(
         input,
         self.weight.unsqueeze(2) if over_frames else self.weight,
@@ -89,7 +90,9 @@ def refuse_plain_convs(*convs: Any) -> str | None:
 
 
 def is_padded_conv(module: Any) -> bool:
-    return has(module, "conv", "time_causal_padding", "pad_mode") and isinstance(module.conv, nn.Conv3d)
+    """Of the input alone: one that takes a cache too has a forward of its own."""
+    padded = has(module, "conv", "time_causal_padding", "pad_mode") and isinstance(module.conv, nn.Conv3d)
+    return padded and inspect.unwrap(type(module).forward).__code__.co_argcount == 2
 
 
 def refuse_padded_convs(*modules: Any) -> str | None:
@@ -117,9 +120,23 @@ def channel_norm(norm: Any) -> dict[str, Any]:
 
 
 def group_norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    return ops.norm_silu(
-        x, norm="group", weight=norm.weight, bias=norm.bias, groups=norm.num_groups, eps=norm.eps
-    )  # fmt: skip
+    return ops.norm_silu(x, norm="group", weight=norm.weight, bias=norm.bias, groups=norm.num_groups, eps=norm.eps)
+
+
+def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """The GroupNorm alone. In channels_last memory torch's takes E[x^2] - E[x]^2 for variance: too coarse for fp32."""
+    if x.dtype.itemsize < 4:
+        return norm(x)
+    b, c, *pixels = x.shape
+    ones = [1] * len(pixels)
+
+    def group_mean(t: Tensor) -> Tensor:
+        means = t.flatten(2).mean(2).view(b, norm.num_groups, -1)
+        return means.mean(-1, keepdim=True).expand_as(means).reshape(b, c, *ones)
+
+    centred = x - group_mean(x)
+    scale = norm.weight.view(c, *ones) * torch.rsqrt(group_mean(centred.square()) + norm.eps)
+    return torch.addcmul(norm.bias.view(c, *ones), centred, scale)
 
 
 def norm_silu_conv(conv: Any, norm: Any, x: Tensor, **fused) -> Tensor:
@@ -151,7 +168,7 @@ WIDEST = 512  # channels of a head that the GPU kernels hold
 
 
 def frame_causal_attention(q: Tensor, k: Tensor, v: Tensor, frame_tokens: int) -> Tensor:
-    """(B, N, H, D): each token sees every frame up to its own. Wider heads frame by frame, over the keys seen so far."""
+    """(B, N, H, D): a token sees every frame up to its own. Wider heads frame by frame, over the keys seen so far."""
     if q.shape[-1] <= WIDEST:
         return ops.attention(q, k, v, frame_tokens=frame_tokens)
     ends = range(frame_tokens, q.shape[1] + 1, frame_tokens)

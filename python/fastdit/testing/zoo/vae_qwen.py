@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from fastdit.testing import models, whole
 from fastdit.testing.zoo import Model, call_decode, call_encode, randn
 
-SMALL = dict(base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 3], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+SMALL = dict(
+    base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 3], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+)
 SMALL21 = dict(base_dim=8, decoder_base_dim=12, z_dim=4, dim_mult=[1, 2, 4, 4], num_res_blocks=1,
                temperal_downsample=[False, True, True], scale_factor_spatial=8, scale_factor_temporal=4,
                latents_mean=[0.0] * 4, latents_std=[1.0] * 4)  # fmt: skip
@@ -54,3 +54,4 @@ MODELS = (
         lambda: dict(x=randn(2, 4, 1, 24, 40)), LAYERS, call_encode,
     ),
 )  # fmt: skip
+ROWS = (whole.decode_row("AutoencoderKLQwenImage", qwen_image, (16, 1, 16, 16), probe=(16, 1, 4, 4)),)
