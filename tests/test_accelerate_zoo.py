@@ -55,10 +55,7 @@ def test_output(entry, dtype):
 @each_model
 @each_dtype
 def test_gradients(entry, dtype):
-    """Of all parameters and floating inputs in one comparison, each gradient in units of its own rms.
-
-    But for those that are zero by law: a key's bias moves all scores of a query alike.
-    """
+    """Of all parameters and floating inputs in one comparison, each gradient in units of its own rms."""
     model = models.cast(entry.build(), dtype)
 
     def gradients(model, given):
