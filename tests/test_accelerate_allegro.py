@@ -30,4 +30,6 @@ def test_what_stays():
     report = fastdit.accelerate(model)
     replaced = {row.layer: row.count for row in report.rows if row.replaced}
     assert replaced["Allegro block"] == 1 and replaced["attention (AllegroAttnProcessor2_0)"] == 1
-    assert {"its modulated norms are affine", "norms inside the attention"} <= {row.why for row in report.rows}
+    assert {"its norm is a LayerNorm, not a LayerNorm without parameters", "norms inside the attention"} <= {
+        row.why for row in report.rows
+    }

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdit import ops
 from fastdit.integrations.structure import law
@@ -48,13 +48,3 @@ def refuse_table(block: Any) -> str | None:
     table = block.scale_shift_table
     plain = isinstance(table, Tensor) and table.ndim == 2 and table.shape[0] == 6
     return None if plain else "its table is not (6, C)"
-
-
-def refuse_layer_norms(*norms: Any) -> str | None:
-    """Modulated norms have to be LayerNorms without weights."""
-    for norm in norms:
-        if type(norm) is not nn.LayerNorm:
-            return f"its norm is a {type(norm).__name__}, not nn.LayerNorm"
-        if norm.elementwise_affine:
-            return "its modulated norms are affine"
-    return None

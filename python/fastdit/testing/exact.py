@@ -27,7 +27,7 @@ def exact(model: Any) -> Any:
 
 
 class no_rounding(TorchFunctionMode):
-    """`.float()`, `.to(float32)` and `.type(float32)` of fp64 tensors are the identity."""
+    """`.float()`, `.to(float32)`, `.type(float32)` and `f(..., dtype=float32)` of fp64 tensors stay in fp64."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -38,4 +38,6 @@ class no_rounding(TorchFunctionMode):
                 swap = torch.float64
                 args = tuple(swap if a is torch.float32 else a for a in args)
                 kwargs = {k: swap if v is torch.float32 else v for k, v in kwargs.items()}
+            if kwargs.get("dtype") is torch.float32:
+                kwargs = {**kwargs, "dtype": torch.float64}
         return func(*args, **kwargs)
