@@ -62,7 +62,7 @@ model_forward.__name__ = "forward"
 BIAS = -10000.0
 MODEL = (
     *("pos_embed", "rope", "proj_in", "transformer_blocks", "norm_out", "scale_shift_table", "proj_out"),
-    *("time_embed", "adaln_single", "caption_projection"),
+    *("patch_embed", "patch_embedding", "time_embed", "adaln_single", "caption_projection", "caption_norm"),
     *("gradient_checkpointing", "use_additional_conditions", "out_channels"),
     *("audio_rope", "audio_proj_in", "audio_norm_out", "audio_scale_shift_table", "audio_proj_out", "audio_time_embed"),
     *("audio_caption_projection", "cross_attn_rope", "cross_attn_audio_rope"),
