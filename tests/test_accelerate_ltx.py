@@ -102,7 +102,7 @@ def test_compiled_block():
     model = ltx.ltx(num_layers=1)
     fastdit.accelerate(model)
     block = model.transformer_blocks[0]
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(block, fullgraph=True, backend="eager", dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for grid, text, lengths in (((2, 3, 5), 7, [3, 5]), ((2, 4, 6), 9, [9, 2])):
             tokens = grid[0] * grid[1] * grid[2]

@@ -62,7 +62,7 @@ def test_compiled_block():
     model = ltx2.ltx2(num_layers=1, gated_attn=True, audio_gated_attn=True)
     fastdit.accelerate(model)
     block = model.transformer_blocks[0]
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(block, fullgraph=True, backend="eager", dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for grid, audio, text in (((3, 5, 7), 9, 7), ((7, 8, 10), 13, 11)):
             call = block_inputs(model, grid, audio, text)
