@@ -5,7 +5,7 @@ from torch import nn
 
 import fastdit
 from fastdit.testing import close
-from fastdit.testing.exact import exact
+from fastdit.testing.exact import exact, no_rounding
 from fastdit.testing.models import randomize
 from fastdit.testing.zoo import cosmos
 
@@ -43,6 +43,21 @@ def test_control_block():
     report = fastdit.accelerate(block)
     assert {row.layer for row in report.rows if row.replaced} >= {"Cosmos block", "attention (CosmosAttnProcessor)"}
     close.assert_close(run(block, torch.float32), truth, before)
+
+
+@torch.no_grad()
+def test_autocast():
+    """Learned positions stay in fp32 and widen the stream."""
+    entry = cosmos.MODELS[0]
+    model, given = entry.build(), entry.given(torch.float32)
+    with no_rounding():
+        truth = entry.call(exact(model), entry.given(torch.float64))
+    with torch.autocast("cpu", torch.bfloat16):
+        before = entry.call(model, given)
+        fastdit.accelerate(model)
+        after = entry.call(model, given)
+    assert after.dtype is before.dtype
+    close.assert_close(after, truth, before)
 
 
 def test_what_stays():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastdit import ops
@@ -54,6 +55,8 @@ def block_forward(
     (shift1, scale1, gate1), (shift2, scale2, gate2), (shift3, scale3, gate3) = (
         rows(norm, embedded_timestep, temb, x.shape[0]).chunk(3, dim=-1) for norm in norms
     )
+    if extra_pos_emb is not None:
+        x = x.to(torch.promote_types(x.dtype, extra_pos_emb.dtype))  # autocast: they are fp32, and widen the stream
     eps, precision = self.norm1.norm.eps, law(self, x, gate1)
 
     if extra_pos_emb is None:
