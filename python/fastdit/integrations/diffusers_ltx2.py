@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdit import ops
 from fastdit.integrations.diffusers_ltx import pair_tables, refuse_attention, refuse_rms_norms
-from fastdit.integrations.diffusers_processor import Processor, shared
+from fastdit.integrations.diffusers_processor import Processor, queries_keys_values, shared
 from fastdit.integrations.padding import is_lengths
 from fastdit.integrations.registry import Kind, register
 from fastdit.integrations.structure import has, itemsize, law, parameters, unknown
@@ -199,10 +199,7 @@ class FastditLTX2AttnProcessor(Processor):
                 attn, hidden_states, encoder_hidden_states, attention_mask, query_rotary_emb, key_rotary_emb,
                 perturbation_mask, all_perturbed,
             )  # fmt: skip
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        heads = (attn.heads, -1)
-        q, k = attn.to_q(hidden_states).unflatten(-1, heads), attn.to_k(context).unflatten(-1, heads)
-        v = attn.to_v(context).unflatten(-1, heads)
+        q, k, v = queries_keys_values(attn, hidden_states, encoder_hidden_states)
         q, k = normed(attn, q, k, query_rotary_emb, key_rotary_emb)
         o = ops.attention(q, k, v, kv_len=attention_mask)
         if attn.to_gate_logits is not None:

@@ -1,9 +1,11 @@
-"""What fastdit's attention processors share: how diffusers and torch.compile see them."""
+"""What fastdit's attention processors share: how diffusers and torch.compile see them, and the projections."""
 
 from __future__ import annotations
 
 from functools import cache
 from typing import Any
+
+from torch import Tensor
 
 
 class Processor:
@@ -28,3 +30,11 @@ class Processor:
 @cache
 def shared(kind: type) -> Any:
     return kind()
+
+
+def queries_keys_values(attn: Any, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, N, H, D) of x, and twice (B, M, H, D) of context, or of x without one; the layers are called."""
+    context = x if context is None else context
+    heads = (attn.heads, -1)
+    q, k, v = (t.unflatten(-1, heads) for t in (attn.to_q(x), attn.to_k(context), attn.to_v(context)))
+    return q, k, v

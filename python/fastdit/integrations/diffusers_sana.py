@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdit import ops
 from fastdit.integrations.adaln_single import refuse_table, sublayers
-from fastdit.integrations.diffusers_processor import Processor, shared
+from fastdit.integrations.diffusers_processor import Processor, queries_keys_values, shared
 from fastdit.integrations.diffusers_wan import normed
 from fastdit.integrations.joint import is_diffusers_rms, refuse_plain_norms
 from fastdit.integrations.padding import is_lengths
@@ -112,10 +112,7 @@ class FastditSanaAttnProcessor(Processor):
     ) -> Tensor:
         if attention_mask is not None and not is_lengths(attention_mask):
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask)
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        heads = (attn.heads, -1)
-        q, k = attn.to_q(hidden_states).unflatten(-1, heads), attn.to_k(context).unflatten(-1, heads)
-        v = attn.to_v(context).unflatten(-1, heads)
+        q, k, v = queries_keys_values(attn, hidden_states, encoder_hidden_states)
         if attn.norm_q is not None:
             q, k = normed(q, k, attn.norm_q, attn.norm_k)
         o = ops.attention(q, k, v, kv_len=attention_mask).flatten(2)

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from fastdit.testing.models import randomize
 from fastdit.testing.whole import Run, Whole
-from fastdit.testing.zoo import Model, randn
-from fastdit.testing.zoo.ltx import text_mask
+from fastdit.testing.zoo import Model, randn, text_mask
 
 SMALL = dict(
     num_attention_heads=3, attention_head_dim=20, num_cross_attention_heads=2, cross_attention_head_dim=30,
