@@ -75,7 +75,7 @@ def test_what_stays():
     report = fastdit.accelerate(model)
     assert layers(report) == {"text padding (a 0/1 mask over the keys)": 1}
     assert {
-        "its norm is a RMSNorm, not diffusers' RMSNorm",
+        "its norm is a RMSNorm, not diffusers' RMSNorm without weights",
         "has adapter, which the LTXVideoTransformerBlock that is known does not have",
         "inside a block that is left",
     } <= reasons(report)
@@ -83,7 +83,7 @@ def test_what_stays():
     model = ltx.ltx(norm_elementwise_affine=True, num_layers=1)
     model.adapter = nn.Linear(44, 44)
     assert {
-        "its modulated norms are affine",
+        "its norm is a RMSNorm, not diffusers' RMSNorm without weights",
         "has adapter, which the LTXVideoTransformer3DModel that is known does not have",
     } <= reasons(fastdit.accelerate(model))
 
@@ -102,7 +102,7 @@ def test_compiled_block():
     model = ltx.ltx(num_layers=1)
     fastdit.accelerate(model)
     block = model.transformer_blocks[0]
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(block, fullgraph=True, backend="eager", dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for grid, text, lengths in (((2, 3, 5), 7, [3, 5]), ((2, 4, 6), 9, [9, 2])):
             tokens = grid[0] * grid[1] * grid[2]

@@ -1,4 +1,4 @@
-"""What adaLN-single blocks share (PixArt, Latte, Allegro, LTX): one table for all samples beside six rows a sample."""
+"""What adaLN-single blocks share (PixArt, Latte, Allegro, LTX, Sana): a table for all beside six rows a sample."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdit import ops
 from fastdit.integrations.structure import law
@@ -18,6 +18,7 @@ def sublayers(
     temb: Tensor,
     attention: Callable[[Tensor], Tensor],
     cross: Callable[[Tensor], Tensor] | None = None,
+    feed_forward: Callable[[Tensor], Tensor] | None = None,
     norm: str = "layer",
 ) -> Tensor:
     """Self-attention, cross-attention (without norm and gate) and feed-forward of a block with `scale_shift_table`.
@@ -41,20 +42,10 @@ def sublayers(
     x, h = ops.gate_residual_norm_modulate(
         x, y, gate, shift=shift_mlp, scale=scale_mlp, norm=norm, eps=block.norm2.eps, precision=precision
     )
-    return ops.gate_residual(x, block.ff(h), gate_mlp, precision=precision)
+    return ops.gate_residual(x, (feed_forward or block.ff)(h), gate_mlp, precision=precision)
 
 
 def refuse_table(block: Any) -> str | None:
     table = block.scale_shift_table
     plain = isinstance(table, Tensor) and table.ndim == 2 and table.shape[0] == 6
     return None if plain else "its table is not (6, C)"
-
-
-def refuse_layer_norms(*norms: Any) -> str | None:
-    """Modulated norms have to be LayerNorms without weights."""
-    for norm in norms:
-        if type(norm) is not nn.LayerNorm:
-            return f"its norm is a {type(norm).__name__}, not nn.LayerNorm"
-        if norm.elementwise_affine:
-            return "its modulated norms are affine"
-    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -10,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdit import ops
-from fastdit.integrations.adaln_single import refuse_layer_norms, refuse_table, sublayers
+from fastdit.integrations.adaln_single import refuse_table, sublayers
 from fastdit.integrations.diffusers_dit import attend, matches_attention, refuse_attention
 from fastdit.integrations.diffusers_processor import Processor, shared
+from fastdit.integrations.joint import refuse_plain_norms
 from fastdit.integrations.padding import is_lengths
 from fastdit.integrations.registry import Kind, register
-from fastdit.integrations.structure import has, itemsize, unknown
+from fastdit.integrations.structure import has, itemsize, parameters, unknown
 
 # The block --------------------------------------------------------------------------------------------------------
 
@@ -52,11 +52,9 @@ register(
     Kind(
         name="Allegro block",
         ops=("norm_modulate", "gate_residual", "gate_residual_norm_modulate"),
-        match=lambda m: (
-            has(m, *BLOCK) and list(inspect.signature(type(m).forward).parameters)[1:] == [*CALL, "image_rotary_emb"]
-        ),
+        match=lambda m: has(m, *BLOCK) and parameters(m) == [*CALL, "image_rotary_emb"],
         refuse=lambda block: (
-            refuse_layer_norms(block.norm1, block.norm2) or refuse_table(block) or unknown(block, *BLOCK)
+            refuse_plain_norms(block.norm1, block.norm2) or refuse_table(block) or unknown(block, *BLOCK)
         ),
         patches=lambda block: [(block, "forward", block_forward)],
         absorbs=lambda block: [block.norm1, block.norm2],

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdit import ops
-from fastdit.integrations.diffusers_processor import Processor, shared
+from fastdit.integrations.diffusers_processor import Processor, queries_keys_values, shared
 from fastdit.integrations.padding import is_lengths
 from fastdit.integrations.registry import Kind, register
 from fastdit.integrations.structure import has, itemsize, law
@@ -139,14 +139,9 @@ def attend(
 ) -> Tensor:
     """What the processors of diffusers' `Attention` have in common; rotated: (q, k), each (B, N, H, D) -> (q, k)."""
     residual = hidden_states
-    if encoder_hidden_states is None:
-        encoder_hidden_states = hidden_states
-    elif attn.norm_cross:
+    if encoder_hidden_states is not None and attn.norm_cross:
         encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
-    heads = (attn.heads, -1)
-    query = attn.to_q(hidden_states).unflatten(-1, heads)  # (B, N, H, D)
-    key = attn.to_k(encoder_hidden_states).unflatten(-1, heads)
-    value = attn.to_v(encoder_hidden_states).unflatten(-1, heads)
+    query, key, value = queries_keys_values(attn, hidden_states, encoder_hidden_states)
     if rotated is not None:
         query, key = rotated(query, key)
     hidden_states = ops.attention(query, key, value, kv_len=kv_len).flatten(2)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastdit import ops
 from fastdit.integrations.adaln_single import refuse_table, sublayers
-from fastdit.integrations.diffusers_processor import Processor, refuse_choice, shared
+from fastdit.integrations.diffusers_processor import Processor, queries_keys_values, refuse_choice, shared
 from fastdit.integrations.diffusers_wan import normed
+from fastdit.integrations.joint import is_diffusers_rms
 from fastdit.integrations.padding import is_lengths
 from fastdit.integrations.registry import Kind, register
-from fastdit.integrations.structure import has, itemsize, unknown
+from fastdit.integrations.structure import has, itemsize, parameters, unknown
 
 # The block --------------------------------------------------------------------------------------------------------
 
@@ -45,10 +45,8 @@ CALL = ["hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "e
 def refuse_rms_norms(*norms: Any) -> str | None:
     """Modulated norms have to be diffusers' RMSNorm without weights."""
     for norm in norms:
-        if type(norm).__name__ != "RMSNorm" or not has(norm, "eps", "weight", "bias"):
-            return f"its norm is a {type(norm).__name__}, not diffusers' RMSNorm"
-        if norm.weight is not None:
-            return "its modulated norms are affine"
+        if not is_diffusers_rms(norm) or norm.weight is not None:
+            return f"its norm is a {type(norm).__name__}, not diffusers' RMSNorm without weights"
     return None
 
 
@@ -56,7 +54,7 @@ register(
     Kind(
         name="LTX block",
         ops=("norm_modulate", "gate_residual", "gate_residual_norm_modulate"),
-        match=lambda m: has(m, *BLOCK) and list(inspect.signature(type(m).forward).parameters)[1:] == CALL,
+        match=lambda m: has(m, *BLOCK) and parameters(m) == CALL,
         refuse=lambda block: (
             refuse_rms_norms(block.norm1, block.norm2) or refuse_table(block) or unknown(block, *BLOCK)
         ),
@@ -91,10 +89,7 @@ class FastditLTXAttnProcessor(Processor):
     ) -> Tensor:
         if attention_mask is not None and not is_lengths(attention_mask):
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        heads = (attn.heads, -1)
-        q, k = attn.to_q(hidden_states).unflatten(-1, heads), attn.to_k(context).unflatten(-1, heads)
-        v = attn.to_v(context).unflatten(-1, heads)
+        q, k, v = queries_keys_values(attn, hidden_states, encoder_hidden_states)
         q, k = normed(q, k, attn.norm_q, attn.norm_k, *pair_tables(image_rotary_emb, attn.heads))
         o = ops.attention(q, k, v, kv_len=attention_mask).flatten(2)
         return attn.to_out[1](attn.to_out[0](o))
@@ -108,10 +103,10 @@ def pair_tables(rotary: tuple[Tensor, Tensor] | None, heads: int) -> tuple[Tenso
     return cos, sin
 
 
-def refuse_attention(attn: Any, name: str = "LTXVideoAttnProcessor") -> str | None:
+def refuse_attention(attn: Any, *names: str) -> str | None:
     processor = attn.processor
-    if type(processor).__name__ != name:
-        return f"its processor is {type(processor).__name__}, not {name}"
+    if type(processor).__name__ not in names:
+        return f"its processor is {type(processor).__name__}, not {' or '.join(names)}"
     if chosen := refuse_choice(processor):
         return chosen
     norms = (attn.norm_q, attn.norm_k)
@@ -129,7 +124,7 @@ register(
         name="attention (LTXVideoAttnProcessor)",
         ops=("qk_norm_rope", "attention"),
         match=lambda m: has(m, *ATTENTION) and not hasattr(m, "to_gate_logits"),
-        refuse=refuse_attention,
+        refuse=lambda attn: refuse_attention(attn, "LTXVideoAttnProcessor"),
         patches=lambda attn: [(attn, "processor", shared(FastditLTXAttnProcessor))],
         absorbs=lambda attn: [attn.norm_q, attn.norm_k],
         # q and k in 2 bytes: norm 2, negate and stack 4, two casts 6, two products 8, sum 6, rounding 3, against 2;

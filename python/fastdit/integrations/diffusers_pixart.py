@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdit.integrations.adaln_single import refuse_layer_norms, refuse_table, sublayers
+from fastdit.integrations.adaln_single import refuse_table, sublayers
+from fastdit.integrations.joint import refuse_plain_norms
 from fastdit.integrations.registry import Kind, register
 from fastdit.integrations.structure import has, itemsize, unknown
 
@@ -57,7 +58,7 @@ SETTINGS = ("norm_type", "only_cross_attention", "pos_embed")
 def refuse_block(block: Any) -> str | None:
     if block.pos_embed is not None:
         return "has positions of its own"
-    return refuse_layer_norms(block.norm1, block.norm2) or refuse_table(block) or unknown(block, *BLOCK, *SETTINGS)
+    return refuse_plain_norms(block.norm1, block.norm2) or refuse_table(block) or unknown(block, *BLOCK, *SETTINGS)
 
 
 register(

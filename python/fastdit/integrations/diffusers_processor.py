@@ -1,4 +1,4 @@
-"""What fastdit's attention processors share: how diffusers and torch.compile see them."""
+"""What fastdit's attention processors share: how diffusers and torch.compile see them, and the projections."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import copy
 import functools
 from collections.abc import Callable
 from typing import Any
+
+from torch import Tensor
 
 OURS = (None, "fastdit")  # choices of an attention backend that leave the attention to fastdit
 
@@ -76,3 +78,11 @@ def per_model(replacement: Any, placed: dict[Any, Any]) -> Any:
     if replacement not in placed:
         placed[replacement] = copy.deepcopy(replacement)
     return placed[replacement]
+
+
+def queries_keys_values(attn: Any, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, N, H, D) of x, and twice (B, M, H, D) of context, or of x without one; the layers are called."""
+    context = x if context is None else context
+    heads = (attn.heads, -1)
+    q, k, v = (t.unflatten(-1, heads) for t in (attn.to_q(x), attn.to_k(context), attn.to_v(context)))
+    return q, k, v

@@ -40,12 +40,21 @@ def is_lengths(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.ndim == 1 and mask.dtype == torch.int32
 
 
-def model_forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args, **kwargs):
-    mask = kwargs.get("encoder_attention_mask")
-    if mask is not None and encoder_hidden_states is not None and is_mask(mask, encoder_hidden_states):
-        if all(isinstance(block.attn2.processor, Processor) for block in self.transformer_blocks):
-            encoder_hidden_states, kwargs["encoder_attention_mask"] = valid_first(encoder_hidden_states, mask)
-    return type(self).forward(self, hidden_states, encoder_hidden_states, *args, **kwargs)
+# What a model is given: tokens, their mask, and the attention of each block that reads them.
+STREAMS = (
+    ("encoder_hidden_states", "encoder_attention_mask", "attn2"),
+    ("audio_encoder_hidden_states", "audio_encoder_attention_mask", "audio_attn2"),
+)
+
+
+def model_forward(self, *args, **kwargs):
+    """Masks and tokens that come by keyword, as pipelines give them; any others go the original's way."""
+    for states, mask, attention in STREAMS:
+        tokens, bits = kwargs.get(states), kwargs.get(mask)
+        if tokens is not None and bits is not None and is_mask(bits, tokens):
+            if all(isinstance(getattr(block, attention).processor, Processor) for block in self.transformer_blocks):
+                kwargs[states], kwargs[mask] = valid_first(tokens, bits)
+    return type(self).forward(self, *args, **kwargs)
 
 
 model_forward.__name__ = "forward"
@@ -53,23 +62,28 @@ model_forward.__name__ = "forward"
 BIAS = -10000.0
 MODEL = (
     *("pos_embed", "rope", "proj_in", "transformer_blocks", "norm_out", "scale_shift_table", "proj_out"),
-    *("time_embed", "adaln_single", "caption_projection"),
+    *("patch_embed", "patch_embedding", "time_embed", "adaln_single", "caption_projection", "caption_norm"),
     *("gradient_checkpointing", "use_additional_conditions", "out_channels"),
+    *("audio_rope", "audio_proj_in", "audio_norm_out", "audio_scale_shift_table", "audio_proj_out", "audio_time_embed"),
+    *("audio_caption_projection", "cross_attn_rope", "cross_attn_audio_rope"),
+    *("av_cross_attn_video_scale_shift", "av_cross_attn_audio_scale_shift"),
+    *("av_cross_attn_video_a2v_gate", "av_cross_attn_audio_v2a_gate"),
+    *("prompt_modulation", "prompt_adaln", "audio_prompt_adaln", "keyframes_abs_pos_embedding"),
 )
 
 
 def matches_model(module: Any) -> bool:
-    """Its forward makes a bias of a 2-D mask and hands any other to its blocks, which give it to attn2 alone."""
-    if not has(module, "transformer_blocks", "caption_projection", "scale_shift_table"):
+    """Its forward makes a bias of a 2-D mask and hands any other to its blocks, which give it to `attention` alone."""
+    if not has(module, "transformer_blocks", "scale_shift_table", "proj_out"):
         return False
     forward = inspect.unwrap(type(module).forward)
-    taken = list(inspect.signature(forward).parameters)
+    taken = inspect.signature(forward).parameters
+    readers = ["attn1", *(attention for _, mask, attention in STREAMS if mask in taken)]
     return (
-        taken[1:3] == ["hidden_states", "encoder_hidden_states"]
-        and "encoder_attention_mask" in taken
+        "encoder_attention_mask" in taken
         and BIAS in forward.__code__.co_consts
-        and all(has(block, "attn1", "attn2", "scale_shift_table") for block in module.transformer_blocks)
-        and all(has(block.attn2, "processor") for block in module.transformer_blocks)
+        and all(has(getattr(b, name, None), "processor") for b in module.transformer_blocks for name in readers)
+        and all(has(block, "scale_shift_table") for block in module.transformer_blocks)
     )
 
 

@@ -43,7 +43,7 @@ def _table(op: str, what: str, t: Tensor, x: Tensor, row_index: Tensor | None, p
                 f"expected [1, {x.shape[-1]}]; pass row_index to give segments rows of their own."
             )
     else:
-        if t.dim() not in (2, 3) or t.shape[0] not in (1, x.shape[0]):
+        if t.dim() not in (2, 3) or (t.shape[0] != 1 and t.shape[0] != x.shape[0]):
             raise ValueError(
                 f"{op}: {what} must be (B, C) or (B, M, C) with B = {x.shape[0]}; got {list(t.shape)}, "
                 f"expected [{x.shape[0]}, {x.shape[-1]}]; or pass row_index with a table (R, C)."

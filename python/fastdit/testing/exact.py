@@ -27,7 +27,7 @@ def exact(model: Any) -> Any:
 
 
 class no_rounding(TorchFunctionMode):
-    """`.float()`, `.to(float32)` and `.type(float32)` of fp64 tensors are the identity."""
+    """fp64 tensors stay so under `.float()`, and `.to`, `.type` and `f(..., dtype=)` of float32 and bfloat16."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -35,7 +35,10 @@ class no_rounding(TorchFunctionMode):
             if func is torch.Tensor.float:
                 return args[0]
             if func in (torch.Tensor.to, torch.Tensor.type):
-                swap = torch.float64
-                args = tuple(swap if a is torch.float32 else a for a in args)
-                kwargs = {k: swap if v is torch.float32 else v for k, v in kwargs.items()}
+                args = tuple(torch.float64 if is_narrow(a) else a for a in args)
+            kwargs = {k: torch.float64 if k == "dtype" and is_narrow(v) else v for k, v in kwargs.items()}
         return func(*args, **kwargs)
+
+
+def is_narrow(value: Any) -> bool:
+    return value is torch.float32 or value is torch.bfloat16

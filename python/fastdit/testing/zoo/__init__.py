@@ -73,6 +73,11 @@ def randn(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def text_mask(*lengths: int, total: int) -> Tensor:
+    """(B, total) int64, ones first, as tokenizers pad."""
+    return (torch.arange(total) < torch.tensor(lengths)[:, None]).long()
+
+
 def models() -> list[Model]:
     return [model for group in _groups() for model in getattr(group, "MODELS", ())]
 

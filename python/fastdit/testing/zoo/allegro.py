@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from fastdit.testing.models import randomize
 from fastdit.testing.whole import Run, Whole
-from fastdit.testing.zoo import Model, randn
-from fastdit.testing.zoo.ltx import text_mask
+from fastdit.testing.zoo import Model, randn, text_mask
 
 LAYERS = {
     "Allegro block": 2,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastdit.testing.models import randomize
 from fastdit.testing.whole import Run, Whole
-from fastdit.testing.zoo import Model, randn
+from fastdit.testing.zoo import Model, randn, text_mask
 
 LAYERS = {
     "LTX block": 2,
@@ -27,11 +27,6 @@ def ltx(**config) -> Any:
     small = dict(in_channels=6, out_channels=6, num_attention_heads=2, attention_head_dim=22, cross_attention_dim=44,
                  num_layers=2, caption_channels=20)  # fmt: skip
     return randomize(LTXVideoTransformer3DModel(**{**small, **config}))
-
-
-def text_mask(*lengths: int, total: int) -> Tensor:
-    """(B, total) int64, ones first, as tokenizers pad."""
-    return (torch.arange(total) < torch.tensor(lengths)[:, None]).long()
 
 
 def inputs(*, mask: Tensor | None = None, per_token: bool = False, coordinates: bool = False) -> dict[str, Any]:
