@@ -61,10 +61,13 @@ def normed(stream: Stream) -> tuple[Tensor, Tensor]:
     )
 
 
-def joint_attention(*streams: Stream, kv_len: Tensor | None = None) -> list[Tensor]:
+def joint_attention(
+    *streams: Stream, kv_len: Tensor | None = None, attn_mask: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Attention of all streams over all of them: the output of each, (B, N, H * D).
 
-    kv_len (B,), int32: valid keys of the joint sequence, which has its padding last (`valid_first`).
+    kv_len (B,), int32: valid keys of the joint sequence, which has its padding last (`valid_keys_first`).
+    attn_mask: any other mask or bias, as diffusers takes it; diffusers' attention serves it.
     """
     pairs = [normed(stream) for stream in streams]
     if len(streams) == 1:
@@ -72,18 +75,23 @@ def joint_attention(*streams: Stream, kv_len: Tensor | None = None) -> list[Tens
     else:
         q, k = (torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True))
         v = torch.cat([stream.v for stream in streams], dim=1)
-    o = ops.attention(q, k, v, kv_len=kv_len).flatten(2)
-    return list(o.split([stream.q.shape[1] for stream in streams], dim=1))
+    if attn_mask is None:
+        o = ops.attention(q, k, v, kv_len=kv_len)
+    else:
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        o = dispatch_attention_fn(q, k, v, attn_mask=attn_mask)
+    return o.flatten(2).split([stream.q.shape[1] for stream in streams], dim=1)
 
 
-def valid_first(mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The valid tokens of a mask (B, N) of any pattern, counted, and moved to the front of each tensor (B, N, H, D).
+def valid_keys_first(mask: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values (B, N, H, D) with those that a mask (B, N) of any pattern lets through in front, and their count.
 
-    Returns (lengths (B,) int32, *tensors). For keys and values, whose order the softmax does not see; no host sync.
+    Returns (k, v, lengths (B,) int32). The softmax does not see the order of its keys; no host sync.
     """
-    mask = mask.bool()
-    order = torch.argsort(mask, dim=1, descending=True, stable=True)[..., None, None]
-    return mask.sum(1, dtype=torch.int32), *(t.gather(1, order.expand(t.shape)) for t in tensors)
+    hidden = mask.bool().logical_not()
+    order = hidden.to(torch.uint8).argsort(dim=1, stable=True)[..., None, None].expand(k.shape)
+    return k.gather(1, order), v.gather(1, order), hidden.logical_not().sum(1, dtype=torch.int32)
 
 
 def projections(
@@ -188,6 +196,11 @@ def refuse_adaln(norm: Any, chunks: int = 6) -> str | None:
     if norm.linear.out_features != chunks * norm.linear.in_features:
         return f"its modulation does not make {chunks} tables of the tokens' width"
     return refuse_plain_norms(norm.norm) or unknown(norm, "emb", "silu", "linear", "norm")
+
+
+def plain(norm: Any) -> Any:
+    """The LayerNorm of a block's first norm, which may be modulated by a module of its own or by the block."""
+    return getattr(norm, "norm", norm)
 
 
 def refuse_plain_norms(*norms: Any) -> str | None:
