@@ -55,7 +55,11 @@ def accelerate(
         for name, module in root.named_modules():
             if module in driven:
                 continue
-            for kind in [kind for kind in KINDS if kind.match(module)]:  # matched before any of them patches it
+            matching = [kind for kind in KINDS if kind.match(module)]  # before any of them patches it
+            serving = [kind for kind in matching if kind.part and kind.refuse(module) is None]
+            for kind in matching:
+                if kind.part and serving and kind not in serving:
+                    continue  # attentions alike but for their processors: one kind knows it
                 unknown = kind.refuse(module)
                 if kind.block:
                     inside[name] = unknown is None

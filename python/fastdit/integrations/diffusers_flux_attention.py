@@ -20,7 +20,7 @@ from fastdit.integrations.structure import has, itemsize, reads
 
 
 class FastditFluxAttnProcessor(Processor):
-    """FluxAttnProcessor with `qk_norm_rope` and `attention`; masks go to the original."""
+    """FluxAttnProcessor with `qk_norm_rope` and `attention`; a mask keeps diffusers' attention behind the former."""
 
     def __init__(self):
         from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
@@ -35,18 +35,17 @@ class FastditFluxAttnProcessor(Processor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        joint = encoder_hidden_states is not None
-        if attention_mask is not None or joint != (attn.added_kv_proj_dim is not None):
+        if (encoder_hidden_states is None) != (attn.added_kv_proj_dim is None):
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         cos, sin = (None, None) if image_rotary_emb is None else pairs(*image_rotary_emb)
         if encoder_hidden_states is None:
             image = Stream(*projections(attn, hidden_states), attn.norm_q, attn.norm_k, cos, sin)
-            return joint_attention(image)[0]
+            return joint_attention(image, attn_mask=attention_mask)[0]
         n = encoder_hidden_states.shape[1]
         rows = (None,) * 4 if cos is None or sin is None else (cos[:n], sin[:n], cos[n:], sin[n:])
         text = Stream(*text_projections(attn, encoder_hidden_states), attn.norm_added_q, attn.norm_added_k, *rows[:2])
         image = Stream(*projections(attn, hidden_states), attn.norm_q, attn.norm_k, *rows[2:])
-        context, x = joint_attention(text, image)
+        context, x = joint_attention(text, image, attn_mask=attention_mask)
         return attn.to_out[1](attn.to_out[0](x)), attn.to_add_out(context)
 
 
@@ -64,11 +63,9 @@ READS = frozenset(
 MAY_READ = frozenset(("heads", "head_dim", "contiguous"))
 
 
-def refuse_processor(processor: Any, known: frozenset[str], name: str) -> str | None:
-    """Unless the processor's call reads what the known one reads, and uses no backend of its own."""
-    if reads(type(processor).__call__) - MAY_READ != known:
-        return f"its processor is {type(processor).__name__}, not {name}"
-    return refuse_choice(processor)
+def is_processor(processor: Any, known: frozenset[str] = READS, optional: frozenset[str] = MAY_READ) -> bool:
+    """Does the processor's call read what the known one reads? Copies of one original do."""
+    return reads(type(processor).__call__) - optional == known
 
 
 def norms_of(attn: Any) -> list[Any]:
@@ -76,24 +73,31 @@ def norms_of(attn: Any) -> list[Any]:
     return [attn.norm_q, attn.norm_k, *added]
 
 
+def matches_attention(module: Any) -> bool:
+    """Flux's own class of attention whatever its processor, or the general one with a processor like Flux's."""
+    names = ("to_q", "to_k", "to_v", "norm_q", "norm_k", "heads", "inner_dim", "processor", "added_kv_proj_dim")
+    if not has(module, *names, "pre_only", "context_pre_only"):
+        return False
+    return not has(module, "spatial_norm") or is_processor(module.processor)
+
+
 def refuse_attention(attn: Any) -> str | None:
+    if not is_processor(attn.processor):
+        return f"its processor is {type(attn.processor).__name__}, not FluxAttnProcessor"
     if attn.pre_only == (attn.added_kv_proj_dim is not None):
         return "it has an output projection without text, or text without one"
-    return refuse_processor(attn.processor, READS, "FluxAttnProcessor") or refuse_qk_norms(*norms_of(attn))
+    return refuse_choice(attn.processor) or refuse_qk_norms(*norms_of(attn))
 
 
 register(
     Kind(
         name="attention (FluxAttnProcessor)",
         ops=("qk_norm_rope", "attention"),
-        match=lambda m: has(
-            m, "to_q", "to_k", "to_v", "norm_q", "norm_k", "heads", "inner_dim", "pre_only", "processor",
-            "added_kv_proj_dim", "context_pre_only",
-        ) and not has(m, "spatial_norm"),
+        match=matches_attention,
         refuse=refuse_attention,
         patches=lambda attn: [(attn, "processor", shared(FastditFluxAttnProcessor))],
-        absorbs=norms_of,
+        absorbs=lambda attn: [norm for norm in norms_of(attn) if norm is not None],
         saving=lambda attn: rotation_passes(itemsize(attn)) * attn.inner_dim * itemsize(attn),
         part=True,
     )
-)  # fmt: skip
+)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import ops
-from fastdit.integrations.diffusers_processor import Processor, shared
+from fastdit.integrations.diffusers_processor import Processor, refuse_choice, shared
 from fastdit.integrations.joint import refuse_plain_norms, valid_first
 from fastdit.integrations.registry import RECORD, Kind, register
 from fastdit.integrations.structure import has, itemsize, parameters, unknown
@@ -223,8 +223,8 @@ def refuse_attention(attn: Any) -> str | None:
     processor = attn.processor
     if type(processor).__name__ not in PROCESSORS:
         return f"its processor is {type(processor).__name__}, not {' or '.join(PROCESSORS)}"
-    if processor._attention_backend is not None or processor._parallel_config is not None:
-        return "an attention backend or context parallelism was chosen for it"
+    if chosen := refuse_choice(processor):
+        return chosen
     norms = (attn.query_norm, attn.key_norm)
     if any(type(norm) is not nn.RMSNorm or norm.weight is None for norm in norms) or norms[0].eps != norms[1].eps:
         return "its norms are not nn.RMSNorm with weights and one eps"

@@ -61,29 +61,41 @@ def normed(stream: Stream) -> tuple[Tensor, Tensor]:
     )
 
 
-def joint_attention(*streams: Stream, kv_len: Tensor | None = None) -> list[Tensor]:
+def joint_attention(
+    *streams: Stream, kv_len: Tensor | None = None, key_mask: Tensor | None = None, attn_mask: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Attention of all streams over all of them: the output of each, (B, N, H * D).
 
-    kv_len (B,), int32: valid keys of the joint sequence, which has its padding last (`valid_first`).
+    kv_len (B,), int32: valid keys of the joint sequence, which has its padding last.
+    key_mask (B, N): the keys of the last stream that are seen, in any pattern.
+    attn_mask: any other mask or bias, as diffusers takes it; diffusers' attention serves it.
     """
-    pairs = [normed(stream) for stream in streams]
-    if len(streams) == 1:
-        (q, k), v = pairs[0], streams[0].v
+    q, k = (list(parts) for parts in zip(*(normed(stream) for stream in streams), strict=True))
+    v = [stream.v for stream in streams]
+    if key_mask is not None:
+        k[-1], v[-1], lengths = valid_keys_first(key_mask, k[-1], v[-1])
+        kv_len = lengths + sum(part.shape[1] for part in k[:-1])
+    if attn_mask is None:
+        o = ops.attention(joined(q), joined(k), joined(v), kv_len=kv_len)
     else:
-        q, k = (torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True))
-        v = torch.cat([stream.v for stream in streams], dim=1)
-    o = ops.attention(q, k, v, kv_len=kv_len).flatten(2)
-    return list(o.split([stream.q.shape[1] for stream in streams], dim=1))
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        o = dispatch_attention_fn(joined(q), joined(k), joined(v), attn_mask=attn_mask)
+    return o.flatten(2).split([part.shape[1] for part in q], dim=1)
 
 
-def valid_first(mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The valid tokens of a mask (B, N) of any pattern, counted, and moved to the front of each tensor (B, N, H, D).
+def joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    Returns (lengths (B,) int32, *tensors). For keys and values, whose order the softmax does not see; no host sync.
+
+def valid_keys_first(mask: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values (B, N, H, D) with those that a mask (B, N) of any pattern lets through in front, and their count.
+
+    Returns (k, v, lengths (B,) int32). The softmax does not see the order of its keys; no host sync.
     """
-    mask = mask.bool()
-    order = torch.argsort(mask, dim=1, descending=True, stable=True)[..., None, None]
-    return mask.sum(1, dtype=torch.int32), *(t.gather(1, order.expand(t.shape)) for t in tensors)
+    hidden = mask.bool().logical_not()
+    order = hidden.to(torch.uint8).argsort(dim=1, stable=True)[..., None, None].expand(k.shape)
+    return k.gather(1, order), v.gather(1, order), hidden.logical_not().sum(1, dtype=torch.int32)
 
 
 def projections(
@@ -190,9 +202,18 @@ def refuse_adaln(norm: Any, chunks: int = 6) -> str | None:
     return refuse_plain_norms(norm.norm) or unknown(norm, "emb", "silu", "linear", "norm")
 
 
+def plain(norm: Any) -> Any:
+    """The LayerNorm of a block's first norm, which may be modulated by a module of its own or by the block."""
+    return getattr(norm, "norm", norm)
+
+
 def refuse_plain_norms(*norms: Any) -> str | None:
+    """diffusers' FP32LayerNorm is the same: layer_norm computes in fp32 and rounds to the tokens' dtype either way."""
     for norm in norms:
-        if type(norm) is not nn.LayerNorm or norm.elementwise_affine:
+        known = type(norm) is nn.LayerNorm or (
+            isinstance(norm, nn.LayerNorm) and type(norm).__name__ == "FP32LayerNorm"
+        )
+        if not known or norm.elementwise_affine:
             return f"its norm is a {type(norm).__name__}, not a LayerNorm without parameters"
     return None
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdit.integrations import accelerate
@@ -88,6 +89,24 @@ def measure(row: Whole, dtype: torch.dtype, settings: bench.Settings) -> bench.M
     timings[name] = timings[name].scaled(share)
     ours = timings.pop("fastdit")
     return bench.Measured(row, dtype, row.pass_, "cpu" if device == "cpu" else "auto", ours, timings, found.ratio)
+
+
+def block_row(
+    name: str, shape: str, build: Callable[[], nn.Module], block: str, inputs: Callable[[torch.dtype], tuple]
+) -> Whole:
+    """A row of one block of two streams: its name in the model, and its positional arguments."""
+
+    def run(dtype: torch.dtype, device: str) -> Run:
+        arguments = tree_map_only(Tensor, lambda t: t.to(device), inputs(dtype))
+
+        def call(model: Any) -> Tensor:
+            with torch.no_grad():
+                output = model.get_submodule(block)(*arguments)
+            return output if isinstance(output, Tensor) else torch.cat(output, dim=1)
+
+        return call
+
+    return Whole(name, shape, build, run, compile=lambda model: model.get_submodule(block).compile(dynamic=False))
 
 
 def _attention_flops(q, k, v, *args, **kwargs) -> int:

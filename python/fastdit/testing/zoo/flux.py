@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdit.testing.models import randomize
+from fastdit.testing.whole import Whole, block_row
 from fastdit.testing.zoo import Model, randn
 
 KEEPS = ("timestep", "guidance", "img_ids", "txt_ids")
@@ -63,4 +64,30 @@ MODELS = (
         keeps=KEEPS,
         fixed=KEEPS,
     ),
+)
+
+
+# ---- at full width ------------------------------------------------------------------------------------------
+
+
+def row(kind: str, double: int, single: int, block: str, grid: tuple[int, int] = (32, 32), text: int = 512) -> Whole:
+    """FLUX.1: 24 heads of 128, 512 text tokens."""
+
+    def inputs(dtype: torch.dtype) -> tuple:
+        from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+
+        streams = (randn(1, n, 3072, seed=n).to(dtype) for n in (grid[0] * grid[1], text))
+        ids = torch.cat(positions(grid, text)[::-1])
+        return *streams, randn(1, 3072).to(dtype), FluxPosEmbed(10000, [16, 56, 56])(ids)
+
+    return block_row(
+        f"FLUX.1 {kind} block", f"1x{grid[0] * grid[1]}x3072, {text} text tokens",
+        lambda: flux(num_layers=double, num_single_layers=single, attention_head_dim=128, num_attention_heads=24,
+                     axes_dims_rope=(16, 56, 56)), block, inputs,
+    )  # fmt: skip
+
+
+ROWS = (
+    row("double", 1, 0, "transformer_blocks.0"),
+    row("single", 0, 1, "single_transformer_blocks.0"),
 )

@@ -1,0 +1,87 @@
+"""Models built on Flux.1's blocks: Bria, Bria FIBO, LongCat-Image, Ovis-Image, Chroma."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastdit.testing.models import randomize
+from fastdit.testing.zoo import Model, randn
+from fastdit.testing.zoo.flux import GRID, KEEPS, LAYERS, TEXT, positions
+
+SMALL = dict(in_channels=12, num_layers=2, num_single_layers=2, attention_head_dim=24, num_attention_heads=2,
+             joint_attention_dim=32, axes_dims_rope=(4, 8, 12))  # fmt: skip
+TOKENS = GRID[0] * GRID[1]
+
+
+def build(name: str, **config) -> Any:
+    import diffusers
+
+    return randomize(getattr(diffusers, name)(**SMALL, **config))
+
+
+def inputs(**more: Any) -> dict[str, Any]:
+    img_ids, txt_ids = positions(GRID, TEXT)
+    return dict(
+        hidden_states=randn(2, TOKENS, 12),
+        encoder_hidden_states=randn(2, TEXT, 32, seed=2),
+        timestep=torch.tensor([0.03, 0.987]),
+        img_ids=img_ids,
+        txt_ids=txt_ids,
+        **more,
+    )
+
+
+def fibo_inputs() -> dict[str, Any]:
+    return inputs(text_encoder_layers=[randn(2, TEXT, 16, seed=3 + i) for i in range(4)])
+
+
+def chroma() -> Any:
+    return build("ChromaTransformer2DModel", approximator_num_channels=8, approximator_hidden_dim=20,
+                 approximator_layers=2)  # fmt: skip
+
+
+FIBO = {("Flux single block, streams joined" if k == "Flux single block" else k): n for k, n in LAYERS.items()}
+CHROMA = {k.replace("Flux", "Chroma").replace("ChromaAttn", "FluxAttn"): n for k, n in LAYERS.items()}
+del CHROMA["output norm (AdaLayerNormContinuous)"]
+
+MODELS = (
+    Model(
+        "BriaTransformer2DModel",
+        "flux",
+        lambda: build("BriaTransformer2DModel"),
+        inputs,
+        LAYERS,
+        keeps=KEEPS,
+        fixed=KEEPS,
+    ),
+    Model(
+        "BriaFiboTransformer2DModel",
+        "flux",
+        lambda: build("BriaFiboTransformer2DModel", text_encoder_dim=16),
+        fibo_inputs,
+        FIBO,
+        keeps=KEEPS,
+        fixed=KEEPS,
+    ),
+    Model(
+        "LongCatImageTransformer2DModel",
+        "flux",
+        lambda: build("LongCatImageTransformer2DModel", pooled_projection_dim=20),
+        inputs,
+        LAYERS,
+        keeps=KEEPS,
+        fixed=KEEPS,
+    ),
+    Model(
+        "OvisImageTransformer2DModel",
+        "flux",
+        lambda: build("OvisImageTransformer2DModel"),
+        inputs,
+        LAYERS,
+        keeps=KEEPS,
+        fixed=KEEPS,
+    ),
+    Model("ChromaTransformer2DModel", "flux", chroma, inputs, CHROMA, keeps=KEEPS, fixed=KEEPS),
+)
