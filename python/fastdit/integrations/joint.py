@@ -25,7 +25,8 @@ from fastdit.integrations.structure import unknown
 class Stream(NamedTuple):
     """Queries, keys and values of one stream, (B, N, H, D), what normalises them and its rows of the rotary table.
 
-    cos, sin: fp32, (N, R/2) or (B, N, 1, R/2), one value per pair of channels; None: this stream does not rotate.
+    cos, sin: fp32, (n, R/2), (n, H, R/2) or (B, n, 1, R/2), one value per pair of channels, for the n <= N tokens from
+    `start` on; None: this stream does not rotate.
     """
 
     q: Tensor
@@ -36,6 +37,7 @@ class Stream(NamedTuple):
     cos: Tensor | None = None
     sin: Tensor | None = None
     layout: str = "interleaved"
+    start: int = 0
 
 
 def normed(stream: Stream) -> tuple[Tensor, Tensor]:
@@ -44,6 +46,8 @@ def normed(stream: Stream) -> tuple[Tensor, Tensor]:
     if norm_q is None and stream.cos is None:
         return stream.q, stream.k
     plain: dict[str, Any] = dict(cos=stream.cos, sin=stream.sin, layout=stream.layout)
+    if stream.cos is not None:
+        plain.update(rope_start=stream.start, rope_len=stream.cos.shape[stream.cos.ndim == 4])
     if norm_q is None:
         return ops.qk_norm_rope(stream.q, stream.k, **plain)
     rounds = not isinstance(norm_q, nn.RMSNorm) and norm_q.weight is not None and norm_q.weight.dtype == stream.q.dtype
@@ -61,10 +65,11 @@ def normed(stream: Stream) -> tuple[Tensor, Tensor]:
     )
 
 
-def joint_attention(*streams: Stream, kv_len: Tensor | None = None) -> list[Tensor]:
+def joint_attention(*streams: Stream, kv_len: Tensor | None = None, valid: Tensor | None = None) -> list[Tensor]:
     """Attention of all streams over all of them: the output of each, (B, N, H * D).
 
     kv_len (B,), int32: valid keys of the joint sequence, which has its padding last (`valid_first`).
+    valid (B, N), in its place: the valid keys of the joint sequence, in any pattern.
     """
     pairs = [normed(stream) for stream in streams]
     if len(streams) == 1:
@@ -72,6 +77,8 @@ def joint_attention(*streams: Stream, kv_len: Tensor | None = None) -> list[Tens
     else:
         q, k = (torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True))
         v = torch.cat([stream.v for stream in streams], dim=1)
+    if valid is not None:
+        kv_len, k, v = valid_first(valid, k, v)
     o = ops.attention(q, k, v, kv_len=kv_len).flatten(2)
     return list(o.split([stream.q.shape[1] for stream in streams], dim=1))
 
