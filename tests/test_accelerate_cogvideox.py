@@ -44,9 +44,10 @@ def test_masks_go_to_the_original():
         close.assert_bitwise(a, b)
 
 
+@pytest.mark.parametrize("config, frames", [({}, 3), ({"patch_size_t": 2}, 6)], ids=["1.0", "1.5"])
 @torch.no_grad()
-def test_autocast():
-    model, given = cogvideox.cogvideox(**ROTARY), cogvideox.inputs()
+def test_autocast(config, frames):
+    model, given = cogvideox.cogvideox(**ROTARY, **config), cogvideox.inputs(frames=frames)
     with no_rounding():
         truth = call_model(exact(model), {k: v.double() if k.endswith("states") else v for k, v in given.items()})
     with torch.autocast("cpu", torch.bfloat16):

@@ -30,7 +30,7 @@ def block_forward(
 ) -> tuple[Tensor, Tensor]:
     text = encoder_hidden_states.shape[1]
     (shift, scale, gate), (c_shift, c_scale, c_gate) = tables(self.norm1, temb)
-    precision = law(self, hidden_states, gate)
+    precision = law(self, hidden_states, gate, self.norm1.norm.weight)
     first, second = norm(self.norm1, precision), norm(self.norm2, precision)
 
     a, c = self.attn1(
@@ -153,7 +153,7 @@ register(
 
 def output_norm_forward(self, x: Tensor, timestep: Tensor | None = None, temb: Tensor | None = None) -> Tensor:
     shift, scale = self.linear(self.silu(temb)).chunk(2, dim=1)
-    return ops.norm_modulate(x, shift=shift, scale=scale, **norm(self, law(self, x, scale)))
+    return ops.norm_modulate(x, shift=shift, scale=scale, **norm(self, law(self, x, scale, self.norm.weight)))
 
 
 output_norm_forward.__name__ = "forward"

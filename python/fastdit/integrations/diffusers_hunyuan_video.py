@@ -6,6 +6,7 @@ where the original cuts the tokens in two and joins them again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def two_rows(temb: Tensor, first: Tensor) -> Tensor:
 
 
 def row_index(x: Tensor, num_tokens: int) -> Tensor:
-    """The row of such a table for each token of x (B, N, C): the first num_tokens are the first frame's. (B, N) int32."""
+    """The row (B, N) of such a table for each token of x (B, N, C), whose first num_tokens are the first frame's."""
     row = torch.arange(x.shape[0], device=x.device, dtype=torch.int32) * 2
     return row[:, None] + (torch.arange(x.shape[1], device=x.device) < num_tokens)
 
@@ -95,6 +96,7 @@ def dual(
     mask: Tensor | None,
     rotary: Rotary,
 ) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()  # the first block's come transposed from an eager patch embedding
     text = adaln_zero(block.norm1_context, temb)
     precision = law(block, x, text.gate1)
     x_output, context_output = block.attn(
@@ -113,7 +115,7 @@ DUAL = ("norm1", "norm1_context", "attn", "norm2", "ff", "norm2_context", "ff_co
 START = ("hidden_states", "encoder_hidden_states", "temb", "attention_mask")
 ANY = ("args", "kwargs")
 FIRST_FRAME = ("token_replace_emb", "num_tokens")
-DUALS = {
+DUALS: dict[tuple[str, ...], Callable] = {
     (*START, "freqs_cis", *ANY): dual_forward,
     (*START, "image_rotary_emb", *ANY): image_dual_forward,
     (*START, "freqs_cis", *FIRST_FRAME): token_replace_dual_forward,
@@ -208,7 +210,7 @@ def single(
 
 
 SINGLE = ("norm", "proj_mlp", "act_mlp", "proj_out", "attn")
-SINGLES = {
+SINGLES: dict[tuple[str, ...], Callable] = {
     (*START, "image_rotary_emb", *ANY): single_forward,
     (*START, "image_rotary_emb", *FIRST_FRAME): token_replace_single_forward,
 }
@@ -243,7 +245,7 @@ register(
 
 def refiner_forward(self, hidden_states: Tensor, temb: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     gate1, gate2 = self.norm_out.linear(self.norm_out.nonlinearity(temb)).chunk(2, dim=1)
-    precision = law(self, hidden_states, gate1)
+    precision = law(self, hidden_states, gate1, self.norm1.weight)
     first, second = ({"weight": n.weight, "bias": n.bias, "eps": n.eps} for n in (self.norm1, self.norm2))
     h = ops.norm_modulate(hidden_states, **first, precision=precision)
     attn_output = self.attn(hidden_states=h, encoder_hidden_states=None, attention_mask=attention_mask)

@@ -1,4 +1,4 @@
-"""diffusers' HunyuanVideo (also token-replace and Framepack), HunyuanVideo-1.5, and HunyuanImage, which shares blocks."""
+"""diffusers' HunyuanVideo, its token-replace and Framepack variants, HunyuanVideo-1.5 and HunyuanImage."""
 
 from __future__ import annotations
 
@@ -173,4 +173,65 @@ MODELS = (
         lambda: image_inputs(glyphs=True),
         IMAGE,
     ),
+)
+
+
+def block(
+    name: str,
+    kind: str,
+    build: Any,
+    *,
+    heads: int = 24,
+    grid: tuple[int, int, int] = (2, 32, 32),
+    text: int = 256,
+    valid: int = 60,
+    whole_mask: bool = True,
+) -> Whole:
+    """One block of `kind` (the model's list of them) over one video and `valid` of `text` tokens."""
+    width, tokens = 128 * heads, math.prod(grid)
+    size = dict(num_attention_heads=heads, attention_head_dim=128, num_refiner_layers=0, mlp_ratio=4.0,
+                rope_axes_dim=(16, 56, 56))  # fmt: skip
+
+    def run(dtype: torch.dtype, device: str) -> Run:
+        x, context = (randn(1, n, width, seed=n).to(device, dtype) for n in (tokens, text))
+        temb, first = (randn(1, width, seed=s).to(device, dtype) for s in (1, 2))
+        there = mask(valid, of=text).bool()
+        keys = (
+            torch.cat([torch.ones(1, tokens, dtype=torch.bool), there], dim=1)[:, None, None] if whole_mask else there
+        )
+
+        def call(model: Any) -> Tensor:
+            rope = model.rope(
+                x.new_empty(1, 1, grid[0], grid[1] * model.rope.patch_size, grid[2] * model.rope.patch_size)
+            )
+            with torch.no_grad():
+                out = getattr(model, kind)[0](x, context, temb, keys.to(device), rope, first, math.prod(grid[1:]))
+            return torch.cat([out[0], out[1][:, :valid]], dim=1)  # padded text differs, and reaches nothing
+
+        return call
+
+    return Whole(
+        name, f"1x{tokens}x{width}, one block, {valid} of {text} text tokens",
+        lambda: build(**size, num_layers=int(kind == "transformer_blocks")), run,
+        compile=lambda model: getattr(model, kind)[0].compile(dynamic=False),
+    )  # fmt: skip
+
+
+def dual_only(**config) -> nn.Module:
+    return hunyuan(**config, num_single_layers=0)
+
+
+def single_only(**config) -> nn.Module:
+    return hunyuan(**config, num_single_layers=1)
+
+
+ROWS = (
+    block("HunyuanVideo dual block", "transformer_blocks", dual_only),
+    block("HunyuanVideo single block", "single_transformer_blocks", single_only),
+    block(
+        "HunyuanVideo dual block, token replace",
+        "transformer_blocks",
+        lambda **config: dual_only(**config, image_condition_type="token_replace"),
+    ),
+    block("HunyuanVideo-1.5 block", "transformer_blocks", hunyuan15, heads=16, text=1985, valid=300, whole_mask=False),
 )
