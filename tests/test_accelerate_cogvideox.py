@@ -80,12 +80,13 @@ def test_what_stays():
 
 
 @torch.no_grad()
+@torch._dynamo.config.patch(error_on_recompile=True)
 def test_compiled_block():
     model = cogvideox.cogvideox(**ROTARY)
     fastdit.accelerate(model)
     block = model.transformer_blocks[0]
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
-    for grid, text in (((2, 3, 5), 7), ((3, 4, 6), 11)):
+    compiled = torch.compile(block, fullgraph=True, backend="eager", dynamic=True)
+    for grid, text in (((3, 4, 5), 7), ((4, 5, 6), 11)):
         x, context, temb = randn(2, grid[0] * grid[1] * grid[2], 96), randn(2, text, 96), randn(2, 20)
         rope = cogvideox.rotary(grid, 32)
         for a, b in zip(compiled(x, context, temb, rope), block(x, context, temb, rope), strict=True):

@@ -108,11 +108,12 @@ def test_what_stays():
 
 
 @torch.no_grad()
+@torch._dynamo.config.patch(error_on_recompile=True)
 def test_compiled_blocks():
     model = zoo.hunyuan(image_condition_type="token_replace", num_layers=1, num_single_layers=1)
     fastdit.accelerate(model)
     for block in (model.transformer_blocks[0], model.single_transformer_blocks[0]):
-        compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+        compiled = torch.compile(block, fullgraph=True, backend="eager", dynamic=True)
         for grid, text in (((2, 3, 5), 7), ((3, 4, 6), 11)):
             frame = grid[1] * grid[2]
             x, context, temb, first = randn(2, grid[0] * frame, C), randn(2, text, C), randn(2, C), randn(2, C, seed=2)

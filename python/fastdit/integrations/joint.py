@@ -50,7 +50,8 @@ def normed(stream: Stream) -> tuple[Tensor, Tensor]:
         plain.update(rope_start=stream.start, rope_len=stream.cos.shape[stream.cos.ndim == 4])
     if norm_q is None:
         return ops.qk_norm_rope(stream.q, stream.k, **plain)
-    rounds = not isinstance(norm_q, nn.RMSNorm) and norm_q.weight is not None and norm_q.weight.dtype == stream.q.dtype
+    eager = isinstance(norm_q, nn.LayerNorm) or is_diffusers_rms(norm_q)
+    rounds = eager and norm_q.weight is not None and norm_q.weight.dtype == stream.q.dtype
     return ops.qk_norm_rope(
         stream.q,
         stream.k,
@@ -60,7 +61,7 @@ def normed(stream: Stream) -> tuple[Tensor, Tensor]:
         k_bias=getattr(norm_k, "bias", None),
         norm="layer" if isinstance(norm_q, nn.LayerNorm) else "rms",
         eps=norm_q.eps,
-        precision="native" if rounds else "fp32",  # torch's RMSNorm rounds once, diffusers' before its weight too
+        precision="native" if rounds else "fp32",  # torch's and Mochi's round once, diffusers' before its weight too
         **plain,
     )
 
