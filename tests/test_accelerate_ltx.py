@@ -6,7 +6,7 @@ from torch import nn
 
 import fastdit
 from fastdit.integrations.diffusers_processor import Processor
-from fastdit.integrations.padding import valid_first
+from fastdit.integrations.masks import valid_first
 from fastdit.testing import close
 from fastdit.testing.exact import exact
 from fastdit.testing.zoo import ltx
@@ -26,9 +26,10 @@ def forbidden(*args, **kwargs):
 
 def test_valid_first():
     states, mask = torch.arange(12.0).view(3, 4, 1), torch.tensor([[0, 1, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
-    moved, lengths = valid_first(states, mask)
+    lengths, moved, keys = valid_first(mask, states, states[..., None].expand(3, 4, 2, 5))
     assert moved[..., 0].tolist() == [[1, 3, 0, 2], [4, 5, 6, 7], [8, 9, 10, 11]]
-    assert lengths.tolist() == [2, 2, 4] and lengths.dtype is torch.int32
+    assert torch.equal(keys[:, :, 1, 2], moved[..., 0])
+    assert lengths.tolist() == [2, 2, 0] and lengths.dtype is torch.int32
 
 
 @torch.no_grad()

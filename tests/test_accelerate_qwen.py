@@ -8,7 +8,6 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdit
-from fastdit.integrations.joint import valid_keys_first
 from fastdit.testing import close
 from fastdit.testing.exact import exact, no_rounding
 from fastdit.testing.zoo import cast_tree, qwen, randn
@@ -35,14 +34,6 @@ def test_head_width(dtype):
     before = run(model, dtype)
     fastdit.accelerate(model)
     close.assert_close(run(model, dtype), truth, before)
-
-
-def test_valid_keys_first():
-    mask = torch.tensor([[0, 1, 0, 1], [1, 1, 1, 0], [0, 0, 0, 0]])
-    k = torch.arange(12.0).view(3, 4, 1, 1).expand(3, 4, 2, 5)
-    moved, _, lengths = valid_keys_first(mask, k, k)
-    assert lengths.tolist() == [2, 3, 0] and lengths.dtype == torch.int32
-    assert moved[:, :, 1, 2].tolist() == [[1, 3, 0, 2], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
 @torch.no_grad()

@@ -55,12 +55,7 @@ def accelerate(
         for name, module in root.named_modules():
             if module in driven:
                 continue
-            matching = [kind for kind in KINDS if kind.match(module)]  # before any of them patches it
-            serving = [kind for kind in matching if kind.part and kind.refuse(module) is None]
-            for kind in matching:
-                if kind.part and serving and kind not in serving:
-                    continue  # attentions alike but for their processors: one kind knows it
-                unknown = kind.refuse(module)
+            for kind, unknown in candidates(module):
                 if kind.block:
                     inside[name] = unknown is None
                 patches = list(kind.patches(module)) if unknown is None else []
@@ -81,6 +76,13 @@ def accelerate(
                 row.unit = kind.unit
     left = left_rows(roots, covered)
     return Report(roots, [*rows.values(), *left], {"ops": allowed, "precision": precision, "exclude": patterns})
+
+
+def candidates(module: nn.Module) -> list[tuple[Kind, str | None]]:
+    """The kinds that a module may be of, and what speaks against each. What one kind of part takes is no other's."""
+    found = [(kind, kind.refuse(module)) for kind in KINDS if kind.match(module)]
+    taken = any(kind.part and why is None for kind, why in found)
+    return [(kind, why) for kind, why in found if why is None or not (taken and kind.part)]
 
 
 def restore(model: object) -> None:

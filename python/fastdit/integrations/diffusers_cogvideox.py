@@ -5,16 +5,17 @@ Video and text are two streams with rows of their own in one modulation table; t
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdit import ops
+from fastdit.integrations.diffusers_flux_attention import pairs
 from fastdit.integrations.diffusers_processor import Processor, shared
+from fastdit.integrations.joint import Stream, joint_attention, projections, refuse_qk_norms, rotation_passes
 from fastdit.integrations.registry import Kind, register
-from fastdit.integrations.structure import has, itemsize, law, unknown
+from fastdit.integrations.structure import has, itemsize, law, parameters, unknown
 
 # The block --------------------------------------------------------------------------------------------------------
 
@@ -29,7 +30,7 @@ def block_forward(
 ) -> tuple[Tensor, Tensor]:
     text = encoder_hidden_states.shape[1]
     (shift, scale, gate), (c_shift, c_scale, c_gate) = tables(self.norm1, temb)
-    precision = law(self, hidden_states, gate)
+    precision = law(self, hidden_states, gate, self.norm1.norm.weight)
     first, second = norm(self.norm1, precision), norm(self.norm2, precision)
 
     a, c = self.attn1(
@@ -67,8 +68,7 @@ SIGNATURE = ["hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb
 def matches_block(module: Any) -> bool:
     if not has(module, *BLOCK) or not all(has(m, "silu", "linear", "norm") for m in (module.norm1, module.norm2)):
         return False
-    parameters = list(inspect.signature(type(module).forward).parameters)[1:]
-    return parameters in (SIGNATURE, [*SIGNATURE, "attention_kwargs"])
+    return parameters(module) in (SIGNATURE, [*SIGNATURE, "attention_kwargs"])
 
 
 def refuse_block(block: Any) -> str | None:
@@ -118,41 +118,17 @@ class FastditCogVideoXAttnProcessor(Processor):
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         text = encoder_hidden_states.shape[1]
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        fused = attn.fused_projections
-        projected = attn.to_qkv(x).chunk(3, dim=-1) if fused else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
-        q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in projected)
-        q, k = normed(q, k, attn.norm_q, attn.norm_k, image_rotary_emb, text)
-        o = attn.to_out[1](attn.to_out[0](ops.attention(q, k, v).flatten(2)))
+        cos, sin = (None, None) if image_rotary_emb is None else pairs(*image_rotary_emb)
+        both = Stream(*projections(attn, x), attn.norm_q, attn.norm_k, cos, sin, start=text)
+        o = attn.to_out[1](attn.to_out[0](joint_attention(both)[0]))
         return o[:, text:], o[:, :text]
-
-
-def normed(
-    q: Tensor, k: Tensor, norm_q: Any, norm_k: Any, rotary: tuple[Tensor, Tensor] | None, text: int
-) -> tuple[Tensor, Tensor]:
-    """LayerNorm over each head, then RoPE of the tokens behind the text, in one pass; rounds as eager modules do."""
-    cos, sin = (None, None) if rotary is None else (t.to(q.device, torch.float32) for t in rotary)
-    affine = dict(q_weight=norm_q.weight, k_weight=norm_k.weight, q_bias=norm_q.bias, k_bias=norm_k.bias)
-    same = all(w is None or w.dtype == q.dtype for w in affine.values())
-    return ops.qk_norm_rope(
-        q,
-        k,
-        **affine,
-        norm="layer",
-        eps=norm_q.eps,
-        cos=None if cos is None else cos[..., 0::2],  # each value stands twice
-        sin=None if sin is None else sin[..., 0::2],
-        rope_start=0 if cos is None else text,
-        precision="native" if same else "fp32",
-    )
 
 
 PROCESSORS = ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0")
 
 
 def refuse_attention(attn: Any) -> str | None:
-    if any(type(norm) is not nn.LayerNorm for norm in (attn.norm_q, attn.norm_k)) or attn.norm_q.eps != attn.norm_k.eps:
-        return "its norms are not nn.LayerNorm with one eps"
-    return "it is a cross-attention" if attn.is_cross_attention else None
+    return "it is a cross-attention" if attn.is_cross_attention else refuse_qk_norms(attn.norm_q, attn.norm_k)
 
 
 register(
@@ -165,9 +141,8 @@ register(
         ),
         refuse=refuse_attention,
         patches=lambda attn: [(attn, "processor", shared(FastditCogVideoXAttnProcessor))],
-        absorbs=lambda attn: [attn.norm_q, attn.norm_k],
-        # q and k, with RoPE in fp32: norm 2, pairs 3, casts 6, products 8, sum 6, cast 3, into the slice 2; fused 2
-        saving=lambda attn: 2 * 28 * attn.inner_dim * itemsize(attn),
+        absorbs=lambda attn: [norm for norm in (attn.norm_q, attn.norm_k) if norm is not None],
+        saving=lambda attn: rotation_passes(itemsize(attn)) * attn.inner_dim * itemsize(attn),
         part=True,
     )
 )
@@ -178,7 +153,7 @@ register(
 
 def output_norm_forward(self, x: Tensor, timestep: Tensor | None = None, temb: Tensor | None = None) -> Tensor:
     shift, scale = self.linear(self.silu(temb)).chunk(2, dim=1)
-    return ops.norm_modulate(x, shift=shift, scale=scale, **norm(self, law(self, x, scale)))
+    return ops.norm_modulate(x, shift=shift, scale=scale, **norm(self, law(self, x, scale, self.norm.weight)))
 
 
 output_norm_forward.__name__ = "forward"

@@ -106,7 +106,7 @@ register(
 class FastditAttnProcessor(Processor):
     """AttnProcessor2_0 with `fastdit.ops.attention`; what that does not cover goes to the original.
 
-    attention_mask: None, a bias (the original's), or key lengths (`padding.valid_first`).
+    attention_mask: None, a bias (the original's), or key lengths (padding.py).
     """
 
     def __init__(self):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fastdit import ops
 from fastdit.integrations.diffusers_processor import Processor, refuse_choice, shared
-from fastdit.integrations.joint import refuse_plain_norms, valid_first
+from fastdit.integrations.joint import refuse_plain_norms
+from fastdit.integrations.masks import valid_first
 from fastdit.integrations.registry import RECORD, Kind, register
 from fastdit.integrations.structure import has, itemsize, parameters, unknown
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import ops
+from fastdit.integrations.masks import valid_first
 from fastdit.integrations.structure import unknown
 
 # Attention ---------------------------------------------------------------------------------------------------------
@@ -25,7 +26,8 @@ from fastdit.integrations.structure import unknown
 class Stream(NamedTuple):
     """Queries, keys and values of one stream, (B, N, H, D), what normalises them and its rows of the rotary table.
 
-    cos, sin: fp32, (N, R/2) or (B, N, 1, R/2), one value per pair of channels; None: this stream does not rotate.
+    cos, sin: fp32, (n, R/2), (n, H, R/2) or (B, n, 1, R/2), one value per pair of channels, for the n <= N tokens from
+    `start` on; None: this stream does not rotate.
     """
 
     q: Tensor
@@ -36,6 +38,7 @@ class Stream(NamedTuple):
     cos: Tensor | None = None
     sin: Tensor | None = None
     layout: str = "interleaved"
+    start: int = 0
 
 
 def normed(stream: Stream) -> tuple[Tensor, Tensor]:
@@ -44,9 +47,12 @@ def normed(stream: Stream) -> tuple[Tensor, Tensor]:
     if norm_q is None and stream.cos is None:
         return stream.q, stream.k
     plain: dict[str, Any] = dict(cos=stream.cos, sin=stream.sin, layout=stream.layout)
+    if stream.cos is not None:
+        plain.update(rope_start=stream.start, rope_len=stream.cos.shape[stream.cos.ndim == 4])
     if norm_q is None:
         return ops.qk_norm_rope(stream.q, stream.k, **plain)
-    rounds = not isinstance(norm_q, nn.RMSNorm) and norm_q.weight is not None and norm_q.weight.dtype == stream.q.dtype
+    eager = isinstance(norm_q, nn.LayerNorm) or is_diffusers_rms(norm_q)
+    rounds = eager and norm_q.weight is not None and norm_q.weight.dtype == stream.q.dtype
     return ops.qk_norm_rope(
         stream.q,
         stream.k,
@@ -56,46 +62,43 @@ def normed(stream: Stream) -> tuple[Tensor, Tensor]:
         k_bias=getattr(norm_k, "bias", None),
         norm="layer" if isinstance(norm_q, nn.LayerNorm) else "rms",
         eps=norm_q.eps,
-        precision="native" if rounds else "fp32",  # torch's RMSNorm rounds once, diffusers' before its weight too
+        precision="native" if rounds else "fp32",  # torch's and Mochi's round once, diffusers' before its weight too
         **plain,
     )
 
 
 def joint_attention(
-    *streams: Stream, kv_len: Tensor | None = None, key_mask: Tensor | None = None, attn_mask: Tensor | None = None
+    *streams: Stream,
+    kv_len: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    valid: Tensor | None = None,
+    attn_mask: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Attention of all streams over all of them: the output of each, (B, N, H * D).
 
     kv_len (B,), int32: valid keys of the joint sequence, which has its padding last.
-    key_mask (B, N): the keys of the last stream that are seen, in any pattern.
+    key_mask (B, N): the keys of the last stream that are seen, in any pattern; valid: of the joint sequence.
     attn_mask: any other mask or bias, as diffusers takes it; diffusers' attention serves it.
     """
     q, k = (list(parts) for parts in zip(*(normed(stream) for stream in streams), strict=True))
     v = [stream.v for stream in streams]
     if key_mask is not None:
-        k[-1], v[-1], lengths = valid_keys_first(key_mask, k[-1], v[-1])
+        lengths, k[-1], v[-1] = valid_first(key_mask, k[-1], v[-1])
         kv_len = lengths + sum(part.shape[1] for part in k[:-1])
+    keys, values = joined(k), joined(v)
+    if valid is not None:
+        kv_len, keys, values = valid_first(valid, keys, values)
     if attn_mask is None:
-        o = ops.attention(joined(q), joined(k), joined(v), kv_len=kv_len)
+        o = ops.attention(joined(q), keys, values, kv_len=kv_len)
     else:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-        o = dispatch_attention_fn(joined(q), joined(k), joined(v), attn_mask=attn_mask)
+        o = dispatch_attention_fn(joined(q), keys, values, attn_mask=attn_mask)
     return o.flatten(2).split([part.shape[1] for part in q], dim=1)
 
 
 def joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def valid_keys_first(mask: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values (B, N, H, D) with those that a mask (B, N) of any pattern lets through in front, and their count.
-
-    Returns (k, v, lengths (B,) int32). The softmax does not see the order of its keys; no host sync.
-    """
-    hidden = mask.bool().logical_not()
-    order = hidden.to(torch.uint8).argsort(dim=1, stable=True)[..., None, None].expand(k.shape)
-    return k.gather(1, order), v.gather(1, order), hidden.logical_not().sum(1, dtype=torch.int32)
 
 
 def projections(

@@ -14,20 +14,9 @@ import torch
 from torch import Tensor
 
 from fastdit.integrations.diffusers_processor import Processor
+from fastdit.integrations.masks import valid_first
 from fastdit.integrations.registry import Kind, register
 from fastdit.integrations.structure import has, unknown
-
-
-def valid_first(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, L, C) and a 0/1 mask (B, L) -> the same rows, valid ones first, and their number (B,) int32.
-
-    A sample without any valid token keeps all of them: a constant bias changes no softmax.
-    """
-    valid = mask.bool()
-    order = valid.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-    count = valid.sum(1, dtype=torch.int32)
-    lengths = torch.where(count == 0, mask.shape[1], count).to(torch.int32)
-    return states.gather(1, order.unsqueeze(-1).expand_as(states)), lengths
 
 
 def is_mask(mask: Tensor, states: Tensor) -> bool:
@@ -36,7 +25,7 @@ def is_mask(mask: Tensor, states: Tensor) -> bool:
 
 
 def is_lengths(mask: Any) -> bool:
-    """Did `valid_first` make what an attention is given as its mask?"""
+    """Did `model_forward` make what an attention is given as its mask?"""
     return isinstance(mask, Tensor) and mask.ndim == 1 and mask.dtype == torch.int32
 
 
@@ -53,7 +42,8 @@ def model_forward(self, *args, **kwargs):
         tokens, bits = kwargs.get(states), kwargs.get(mask)
         if tokens is not None and bits is not None and is_mask(bits, tokens):
             if all(isinstance(getattr(block, attention).processor, Processor) for block in self.transformer_blocks):
-                kwargs[states], kwargs[mask] = valid_first(tokens, bits)
+                lengths, kwargs[states] = valid_first(bits, tokens)
+                kwargs[mask] = torch.where(lengths == 0, bits.shape[1], lengths)  # a constant bias changes no softmax
     return type(self).forward(self, *args, **kwargs)
 
 

@@ -29,9 +29,13 @@ def unknown(module: Any, *known: str) -> str | None:
     return None
 
 
-def law(module: Any, x: Tensor, table: Tensor) -> str:
-    """The rounding law of modulation. Under autocast x is wider than its tables; promotion makes the math fp32."""
-    return getattr(module, RECORD).precision if x.dtype == table.dtype else "fp32"
+def law(module: Any, x: Tensor, *tables: Tensor | None) -> str:
+    """The rounding law of modulation with these tables and norm weights.
+
+    Under autocast x and its tables, or the norm's weights, differ in dtype; promotion makes the math fp32.
+    """
+    same = all(table is None or table.dtype == x.dtype for table in tables)
+    return getattr(module, RECORD).precision if same else "fp32"
 
 
 def itemsize(module: Any) -> int:

@@ -15,6 +15,11 @@ class _Exact(nn.LayerNorm):
         return nn.functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
+def _mochi_rope(freqs: torch.Tensor, pos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = torch.einsum("nd,dhf->nhf", pos.to(freqs.dtype), freqs)
+    return angles.cos(), angles.sin()
+
+
 def exact(model: Any) -> Any:
     """A copy of the model in fp64; call it under `no_rounding()`."""
     double = copy.deepcopy(model).double()
@@ -23,6 +28,8 @@ def exact(model: Any) -> Any:
             module.__class__ = _Exact
         if isinstance(module, nn.Upsample):  # Wan's rounds to fp32
             module.__class__ = nn.Upsample
+        if type(module).__name__ == "MochiRoPE":  # its positions stay in fp32
+            module._create_rope = _mochi_rope
     return double
 
 
