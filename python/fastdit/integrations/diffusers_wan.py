@@ -97,8 +97,8 @@ class FastditWanAttnProcessor(Processor):
             split = encoder_hidden_states.shape[1] - TEXT_TOKENS
             image, encoder_hidden_states = encoder_hidden_states[:, :split], encoder_hidden_states[:, split:]
         q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in projections(attn, hidden_states, encoder_hidden_states))
-        cos, sin = (None, None) if rotary_emb is None else (rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2])
-        q, k = normed(q, k, attn.norm_q, attn.norm_k, cos, sin)
+        rope = {} if rotary_emb is None else dict(cos=rotary_emb[0][..., 0::2], sin=rotary_emb[1][..., 1::2])
+        q, k = normed(q, k, attn.norm_q, attn.norm_k, **rope)
         o = ops.attention(q, k, v).flatten(2)
         if image is not None:
             k, v = (t.unflatten(-1, (attn.heads, -1)) for t in image_projections(attn, image))
@@ -122,24 +122,21 @@ def image_projections(attn: Any, image: Tensor) -> tuple[Tensor, ...]:
     return attn.add_k_proj(image), attn.add_v_proj(image)
 
 
-def normed(
-    q: Tensor, k: Tensor, norm_q: Any, norm_k: Any, cos: Tensor | None = None, sin: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def normed(q: Tensor, k: Tensor, norm_q: Any, norm_k: Any, **rope) -> tuple[Tensor, Tensor]:
     """RMSNorm over all heads, then RoPE, in one pass; rounds between the two as the eager modules do."""
-    q_weight, k_weight = None if norm_q is None else norm_q.weight, norm_k.weight
-    eps = torch.finfo(q.dtype).eps if norm_k.eps is None else norm_k.eps
+    q_weight, k_weight = (None if norm is None else norm.weight for norm in (norm_q, norm_k))
+    eps = torch.finfo(q.dtype).eps if norm_k is None or norm_k.eps is None else norm_k.eps
     same = all(w is None or w.dtype == q.dtype for w in (q_weight, k_weight))
     return ops.qk_norm_rope(
         q,
         k,
         q_weight=q_weight,
         k_weight=k_weight,
-        norm="rms",
+        norm=None if norm_k is None else "rms",
         scope="hidden",
         eps=eps,
-        cos=cos,
-        sin=sin,
         precision="native" if same else "fp32",
+        **rope,
     )
 
 
