@@ -1,20 +1,19 @@
-"""diffusers' WanTransformer3DModel (Wan 2.1, 2.2): the block, its two attentions, the patch embedding.
-
-Modulation is the fp32 law: table + temb stay in fp32 beside bf16 tokens, whatever the dtype of the model.
-"""
+"""diffusers' WanTransformer3DModel (Wan 2.1, 2.2): the block, its two attentions, the patch embedding."""
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdit import ops
+from fastdit.integrations import wan_block
 from fastdit.integrations.diffusers_processor import Processor, refuse_choice, shared
-from fastdit.integrations.registry import RECORD, Kind, register
-from fastdit.integrations.structure import has, itemsize, unknown
+from fastdit.integrations.registry import Kind, register
+from fastdit.integrations.structure import has, itemsize, parameters, unknown
+from fastdit.integrations.wan_block import Rows
 
 TEXT_TOKENS = 512  # the tokens before them in the context are the image's (I2V)
 
@@ -22,81 +21,54 @@ TEXT_TOKENS = 512  # the tokens before them in the context are the image's (I2V)
 
 
 def block_forward(
-    self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: tuple[Tensor, Tensor]
+    self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor | Rows, rotary_emb: tuple[Tensor, Tensor]
 ) -> Tensor:
-    precision = getattr(self, RECORD).precision
-    tables = self.scale_shift_table + temb.float()  # (B, 6, C), or (B, N, 6, C) with a timestep per token
-    shift, scale, gate, c_shift, c_scale, c_gate = tables.unbind(dim=-2)
-    norm1, norm2, norm3 = self.norm1, self.norm2, self.norm3
-
-    h = ops.norm_modulate(hidden_states, shift=shift, scale=scale, eps=norm1.eps, precision=precision)
-    attn_output = self.attn1(h, None, None, rotary_emb)
-    if isinstance(norm2, nn.Identity):
-        x = h = ops.gate_residual(hidden_states, attn_output, gate, precision=precision)
-    else:
-        x, h = ops.gate_residual_norm_modulate(
-            hidden_states,
-            attn_output,
-            gate,
-            weight=norm2.weight,
-            bias=norm2.bias,
-            eps=norm2.eps,
-            precision=precision,
-        )
-    x, h = ops.gate_residual_norm_modulate(
-        x,
-        self.attn2(h, encoder_hidden_states, None, None),
-        shift=c_shift,
-        scale=c_scale,
-        eps=norm3.eps,
-        precision=precision,
+    tables, index = wan_block.six(self.scale_shift_table, temb)
+    return wan_block.run(
+        self,
+        hidden_states,
+        tables,
+        index,
+        (self.norm1, self.norm2, self.norm3),
+        lambda h: self.attn1(h, None, None, rotary_emb),
+        lambda h: self.attn2(h, encoder_hidden_states, None, None),
     )
-    return ops.gate_residual(x, self.ffn(h), c_gate, precision=precision)
 
 
 block_forward.__name__ = "forward"
 
-
 BLOCK = ("norm1", "attn1", "attn2", "norm2", "norm3", "ffn", "scale_shift_table")
 
 
-def matches_block(module: Any) -> bool:
+def is_block(module: Any, *taken: str) -> bool:
+    """A block with Wan's parts whose forward takes these parameters."""
     if not has(module, *BLOCK) or module.scale_shift_table.ndim != 3 or module.scale_shift_table.shape[1] != 6:
         return False
-    return list(inspect.signature(type(module).forward).parameters)[1:] == [
-        "hidden_states",
-        "encoder_hidden_states",
-        "temb",
-        "rotary_emb",
-    ]
+    return parameters(module) == list(taken)
 
 
-def refuse_block(block: Any) -> str | None:
-    for norm in (block.norm1, block.norm2, block.norm3):
-        plain = isinstance(norm, nn.LayerNorm) and (norm.weight is None) == (norm.bias is None)
-        if not plain and not (norm is block.norm2 and isinstance(norm, nn.Identity)):
-            return f"its norm is a {type(norm).__name__}, not a LayerNorm"
-    if block.norm1.elementwise_affine or block.norm3.elementwise_affine:
-        return "its modulated norms are affine"
-    return unknown(block, *BLOCK)
+def refuse_block(block: Any, *more: str) -> str | None:
+    """`more` are the children and settings that this kind of block has besides Wan's."""
+    return wan_block.refuse_norms(block.norm1, block.norm2, block.norm3) or unknown(block, *BLOCK, *more)
 
 
-register(
-    Kind(
-        name="Wan block",
-        ops=("norm_modulate", "gate_residual_norm_modulate", "gate_residual"),
-        match=matches_block,
-        refuse=refuse_block,
-        patches=lambda block: [(block, "forward", block_forward)],
-        absorbs=lambda block: [norm for norm in (block.norm1, block.norm2, block.norm3) if has(norm, "eps")],
-        # in units of (tokens, C) in the model's dtype; each of eager's fp32 passes reads and writes two of them:
-        # 2 modulated norms (cast 3, norm 4, scale 4, shift 4, cast 3), the affine norm (3, 4, 3), 2 gates (cast 3,
-        # product 4, sum 6, cast 3), the plain sum 3: 81; fused 2 + 4 + 4 + 3
-        saving=lambda block: 68 * block.scale_shift_table.shape[-1] * itemsize(block),
-        precision="fp32",
-        block=True,
+def register_block(name: str, forward: Callable, taken: tuple[str, ...], *more: str) -> None:
+    register(
+        Kind(
+            name=name,
+            ops=("norm_modulate", "gate_residual_norm_modulate", "gate_residual"),
+            match=lambda m: is_block(m, *taken),
+            refuse=lambda block: refuse_block(block, *more),
+            patches=lambda block: [(block, "forward", forward)],
+            absorbs=lambda block: [norm for norm in (block.norm1, block.norm2, block.norm3) if has(norm, "eps")],
+            saving=lambda block: wan_block.saving(block.scale_shift_table.shape[-1], itemsize(block)),
+            precision="fp32",
+            block=True,
+        )
     )
-)
+
+
+register_block("Wan block", block_forward, ("hidden_states", "encoder_hidden_states", "temb", "rotary_emb"))
 
 
 # Attention --------------------------------------------------------------------------------------------------------
@@ -125,8 +97,8 @@ class FastditWanAttnProcessor(Processor):
             split = encoder_hidden_states.shape[1] - TEXT_TOKENS
             image, encoder_hidden_states = encoder_hidden_states[:, :split], encoder_hidden_states[:, split:]
         q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in projections(attn, hidden_states, encoder_hidden_states))
-        cos, sin = (None, None) if rotary_emb is None else (rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2])
-        q, k = normed(q, k, attn.norm_q, attn.norm_k, cos, sin)
+        rope = {} if rotary_emb is None else dict(cos=rotary_emb[0][..., 0::2], sin=rotary_emb[1][..., 1::2])
+        q, k = normed(q, k, attn.norm_q, attn.norm_k, **rope)
         o = ops.attention(q, k, v).flatten(2)
         if image is not None:
             k, v = (t.unflatten(-1, (attn.heads, -1)) for t in image_projections(attn, image))
@@ -150,24 +122,21 @@ def image_projections(attn: Any, image: Tensor) -> tuple[Tensor, ...]:
     return attn.add_k_proj(image), attn.add_v_proj(image)
 
 
-def normed(
-    q: Tensor, k: Tensor, norm_q: Any, norm_k: Any, cos: Tensor | None = None, sin: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def normed(q: Tensor, k: Tensor, norm_q: Any, norm_k: Any, **rope) -> tuple[Tensor, Tensor]:
     """RMSNorm over all heads, then RoPE, in one pass; rounds between the two as the eager modules do."""
-    q_weight, k_weight = None if norm_q is None else norm_q.weight, norm_k.weight
-    eps = torch.finfo(q.dtype).eps if norm_k.eps is None else norm_k.eps
+    q_weight, k_weight = (None if norm is None else norm.weight for norm in (norm_q, norm_k))
+    eps = torch.finfo(q.dtype).eps if norm_k is None or norm_k.eps is None else norm_k.eps
     same = all(w is None or w.dtype == q.dtype for w in (q_weight, k_weight))
     return ops.qk_norm_rope(
         q,
         k,
         q_weight=q_weight,
         k_weight=k_weight,
-        norm="rms",
+        norm=None if norm_k is None else "rms",
         scope="hidden",
         eps=eps,
-        cos=cos,
-        sin=sin,
         precision="native" if same else "fp32",
+        **rope,
     )
 
 
@@ -214,10 +183,9 @@ def patch_conv_forward(self, input: Tensor) -> Tensor:
 patch_conv_forward.__name__ = "forward"
 
 
-def refuse_patch_embedding(model: Any) -> str | None:
-    conv = model.patch_embedding
-    plain = type(conv) is nn.Conv3d and conv.padding == (0, 0, 0) and conv.dilation == (1, 1, 1) and conv.groups == 1
-    return None if plain and conv.kernel_size == conv.stride else "its convolution is not a plain nn.Conv3d"
+def is_patch_conv(module: Any) -> bool:
+    plain = type(module) is nn.Conv3d and module.kernel_size == module.stride and module.groups == 1
+    return plain and module.padding == (0, 0, 0) and module.dilation == (1, 1, 1)
 
 
 register(
@@ -225,7 +193,8 @@ register(
         name="patch embedding (Conv3d, kernel = stride)",
         ops=("patch_embed3d",),
         match=lambda m: isinstance(getattr(m, "patch_embedding", None), nn.Conv3d),
-        refuse=refuse_patch_embedding,
-        patches=lambda model: [(model.patch_embedding, "forward", patch_conv_forward)],
+        refuse=lambda m: None if is_patch_conv(m.patch_embedding) else "its convolution is not a plain nn.Conv3d",
+        # beside it those of the model's other inputs: control (VACE), pose (Animate), history (Helios)
+        patches=lambda m: [(conv, "forward", patch_conv_forward) for conv in m.children() if is_patch_conv(conv)],
     )
 )

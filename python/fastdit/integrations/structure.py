@@ -17,11 +17,16 @@ def has(module: Any, *names: str) -> bool:
 def unknown(module: Any, *known: str) -> str | None:
     """The first child, parameter or buffer of the module, or own attribute that its forward reads, not among `known`.
 
-    What a fork adds to a block (an adapter, a second norm, a flag) is seen here, and the block is left as it is.
+    What a fork adds to a block (an adapter, a second norm, a flag) is seen here, and the block is left as it is; also
+    what a cache adds that replaces a class's forward and keeps its state in attributes of the class (TeaCache).
     """
     held = {*module._modules, *module._parameters, *module._buffers}
     read = inspect.unwrap(type(module).forward).__code__.co_names
-    settings = {name for name in module.__dict__ if not name.startswith("_") and name != "training"}
+    methods = (property, classmethod, staticmethod)
+    of_class = {
+        n for c in type(module).__mro__ for n, v in vars(c).items() if not (callable(v) or isinstance(v, methods))
+    }
+    settings = {name for name in {*module.__dict__, *of_class} if not name.startswith("_") and name != "training"}
     for name in sorted((held | settings.intersection(read)) - set(known)):
         if name in held and getattr(module, name) is None:
             continue
