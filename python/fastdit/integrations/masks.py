@@ -1,4 +1,4 @@
-"""Masks over keys as key lengths: a softmax does not see the order of its keys, so the valid ones may stand in front."""
+"""Masks over keys as key lengths: a softmax does not see the order of its keys, so valid ones may stand in front."""
 
 from __future__ import annotations
 
