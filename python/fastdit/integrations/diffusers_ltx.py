@@ -90,7 +90,8 @@ class FastditLTXAttnProcessor(Processor):
         if attention_mask is not None and not is_lengths(attention_mask):
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         q, k, v = queries_keys_values(attn, hidden_states, encoder_hidden_states)
-        q, k = normed(q, k, attn.norm_q, attn.norm_k, *pair_tables(image_rotary_emb, attn.heads))
+        cos, sin = pair_tables(image_rotary_emb, attn.heads)
+        q, k = normed(q, k, attn.norm_q, attn.norm_k, cos=cos, sin=sin)
         o = ops.attention(q, k, v, kv_len=attention_mask).flatten(2)
         return attn.to_out[1](attn.to_out[0](o))
 
