@@ -25,7 +25,7 @@ def asked():
 
 X = torch.zeros(4, 6)
 OTHERS = {
-    "shape": torch.zeros(6, 4),
+    "shape": torch.zeros(4, 6)[:2],
     "strides": torch.zeros(6, 4).t(),
     "dtype": torch.zeros(4, 6, dtype=torch.bfloat16),
     "device": torch.zeros(4, 6, device="meta"),

@@ -28,8 +28,9 @@ def kept(make: Callable[..., Made]) -> Callable[..., Made]:
     """Keeps what `make` returns, by the facts of its arguments; what it raises is raised anew.
 
     make may ask nothing else of a tensor and may return none; a global setting that it depends on is an argument, or
-    `forget` is called where that changes. Lists, symbolic sizes, fake tensors and subclasses are never kept, and under
-    torch.compile nothing is: make runs.
+    `forget` is called where that changes. A tuple holds plain values, never tensors; values that are equal (1 and 1.0)
+    are one fact, so make judges no types of numbers. Lists, symbolic sizes, fake tensors and subclasses are never kept,
+    and under torch.compile nothing is: make runs. None is not kept either.
     """
     found: dict[tuple, Made] = {}
     _all.append(found)

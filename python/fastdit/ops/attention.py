@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends._facts import kept
 from . import _check, attention_check as check
 from ._op import Op
 
@@ -176,21 +177,8 @@ def attention_varlen(
     return (o, lse) if return_lse else o
 
 
-def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, *, backend: str | None = None):
-    """Join two attentions of the same queries over disjoint keys: ring attention, or text and image keys apart.
-
-        lse = log(exp(lse1) + exp(lse2));   o = exp(lse1 - lse) * o1 + exp(lse2 - lse) * o2
-
-    Args:
-        o1, o2 (Tensor[B, N, H, D] or packed [N, H, D]); lse1, lse2 (Tensor[B, H, N] or [H, N]; f32, f64 for f64 o):
-            what `attention(..., return_lse=True)` gave.
-    Returns:
-        (o, lse), contiguous; two rows without keys give (0, -inf). Gradients for all four.
-    Raises:
-        ValueError: shapes, strides, devices.   TypeError: dtypes.   NoBackend: nothing can run it.
-    Cost:   3*B*N*H*D*itemsize bytes forward, 5 backward; memory-bound.
-    Source: arXiv 2310.01889 (ring attention).
-    """
+@kept
+def _check_merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> bool:
     op = "merge_attention"
     for what, o in (("o1", o1), ("o2", o2)):
         _check.floating(op, what, o)
@@ -223,4 +211,23 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, *, backe
                 f"{list(o1.shape)}; transpose it."
             )
         _check.same_device(op, what, lse, o1)
+    return True
+
+
+def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, *, backend: str | None = None):
+    """Join two attentions of the same queries over disjoint keys: ring attention, or text and image keys apart.
+
+        lse = log(exp(lse1) + exp(lse2));   o = exp(lse1 - lse) * o1 + exp(lse2 - lse) * o2
+
+    Args:
+        o1, o2 (Tensor[B, N, H, D] or packed [N, H, D]); lse1, lse2 (Tensor[B, H, N] or [H, N]; f32, f64 for f64 o):
+            what `attention(..., return_lse=True)` gave.
+    Returns:
+        (o, lse), contiguous; two rows without keys give (0, -inf). Gradients for all four.
+    Raises:
+        ValueError: shapes, strides, devices.   TypeError: dtypes.   NoBackend: nothing can run it.
+    Cost:   3*B*N*H*D*itemsize bytes forward, 5 backward; memory-bound.
+    Source: arXiv 2310.01889 (ring attention).
+    """
+    _check_merge(o1, lse1, o2, lse2)
     return _merge_attention(backend, o1, lse1, o2, lse2)

@@ -114,8 +114,8 @@ class Launch:
         try:
             pointers = [t if t is None else t.data_ptr() for t in tensors]
             kinds = tuple([t if t is None else t.dtype for t in tensors])
-            for p in pointers:
-                if p is not None and p & 15:
+            for p in filter(None, pointers):
+                if p & 15:
                     aligned = tuple([q is None or q & 15 == 0 for q in pointers])
                     break
         except AttributeError:  # a tensor descriptor has neither

@@ -1,0 +1,150 @@
+"""What the conv family checks before anything is written."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..backends._facts import kept
+from ..reference.conv import NORM_EPS, causal_padding, output_shape
+from . import _check
+
+_TIME_PADS = ("zeros", "first")
+_SPACE_PADS = ("zeros", "replicate", "reflect")
+_NORMS = (None, "channel_l2", "channel_rms")
+_ACTS = (None, "silu")
+_ALGOS = ("auto", "direct", "winograd")
+
+
+def video(op: str, what: str, x: Tensor) -> None:
+    _check.floating(op, what, x)
+    _check.rank(op, what, x, (5,), "(B, C, T, H, W)")
+
+
+def like_x(op: str, what: str, t: Tensor, x: Tensor) -> None:
+    _check.floating(op, what, t)
+    _check.same_device(op, what, t, x)
+    if t.dtype != x.dtype:
+        raise TypeError(
+            f"{op}: {what} must have x's dtype; got {_check.name(t.dtype)} beside {_check.name(x.dtype)}, "
+            f"expected {_check.name(x.dtype)}; cast it."
+        )
+
+
+def vector(op: str, what: str, t: Tensor, n: int, x: Tensor) -> None:
+    _check.floating(op, what, t)
+    if tuple(t.shape) != (n,):
+        raise ValueError(
+            f"{op}: {what} must be one value per channel; got {list(t.shape)}, expected [{n}]; flatten or slice it."
+        )
+    _check.channels_contiguous(op, what, t)
+    _check.same_device(op, what, t, x)
+
+
+def integers(op: str, what: str, value, count: int, least: int) -> tuple[int, ...]:
+    if isinstance(value, int) and count == 3:
+        value = (value,) * 3
+    if (
+        not isinstance(value, (tuple, list))
+        or len(value) != count
+        or not all(isinstance(v, int) and v >= least for v in value)
+    ):
+        one = "an int or " if count == 3 else ""
+        raise ValueError(
+            f"{op}: {what} is malformed; got {value!r}, expected {one}{count} ints of at least {least}; "
+            f"give them in the order {'(t, h, w)' if count == 3 else '(t0, t1, h0, h1, w0, w1)'}."
+        )
+    return tuple(value)
+
+
+def cache_frames(op: str, cache: Tensor, x: Tensor, most: int) -> None:
+    video(op, "cache", cache)
+    like_x(op, "cache", cache, x)
+    if cache.shape[:2] != x.shape[:2] or cache.shape[3:] != x.shape[3:]:
+        raise ValueError(
+            f"{op}: cache differs from x in more than T; got {list(cache.shape)} beside x {list(x.shape)}, "
+            f"expected [{x.shape[0]}, {x.shape[1]}, T_cache, {x.shape[3]}, {x.shape[4]}]; "
+            "it holds earlier input frames as they were passed."
+        )
+    if cache.shape[2] > most:
+        raise ValueError(
+            f"{op}: cache is longer than the padding before the first frame; got {cache.shape[2]} frames, "
+            f"expected at most t0 = {most}; keep the last ones, as next_cache(x, cache, {most + 1}) does."
+        )
+
+
+def geometry(op: str, x: Tensor, weight: Tensor, stride, dilation, padding, space_pad: str) -> tuple:
+    shape = output_shape(x.shape, weight.shape, stride, dilation, padding)
+    for axis, n, out, k, before, after, d in zip(
+        "THW", x.shape[2:], shape[2:], weight.shape[2:], padding[::2], padding[1::2], dilation, strict=True
+    ):
+        if n != 0 and out < 1:
+            raise ValueError(
+                f"{op}: the kernel does not fit into {axis}; got {n} + padding {before} + {after}, "
+                f"expected at least {d * (k - 1) + 1}; pad more or pass more."
+            )
+        if n == 0 and out != 0:
+            raise ValueError(
+                f"{op}: x is empty along {axis} and padding alone would make output there; got {list(x.shape)}, "
+                "expected at least one element; skip the call."
+            )
+        if axis != "T" and space_pad == "reflect" and n != 0 and max(before, after) >= n:
+            raise ValueError(
+                f"{op}: reflect padding needs more pixels than it adds; got padding {before}, {after} on {axis} = {n}, "
+                f"expected at most {n - 1}; use space_pad='replicate'."
+            )
+    return shape
+
+
+@kept
+def convolution(
+    op, x, weight, bias, cache, norm_weight, residual, strides, dilations, pads, time_pad, space_pad, norm, norm_eps,
+    act, algo,
+) -> tuple[tuple[int, ...], float]:  # fmt: skip
+    """Checks a call; what padding and norm_eps are where they are None."""
+    video(op, "x", x)
+    _check.floating(op, "weight", weight)
+    _check.rank(op, "weight", weight, (5,), "(Cout, C, k_t, k_h, k_w)")
+    _check.same_device(op, "weight", weight, x)
+    if weight.shape[1] != x.shape[1] or 0 in weight.shape:
+        raise ValueError(
+            f"{op}: weight does not match x; got {list(weight.shape)} beside x {list(x.shape)}, "
+            f"expected [Cout, {x.shape[1]}, k_t, k_h, k_w] without empty dims; grouped convolutions are not supported."
+        )
+    if bias is not None:
+        vector(op, "bias", bias, weight.shape[0], x)
+    pads = causal_padding(weight.shape[2:]) if pads is None else pads
+    _check.choice(op, "time_pad", time_pad, _TIME_PADS)
+    _check.choice(op, "space_pad", space_pad, _SPACE_PADS)
+    _check.choice(op, "norm", norm, _NORMS)
+    _check.choice(op, "act", act, _ACTS)
+    _check.choice(op, "algo", algo, _ALGOS)
+    if norm is None and (norm_weight is not None or norm_eps is not None):
+        raise ValueError(
+            f"{op}: norm_weight or norm_eps without norm; got norm=None, expected one of {_NORMS[1:]}; "
+            "set it or drop them."
+        )
+    if norm_weight is not None:
+        vector(op, "norm_weight", norm_weight, x.shape[1], x)
+    norm_eps = NORM_EPS[norm] if norm_eps is None else norm_eps
+    _check.epsilon(op, "norm_eps", norm_eps)
+    if algo == "winograd" and (weight.shape[3], strides[1], dilations[1]) != (3, 1, 1):
+        raise ValueError(
+            f"{op}: algo='winograd' works on 3 taps along H; got k_h = {weight.shape[3]}, stride {strides[1]}, "
+            f"dilation {dilations[1]} there, expected 3, 1, 1; use algo='auto'."
+        )
+    if cache is not None:
+        cache_frames(op, cache, x, pads[0])
+        if x.shape[2] % strides[0] != 0:
+            raise ValueError(
+                f"{op}: a chunk must be a whole number of strides; got T = {x.shape[2]} with stride_t = {strides[0]}, "
+                "expected a multiple of it; cut the clip elsewhere."
+            )
+    shape = geometry(op, x, weight, strides, dilations, pads, space_pad)
+    if residual is not None:
+        like_x(op, "residual", residual, x)
+        if tuple(residual.shape) != shape:
+            raise ValueError(
+                f"{op}: residual must have the output's shape; got {list(residual.shape)}, expected {list(shape)}; "
+                "it is added to y."
+            )
+    return pads, norm_eps
