@@ -169,7 +169,12 @@ def register_shuffle(name: str, method: str, time: str, factor: str, forward: Ca
             ops=("causal_conv3d",),
             match=lambda m: has(m, "conv", method, time, factor) and is_padded_conv(m.conv),
             refuse=lambda m: refuse_padded_convs(m.conv) or unknown(m, "conv", time, factor),
-            patches=lambda m: [(m, "forward", forward), *padded_conv_patches(m.conv)],
+            # the flag as diffusers sets it is numpy's, which torch.compile takes for a tensor
+            patches=lambda m: [
+                (m, "forward", forward),
+                (m, time, bool(getattr(m, time))),
+                *padded_conv_patches(m.conv),
+            ],
             # passes: padding 2 of the input; copies, sum and concatenations 6 of the output against 4
             saving=lambda m: 2 * (m.conv.conv.in_channels + m.conv.conv.out_channels) * itemsize(m),
             unit="pixel",
