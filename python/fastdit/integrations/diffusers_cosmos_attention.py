@@ -50,7 +50,7 @@ class FastditCosmosProcessor(Processor):
     def __call__(self, attn: Any, hidden_states: Tensor, attention_mask: Tensor | str | None = None) -> Tensor:
         if isinstance(attention_mask, Tensor):
             return self.original(attn, hidden_states=hidden_states, attention_mask=attention_mask)
-        h = normed(group_norm, attn.norm, hidden_states)
+        h = channels_last(normed(group_norm, attn.norm, hidden_states))
         query, key, value = (
             self.groups(project(h)).unflatten(2, (attn.num_attention_heads, -1))
             for project in (attn.to_q, attn.to_k, attn.to_v)
