@@ -16,7 +16,7 @@ from fastdit import ops
 from fastdit.integrations.registry import Kind, register
 from fastdit.integrations.structure import has, itemsize, law, refuse_activation, unknown
 from fastdit.integrations.vae_layers import checkpointed, conv_forward, refuse_plain_convs
-from fastdit.integrations.vae_moves import depth_to_space, from_tokens, pixels, space_to_depth, tokens, video
+from fastdit.integrations.vae_moves import depth_to_space, from_tokens, grid_of, pixels, space_to_depth, tokens, video
 from fastdit.nn import channels_last
 
 SPACE_PADS = ("zeros", "reflect", "replicate")  # named alike by nn.Conv3d and by the op
@@ -44,7 +44,7 @@ def causal_conv_forward(self, hidden_states: Tensor, causal: bool | None = None,
 def residual_block_forward(
     self,
     inputs: Tensor,
-    temb: Tensor | None = None,
+    temb: Any = None,
     generator: torch.Generator | None = None,
     causal: bool | None = None,
 ) -> Tensor:
@@ -134,7 +134,7 @@ def encoder_forward(self, hidden_states: Tensor, causal: bool | None = None) -> 
     return torch.cat([x, x[:, -1:].expand(-1, x.shape[1] - 2, -1, -1, -1)], dim=1)
 
 
-def decoder_forward(self, hidden_states: Tensor, temb: Tensor | None = None, causal: bool | None = None) -> Tensor:
+def decoder_forward(self, hidden_states: Tensor, temb: Any = None, causal: bool | None = None) -> Tensor:
     causal = flag(self, causal)
     x = self.conv_in(channels_last(hidden_states), causal)
     if self.timestep_scale_multiplier is not None:
@@ -151,7 +151,7 @@ def decoder_forward(self, hidden_states: Tensor, temb: Tensor | None = None, cau
     p, p_t = self.patch_size, self.patch_size_t
     return ops.unpatchify3d(
         tokens(x),
-        grid=tuple(x.shape[2:]),
+        grid=grid_of(x),
         patch=(p_t, p, p),
         channels=x.shape[1] // (p_t * p * p),
         order="ctwh",

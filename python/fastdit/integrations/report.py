@@ -18,10 +18,13 @@ LEFT = {
     "CombinedTimestepLabelEmbeddings": "one row per sample",
     "DupUp3D": "one copy per chunk",
     "Embedding": "a table look-up",
+    "FourierFeatures": "of the pictures' three channels",
     "Linear": "called, never read (LoRA, quantised weights): the vendor's GEMM",
     "QwenImage21AvgDown3D": "one copy per image",
     "QwenImage21DupUp3D": "one copy per image",
+    "LpNorm": "called, between projection and attention",
     "SiLU": "one row per sample, or between layers that no known block holds",
+    "Timesteps": "one row per sample",
 }
 UNKNOWN = "no known block holds it"
 IDLE = (nn.Identity, nn.Dropout, nn.ModuleList, nn.ModuleDict, nn.Sequential)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
+
+from torch import Tensor, nn
 
 
 def pixels(x: Tensor) -> Tensor:
@@ -13,6 +15,10 @@ def pixels(x: Tensor) -> Tensor:
 def video(x: Tensor) -> Tensor:
     """(B, T, H, W, C) -> (B, C, T, H, W), a view."""
     return x.permute(0, 4, 1, 2, 3)
+
+
+def grid_of(x: Tensor) -> tuple[int, int, int]:
+    return x.shape[2], x.shape[3], x.shape[4]
 
 
 def tokens(x: Tensor) -> Tensor:
@@ -37,3 +43,9 @@ def depth_to_space(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     s_t, s_h, s_w = stride
     x = x.unflatten(1, (-1, s_t, s_h, s_w)).permute(0, 5, 2, 6, 3, 7, 4, 1)  # (B, T, s_t, H, s_h, W, s_w, C)
     return video(x.flatten(5, 6).flatten(3, 4).flatten(1, 2))
+
+
+def of_frames(function: Callable[[nn.GroupNorm, Tensor], Tensor], norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """function(norm, images) over each frame of a video: views, where x is in channels_last_3d memory."""
+    y = function(norm, x.transpose(1, 2).flatten(0, 1))
+    return y.unflatten(0, (x.shape[0], -1)).transpose(1, 2)

@@ -213,7 +213,7 @@ def decode_row(
 
     return Whole(
         f"{name} decode", "x".join(map(str, (1, *size))), build, decode(size),
-        dtypes=(torch.float32, torch.bfloat16), probe=probe and decode(probe), rounds=rounds,
+        dtypes=(torch.float32, torch.bfloat16), probe=decode(probe) if probe else None, rounds=rounds,
     )  # fmt: skip
 
 

@@ -68,8 +68,8 @@ def decode_with_noise(model: Any, inputs: dict[str, Any]) -> Tensor:
         return call_decode(model, inputs)
 
 
-def latents(height: int = 3, width: int = 5, **more: Any) -> dict[str, Any]:
-    return dict(z=randn(2, 8, 3, height, width), **more)
+def latents(height: int = 3, width: int = 5) -> dict[str, Any]:
+    return dict(z=randn(2, 8, 3, height, width))
 
 
 def clip() -> dict[str, Any]:
@@ -97,7 +97,7 @@ MODELS = (
     Model("AutoencoderKLLTXVideo 0.9.5 encode", "ltx_vae", lambda: ltx_vae(**LTX_095), clip, NEW, call_encode),
     Model(
         "AutoencoderKLLTXVideo 0.9.5 decode, with a timestep and noise", "ltx_vae", lambda: ltx_vae(**LTX_095),
-        lambda: latents(**TIMESTEP), NEW, decode_with_noise, fixed=("temb",),
+        lambda: latents() | TIMESTEP, NEW, decode_with_noise, fixed=("temb",),
     ),
     Model("AutoencoderKLLTXVideo decode, in tiles", "ltx_vae", lambda: tiled(ltx_vae(**LTX, decoder_causal=True)),
           lambda: latents(5, 3), OLD, call_decode),
