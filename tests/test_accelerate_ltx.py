@@ -110,3 +110,12 @@ def test_compiled_block():
             x, context, temb = torch.randn(2, tokens, 44), torch.randn(2, text, 44), torch.randn(2, 1, 6 * 44)
             call = x, context, temb, model.rope(x, *grid), torch.tensor(lengths, dtype=torch.int32)
             close.assert_bitwise(compiled(*call), block(*call))
+
+
+@torch.no_grad()
+def test_compiled_model():
+    """Tokens of valid text are put in front inside the graph."""
+    model, given = ltx.ltx(num_layers=1), ltx.inputs()
+    fastdit.accelerate(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    close.assert_bitwise(compiled(**given).sample, model(**given).sample)

@@ -63,6 +63,7 @@ class Record:
 
     kind: str
     precision: str
+    original: Callable  # the class's forward: Dynamo traces no `type(self).forward` of classes allowed in its graph
     placed: dict[str, Any] = field(default_factory=dict)
     saved: dict[str, Any] = field(default_factory=dict)  # instance attributes that were there before
 
@@ -96,7 +97,7 @@ def has_hooks(modules: Iterable[nn.Module]) -> str | None:
 def patch(module: nn.Module, attribute: str, replacement: Any, kind: Kind, precision: str) -> None:
     record = record_of(module)
     if record is None:
-        record = Record(kind.name, precision)
+        record = Record(kind.name, precision, type(module).forward)
         module.__dict__[RECORD] = record
     if attribute in module.__dict__:
         record.saved[attribute] = module.__dict__[attribute]
