@@ -91,6 +91,6 @@ def test_what_stays():
     }
     assert {row.why for row in report.rows if not row.replaced} >= {
         "its norm is a LayerNorm, not an RMSNorm with a weight",
-        "an attention backend or context parallelism was chosen for it",
+        "another attention backend was chosen for it",
         "has gate, which the ZImageTransformerBlock that is known does not have",
     }

@@ -18,9 +18,8 @@ from fastdit.integrations.diffusers_flux_attention import (
     FastditFluxAttnProcessor,
     is_processor,
     pairs,
-    refuse_processor,
 )
-from fastdit.integrations.diffusers_processor import Processor, shared
+from fastdit.integrations.diffusers_processor import Processor, refuse_choice, shared
 from fastdit.integrations.joint import (
     Stream,
     Tables,
@@ -168,7 +167,7 @@ def norms_of(attn: Any) -> list[Any]:
 def refuse_attention(attn: Any, known: frozenset[str], name: str) -> str | None:
     if not is_processor(attn.processor, known, MAY_READ):
         return f"its processor is {type(attn.processor).__name__}, not {name}"
-    return refuse_processor(attn.processor) or refuse_qk_norms(*norms_of(attn))
+    return refuse_choice(attn.processor) or refuse_qk_norms(*norms_of(attn))
 
 
 def refuse_single_attention(attn: Any) -> str | None:

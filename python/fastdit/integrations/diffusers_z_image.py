@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastdit import ops
-from fastdit.integrations.diffusers_flux_attention import is_processor, refuse_processor
-from fastdit.integrations.diffusers_processor import Processor, shared
+from fastdit.integrations.diffusers_flux_attention import is_processor
+from fastdit.integrations.diffusers_processor import Processor, refuse_choice, shared
 from fastdit.integrations.joint import (
     Stream,
     is_diffusers_rms,
@@ -179,7 +179,7 @@ register(
             has(m, "to_q", "to_k", "to_v", "to_out", "norm_q", "norm_k", "inner_dim", "heads", "processor")
             and is_processor(m.processor, READS, frozenset())
         ),
-        refuse=lambda attn: refuse_processor(attn.processor) or refuse_qk_norms(attn.norm_q, attn.norm_k),
+        refuse=lambda attn: refuse_choice(attn.processor) or refuse_qk_norms(attn.norm_q, attn.norm_k),
         patches=lambda attn: [(attn, "processor", shared(FastditZAttnProcessor))],
         absorbs=lambda attn: [norm for norm in (attn.norm_q, attn.norm_k) if norm is not None],
         saving=saving,
