@@ -141,7 +141,7 @@ def test_what_stays():
         "its norm is a LayerNorm, not a LayerNorm without parameters",
         "has adapter, which the FluxTransformerBlock that is known does not have",
         "its query and key norms differ",
-        "an attention backend or context parallelism was chosen for it",
+        "another attention backend was chosen for it",
         "its MLP is neither GELU (tanh) nor SwiGLU",
         "its modulation does not make 3 tables of the tokens' width",
         "inside a block that is left",

@@ -84,7 +84,7 @@ def test_what_stays():
     assert {row.why for row in report.rows if not row.replaced} >= {
         "its norm is a RMSNorm, not a LayerNorm without parameters",
         "its modulation is a Sequential, not SiLU and a linear layer",
-        "an attention backend or context parallelism was chosen for it",
+        "another attention backend was chosen for it",
         "its query and key norm is a NoneType, not an RMSNorm or a LayerNorm with an eps",
     }
 
