@@ -247,7 +247,7 @@ def refuse_block(block: Any) -> str | None:
     return next((why for why in reasons if why is not None), None)
 
 
-def convs_of(module: nn.Module) -> list[nn.Module]:
+def convs_of(module: nn.Module) -> list[Any]:
     return [m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))]
 
 

@@ -30,7 +30,7 @@ def inputs(**more: Any) -> dict[str, Any]:
     )
 
 
-LARGE = dict(qk_norm="rms_norm")
+LARGE: dict[str, Any] = dict(qk_norm="rms_norm")
 MEDIUM = dict(qk_norm="rms_norm", dual_attention_layers=(0, 1))
 LAYERS = {
     "SD3 joint block": 3,
