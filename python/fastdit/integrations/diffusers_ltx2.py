@@ -141,10 +141,14 @@ def feed_forward(
 block_forward.__name__ = "forward"
 
 ATTENTIONS = ("attn1", "attn2", "audio_attn1", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn")
-NORMS = ("norm1", "norm2", "norm3", "audio_norm1", "audio_norm2", "audio_norm3")
-NORMS += ("audio_to_video_norm", "video_to_audio_norm")
-TABLES = ("scale_shift_table", "audio_scale_shift_table")
-TABLES += ("video_a2v_cross_attn_scale_shift_table", "audio_a2v_cross_attn_scale_shift_table")
+NORMS = (
+    *("norm1", "norm2", "norm3", "audio_norm1", "audio_norm2", "audio_norm3"),
+    *("audio_to_video_norm", "video_to_audio_norm"),
+)
+TABLES = (
+    *("scale_shift_table", "audio_scale_shift_table"),
+    *("video_a2v_cross_attn_scale_shift_table", "audio_a2v_cross_attn_scale_shift_table"),
+)
 BLOCK = (*ATTENTIONS, *NORMS, *TABLES, "ff", "audio_ff")
 SETTINGS = ("perturbed_attn", "cross_attn_adaln", "video_cross_attn_adaln", "audio_cross_attn_adaln")
 PROMPT = ("prompt_scale_shift_table", "audio_prompt_scale_shift_table")
