@@ -102,8 +102,10 @@ register_block(
 )  # fmt: skip
 
 CONTAINERS = ("video_dec_block", "audio_dec_block")
-FUSED = ("va_cross_attention", "av_cross_attention", "va_modulation", "av_modulation")
-FUSED += ("va_normalization", "av_normalization")
+FUSED = (
+    *("va_cross_attention", "av_cross_attention", "va_modulation", "av_modulation"),
+    *("va_normalization", "av_normalization"),
+)
 SETTINGS = ("ca_rope", "cross_gates", "fix_modulation", "model_dim", "model_dim_a")
 
 

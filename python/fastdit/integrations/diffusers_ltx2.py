@@ -10,6 +10,7 @@ from torch import Tensor
 from fastdit import ops
 from fastdit.integrations.diffusers_ltx import pair_tables, refuse_attention, refuse_rms_norms
 from fastdit.integrations.diffusers_processor import Processor, queries_keys_values, shared
+from fastdit.integrations.diffusers_wan import normed
 from fastdit.integrations.padding import is_lengths
 from fastdit.integrations.registry import Kind, register
 from fastdit.integrations.structure import has, itemsize, law, parameters, unknown
@@ -140,10 +141,14 @@ def feed_forward(
 block_forward.__name__ = "forward"
 
 ATTENTIONS = ("attn1", "attn2", "audio_attn1", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn")
-NORMS = ("norm1", "norm2", "norm3", "audio_norm1", "audio_norm2", "audio_norm3")
-NORMS += ("audio_to_video_norm", "video_to_audio_norm")
-TABLES = ("scale_shift_table", "audio_scale_shift_table")
-TABLES += ("video_a2v_cross_attn_scale_shift_table", "audio_a2v_cross_attn_scale_shift_table")
+NORMS = (
+    *("norm1", "norm2", "norm3", "audio_norm1", "audio_norm2", "audio_norm3"),
+    *("audio_to_video_norm", "video_to_audio_norm"),
+)
+TABLES = (
+    *("scale_shift_table", "audio_scale_shift_table"),
+    *("video_a2v_cross_attn_scale_shift_table", "audio_a2v_cross_attn_scale_shift_table"),
+)
 BLOCK = (*ATTENTIONS, *NORMS, *TABLES, "ff", "audio_ff")
 SETTINGS = ("perturbed_attn", "cross_attn_adaln", "video_cross_attn_adaln", "audio_cross_attn_adaln")
 PROMPT = ("prompt_scale_shift_table", "audio_prompt_scale_shift_table")
@@ -200,7 +205,7 @@ class FastditLTX2AttnProcessor(Processor):
                 perturbation_mask, all_perturbed,
             )  # fmt: skip
         q, k, v = queries_keys_values(attn, hidden_states, encoder_hidden_states)
-        q, k = normed(attn, q, k, query_rotary_emb, key_rotary_emb)
+        q, k = normed(q, k, attn.norm_q, attn.norm_k, **rotation(attn, query_rotary_emb, key_rotary_emb))
         o = ops.attention(q, k, v, kv_len=attention_mask)
         if attn.to_gate_logits is not None:
             o = o * (2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))).unsqueeze(-1)  # one factor per head
@@ -212,30 +217,14 @@ def is_flat(*rotaries: tuple[Tensor, Tensor] | None) -> bool:
     return any(rotary is not None and rotary[0].ndim != 4 for rotary in rotaries)
 
 
-def normed(
-    attn: Any, q: Tensor, k: Tensor, rotary: tuple[Tensor, Tensor] | None, k_rotary: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """RMSNorm over all heads, then the rotation, with tables of its own for keys from the other stream."""
+def rotation(attn: Any, rotary: tuple[Tensor, Tensor] | None, k_rotary: tuple[Tensor, Tensor] | None) -> dict:
+    """Arguments of `qk_norm_rope`: tables, of their own for keys from the other stream, and their layout."""
     split = attn.rope_type == "split"
-    tables = [
+    (cos, sin), (k_cos, k_sin) = (
         tuple(t.transpose(1, 2) for t in given) if split and given is not None else pair_tables(given, attn.heads)
         for given in (rotary, None if rotary is None else k_rotary)
-    ]
-    return ops.qk_norm_rope(
-        q,
-        k,
-        q_weight=attn.norm_q.weight,
-        k_weight=attn.norm_k.weight,
-        norm="rms",
-        scope="hidden",
-        eps=attn.norm_q.eps,
-        cos=tables[0][0],
-        sin=tables[0][1],
-        k_cos=tables[1][0],
-        k_sin=tables[1][1],
-        layout="half" if split else "interleaved",
-        precision="native" if attn.norm_q.weight.dtype == attn.norm_k.weight.dtype == q.dtype else "fp32",
     )
+    return dict(cos=cos, sin=sin, k_cos=k_cos, k_sin=k_sin, layout="half" if split else "interleaved")
 
 
 PROCESSORS = ("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor")

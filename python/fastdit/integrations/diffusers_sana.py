@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdit import ops
 from fastdit.integrations.adaln_single import refuse_table, sublayers
-from fastdit.integrations.diffusers_processor import Processor, queries_keys_values, shared
+from fastdit.integrations.diffusers_processor import Processor, queries_keys_values, refuse_choice, shared
 from fastdit.integrations.diffusers_wan import normed
 from fastdit.integrations.joint import is_diffusers_rms, refuse_plain_norms
 from fastdit.integrations.padding import is_lengths
@@ -27,7 +27,7 @@ def image_forward(
     attention_mask: Tensor | None = None,
     encoder_hidden_states: Tensor | None = None,
     encoder_attention_mask: Tensor | None = None,
-    timestep: Tensor | None = None,
+    timestep: Any = None,  # the model always gives it
     height: int | None = None,
     width: int | None = None,
 ) -> Tensor:
@@ -51,7 +51,7 @@ def video_forward(
     attention_mask: Tensor | None = None,
     encoder_hidden_states: Tensor | None = None,
     encoder_attention_mask: Tensor | None = None,
-    timestep: Tensor | None = None,
+    timestep: Any = None,  # the model always gives it
     frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -121,9 +121,9 @@ class FastditSanaAttnProcessor(Processor):
 
 
 def refuse_attention(attn: Any) -> str | None:
-    processor, norms = attn.processor, (attn.norm_q, attn.norm_k)
-    if any(getattr(processor, name, None) is not None for name in ("_attention_backend", "_parallel_config")):
-        return "an attention backend or context parallelism was chosen for it"
+    if chosen := refuse_choice(attn.processor):
+        return chosen
+    norms = (attn.norm_q, attn.norm_k)
     if norms == (None, None):
         return None
     if not all(is_diffusers_rms(norm) and norm.dim == (attn.inner_dim,) for norm in norms):

@@ -36,11 +36,11 @@ def rotary(head_dim: int, grid: tuple[int, int, int]) -> tuple:
     from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
 
     frames, height, width = grid
-    *axes, t, h, w = get_3d_rotary_pos_embed_allegro(
+    made: Any = get_3d_rotary_pos_embed_allegro(
         head_dim, ((0, 0), (height, width)), (height, width), frames, interpolation_scale=(2.2, 2.0, 2.0)
     )
-    places = torch.cartesian_prod(t.long(), h.long(), w.long())
-    return tuple(axes), tuple(places.t().reshape(3, 1, -1).contiguous())
+    places = torch.cartesian_prod(*(positions.long() for positions in made[3:]))
+    return tuple(made[:3]), tuple(places.t().reshape(3, 1, -1).contiguous())
 
 
 def inputs(**masks: Tensor) -> dict[str, Any]:
