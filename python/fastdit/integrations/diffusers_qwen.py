@@ -14,6 +14,7 @@ from fastdit.integrations.joint import (
     Tables,
     clip_half,
     close_stream,
+    complex_rotation_saving,
     joint_attention,
     open_stream,
     projections,
@@ -145,12 +146,6 @@ READS = frozenset(
 )
 
 
-def saving(attn: Any) -> int:
-    # passes over (tokens, C) for q and k: the norm's six operations and a product of complex numbers, against 2
-    wide = itemsize(attn) == 2  # with casts to fp32 and back
-    return 2 * ((17 + 10 if wide else 7 + 2) - 2) * attn.inner_dim * itemsize(attn)
-
-
 register(
     Kind(
         name="attention (QwenDoubleStreamAttnProcessor2_0)",
@@ -162,7 +157,7 @@ register(
         refuse=lambda attn: refuse_choice(attn.processor) or refuse_qk_norms(*norms_of(attn)),
         patches=lambda attn: [(attn, "processor", shared(FastditQwenAttnProcessor))],
         absorbs=lambda attn: [norm for norm in norms_of(attn) if norm is not None],
-        saving=saving,
+        saving=complex_rotation_saving,
         part=True,
     )
 )

@@ -16,13 +16,14 @@ from fastdit.integrations.diffusers_flux_attention import is_processor
 from fastdit.integrations.diffusers_processor import Processor, refuse_choice, shared
 from fastdit.integrations.joint import (
     Stream,
-    is_diffusers_rms,
+    complex_rotation_saving,
     joint_attention,
     projections,
     refuse_plain_norms,
     refuse_qk_norms,
 )
 from fastdit.integrations.registry import Kind, register
+from fastdit.integrations.sandwich import refuse_norms, sandwich_block, saving
 from fastdit.integrations.structure import has, itemsize, law, parameters, reads, unknown
 
 # The block ---------------------------------------------------------------------------------------------------------
@@ -38,44 +39,16 @@ def block_forward(
     adaln_noisy: Tensor | None = None,
     adaln_clean: Tensor | None = None,
 ) -> Tensor:
-    weight = self.attention_norm1.weight
-    if x.dtype != weight.dtype:
+    if x.dtype != self.attention_norm1.weight.dtype:
         return type(self).forward(self, x, attn_mask, freqs_cis, adaln_input, noise_mask, adaln_noisy, adaln_clean)
-    scale1 = gate1 = scale2 = gate2 = rows = act = None
-    precision = law(self, x, weight)
+    tables = rows = None
     if self.modulation:
         tables, rows = modulation(self.adaLN_modulation, adaln_input, noise_mask, adaln_noisy, adaln_clean)
-        scale1, gate1, scale2, gate2 = tables.chunk(4, dim=1)
-        act, precision = "tanh", law(self, x, tables)
-    h = ops.norm_modulate(
-        x, scale=scale1, weight=weight, norm="rms", eps=self.attention_norm1.eps, row_index=rows, precision=precision
-    )
-    x, h = ops.gate_residual_norm_modulate(
-        x,
-        self.attention(h, attention_mask=attn_mask, freqs_cis=freqs_cis),
-        gate1,
-        gate_act=act,
-        post_norm="rms",
-        post_norm_weight=self.attention_norm2.weight,
-        post_norm_eps=self.attention_norm2.eps,
-        scale=scale2,
-        weight=self.ffn_norm1.weight,
-        norm="rms",
-        eps=self.ffn_norm1.eps,
-        row_index=rows,
-        precision=precision,
-    )
-    return ops.gate_residual(
-        x,
-        self.feed_forward(h),
-        gate2,
-        gate_act=act,
-        post_norm="rms",
-        post_norm_weight=self.ffn_norm2.weight,
-        post_norm_eps=self.ffn_norm2.eps,
-        row_index=rows,
-        precision=precision,
-    )
+
+    def attend(h: Tensor) -> Tensor:
+        return self.attention(h, attention_mask=attn_mask, freqs_cis=freqs_cis)
+
+    return sandwich_block(self, x, norms_of(self), attend, self.feed_forward, tables, rows)
 
 
 def modulation(
@@ -89,7 +62,7 @@ def modulation(
     return layer(torch.cat([noisy, clean])), rows
 
 
-NORMS = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
+NORMS = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")  # before and after each sublayer
 BLOCK = ("attention", "feed_forward", *NORMS, "modulation")
 TOKENS = ["noise_mask", "adaln_noisy", "adaln_clean"]
 
@@ -98,28 +71,15 @@ def norms_of(block: Any) -> list[Any]:
     return [getattr(block, name) for name in NORMS]
 
 
-def refuse_block(block: Any) -> str | None:
-    for norm in norms_of(block):
-        if not is_diffusers_rms(norm) or norm.weight is None:
-            return f"its norm is a {type(norm).__name__}, not an RMSNorm with a weight"
-    return unknown(block, *BLOCK, "adaLN_modulation")
-
-
 register(
     Kind(
         name="Z-Image block",
         ops=("norm_modulate", "gate_residual_norm_modulate", "gate_residual"),
         match=lambda m: has(m, *BLOCK) and parameters(m) == ["x", "attn_mask", "freqs_cis", "adaln_input", *TOKENS],
-        refuse=refuse_block,
+        refuse=lambda m: refuse_norms(*norms_of(m)) or unknown(m, *BLOCK, "adaLN_modulation"),
         patches=lambda block: [(block, "forward", block_forward)],
         absorbs=norms_of,
-        # passes over (tokens, C): eager four norms (17 with casts to fp32, or 7), 2*(scale 2), 2*(gate 2, add 3) or two
-        # additions 3; fused 2 + 4 + 3
-        saving=lambda block: (
-            (4 * (17 if itemsize(block) == 2 else 7) + (14 if block.modulation else 6) - 9)
-            * block.attention_norm1.weight.numel()
-            * itemsize(block)
-        ),
+        saving=lambda block: saving(block, block.attention_norm1.weight.numel(), block.modulation),
         block=True,
     )
 )
@@ -165,12 +125,6 @@ READS = frozenset(
 )
 
 
-def saving(attn: Any) -> int:
-    # passes over (tokens, C) for q and k: the norm's six operations and a product of complex numbers, against 2
-    norm, rotation = (17, 10) if itemsize(attn) == 2 else (7, 2)  # in two bytes with casts to fp32 and back
-    return 2 * ((norm if attn.norm_q is not None else 0) + rotation - 2) * attn.inner_dim * itemsize(attn)
-
-
 register(
     Kind(
         name="attention (ZSingleStreamAttnProcessor)",
@@ -182,7 +136,7 @@ register(
         refuse=lambda attn: refuse_choice(attn.processor) or refuse_qk_norms(attn.norm_q, attn.norm_k),
         patches=lambda attn: [(attn, "processor", shared(FastditZAttnProcessor))],
         absorbs=lambda attn: [norm for norm in (attn.norm_q, attn.norm_k) if norm is not None],
-        saving=saving,
+        saving=complex_rotation_saving,
         part=True,
     )
 )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastdit import ops
 from fastdit.integrations.masks import valid_first
-from fastdit.integrations.structure import unknown
+from fastdit.integrations.structure import itemsize, unknown
 
 # Attention ---------------------------------------------------------------------------------------------------------
 
@@ -127,6 +127,12 @@ def rotation_passes(itemsize: int) -> int:
     passes, 4 + 4 + 6, and there are casts, 3 + 3 + 3. Fused 2.
     """
     return 2 * (2 + 1 + 2 + (4 + 4 + 6 + 9 if itemsize == 2 else 2 + 2 + 3) - 2)
+
+
+def complex_rotation_saving(attn: Any) -> int:
+    # passes over (tokens, C) for q and k: the norm's six operations and a product of complex numbers, against 2
+    norm, rotation = (17, 10) if itemsize(attn) == 2 else (7, 2)  # in two bytes with casts to fp32 and back
+    return 2 * ((norm if attn.norm_q is not None else 0) + rotation - 2) * attn.inner_dim * itemsize(attn)
 
 
 def is_diffusers_rms(norm: Any) -> bool:

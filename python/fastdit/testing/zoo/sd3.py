@@ -65,6 +65,6 @@ def row(name: str, heads: int, tokens: int = 1711, text: int = 333, **config) ->
 
 
 ROWS = (
-    row("SD3.5-large", 38, **LARGE),
+    row("SD3.5-large", 38, qk_norm="rms_norm"),
     row("SD3.5-medium", 24, qk_norm="rms_norm", dual_attention_layers=(0,)),
 )
