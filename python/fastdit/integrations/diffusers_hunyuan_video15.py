@@ -1,7 +1,7 @@
-"""diffusers' HunyuanVideo15Transformer3DModel: image, ByT5 and text tokens, the valid ones first, without a host sync.
+"""diffusers' HunyuanVideo15Transformer3DModel: image, ByT5 and text tokens, valid ones first, without a host sync.
 
-Eager takes valid and padded tokens out of each sample by boolean indices, and asks on the host whether there is an image
-at all: a dozen stops per sample and step.
+Eager takes valid and padded tokens out of each sample by boolean indices, and asks on the host whether there is an
+image at all: a dozen stops per sample and step.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def model_forward(
     attention_kwargs: dict[str, Any] | None = None,
     return_dict: bool = True,
 ):
-    given = (encoder_hidden_states_2, encoder_attention_mask_2, image_embeds)
-    if attention_kwargs or any(tensor is None for tensor in given):  # a scale of LoRA layers, which the class sets
+    glyphs, glyph_mask = encoder_hidden_states_2, encoder_attention_mask_2
+    lora_scale = attention_kwargs  # the class sets it around its forward
+    if lora_scale or glyphs is None or glyph_mask is None or image_embeds is None:
         return type(self).forward(
             self,
             hidden_states,
@@ -39,7 +40,9 @@ def model_forward(
             encoder_hidden_states,
             encoder_attention_mask,
             timestep_r,
-            *given,
+            glyphs,
+            glyph_mask,
+            image_embeds,
             attention_kwargs,
             return_dict,
         )
@@ -50,7 +53,7 @@ def model_forward(
     rotary, temb = self.rope(hidden_states), self.time_embed(timestep, timestep_r=timestep_r)
     x = self.x_embedder(hidden_states)
     text = self.context_embedder(encoder_hidden_states, timestep, encoder_attention_mask)
-    context, mask = valid_text(self, text, encoder_attention_mask, *given)
+    context, mask = valid_text(self, text, encoder_attention_mask, glyphs, glyph_mask, image_embeds)
 
     for block in self.transformer_blocks:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
