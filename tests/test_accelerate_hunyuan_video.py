@@ -11,6 +11,7 @@ from fastdit.testing.zoo import call_model, hunyuan_video as zoo, randn
 
 C, TEXT = 48, zoo.TEXT
 TOKENS = 45
+OTHERS = {"norm_modulate", "gate_residual_norm_modulate", "gate_residual", "activation", "unpatchify3d"}
 
 
 def replaced(report):
@@ -62,12 +63,32 @@ def test_blocks_around_a_left_attention(build, given):
     """The blocks hand diffusers' own processor what it expects."""
     model = build()
     truth, before = outputs(model, given())
-    report = fastdit.accelerate(
-        model, ops={"norm_modulate", "gate_residual_norm_modulate", "gate_residual", "activation"}
-    )
+    report = fastdit.accelerate(model, ops=OTHERS)
     assert "HunyuanVideo dual block" in replaced(report)
     assert not any("attention" in layer for layer in replaced(report))
     close.assert_close(call_model(model, given()), truth, before)
+
+
+@torch.no_grad()
+def test_another_backend_afterwards():
+    """diffusers' attention is back, and gets from the single blocks the two streams that it expects."""
+    model, given = zoo.hunyuan(), zoo.inputs()
+    truth, before = outputs(model, given)
+    fastdit.accelerate(model)
+    model.set_attention_backend("native")
+    close.assert_close(call_model(model, given), truth, before)
+
+
+@torch.no_grad()
+def test_masks_of_hunyuan15_need_no_host():
+    """No boolean index and no question to the host: the whole model traces without data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model, given = zoo.hunyuan15(), zoo.inputs15()
+    fastdit.accelerate(model)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = {k: mode.from_tensor(v) for k, v in given.items()}
+        assert call_model(model, fake).shape == (2, 4, 3, 3, 5)
 
 
 @pytest.mark.parametrize("build, given", [(zoo.hunyuan, zoo.inputs()), (zoo.hunyuan15, zoo.inputs15())])
@@ -99,7 +120,7 @@ def test_what_stays():
     assert "patch embedding (Conv3d, kernel = stride)" not in found
     assert {
         "its norm is a LayerNorm, not a LayerNorm without parameters",
-        "an attention backend or context parallelism was chosen for it",
+        "another attention backend was chosen for it",
         "has ip_adapter, which the HunyuanVideoTransformerBlock that is known does not have",
         "its activation is not GELU (tanh)",
         "its query and key norms differ",

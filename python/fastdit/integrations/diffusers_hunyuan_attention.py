@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdit.integrations.diffusers_flux_attention import pairs
-from fastdit.integrations.diffusers_processor import Processor, shared
+from fastdit.integrations.diffusers_processor import Processor, refuse_choice, shared
 from fastdit.integrations.joint import (
     Stream,
     joint_attention,
@@ -52,18 +52,21 @@ class FastditHunyuanVideoAttnProcessor(Processor):
         cos, sin = (None, None) if image_rotary_emb is None else pairs(*image_rotary_emb)
         video = Stream(*projections(attn, hidden_states), attn.norm_q, attn.norm_k, cos, sin)
         if encoder_hidden_states is None:
-            return joint_attention(video, **self.keys(attention_mask, hidden_states.shape[1]))[0], None
+            return joint_attention(video, **self.keys(attention_mask, 0, hidden_states.shape[1]))[0], None
         text = Stream(*text_projections(attn, encoder_hidden_states), attn.norm_added_q, attn.norm_added_k)
-        tokens = hidden_states.shape[1] + encoder_hidden_states.shape[1]
-        x, context = joint_attention(video, text, **self.keys(attention_mask, tokens))
+        sizes = (hidden_states.shape[1], encoder_hidden_states.shape[1])
+        x, context = joint_attention(video, text, **self.keys(attention_mask, *sizes))
         return attn.to_out[1](attn.to_out[0](x)), attn.to_add_out(context)
 
     def covers(self, mask: Tensor | None) -> bool:
         """Is it a padding mask of all keys, (B, 1, 1, N)?"""
         return mask is None or (mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1)
 
-    def keys(self, mask: Tensor | None, tokens: int) -> dict[str, Tensor]:
-        """The valid keys of each sample, which come first: the model makes its mask by counting text tokens."""
+    def keys(self, mask: Tensor | None, first: int, last: int) -> dict[str, Tensor]:
+        """The valid keys of each sample, which come first: the model makes its mask by counting text tokens.
+
+        first, last: tokens of the two streams; (0, all) where they come in one.
+        """
         return {} if mask is None else dict(kv_len=mask.sum((1, 2, 3), dtype=torch.int32))
 
 
@@ -80,13 +83,13 @@ class FastditHunyuanVideo15AttnProcessor(FastditHunyuanVideoAttnProcessor):
     def covers(self, mask: Tensor | None) -> bool:
         return mask is not None and mask.ndim == 2
 
-    def keys(self, mask: Tensor | None, tokens: int) -> dict[str, Tensor]:
+    def keys(self, mask: Tensor | None, first: int, last: int) -> dict[str, Tensor]:
         assert mask is not None
-        return dict(kv_len=tokens - mask.logical_not().sum(1, dtype=torch.int32))
+        return dict(kv_len=first + last - mask.logical_not().sum(1, dtype=torch.int32))
 
 
 class FastditHunyuanImageAttnProcessor(FastditHunyuanVideoAttnProcessor):
-    """HunyuanImageAttnProcessor, whose mask has the pattern of the tokenizer's: valid keys are moved to the front."""
+    """HunyuanImageAttnProcessor, whose text mask has the pattern of the tokenizer's: its valid keys are moved first."""
 
     name = "HunyuanImageAttnProcessor"
 
@@ -95,8 +98,8 @@ class FastditHunyuanImageAttnProcessor(FastditHunyuanVideoAttnProcessor):
 
         Processor.__init__(self, HunyuanImageAttnProcessor())
 
-    def keys(self, mask: Tensor | None, tokens: int) -> dict[str, Tensor]:
-        return {} if mask is None else dict(valid=mask.flatten(1))
+    def keys(self, mask: Tensor | None, first: int, last: int) -> dict[str, Tensor]:
+        return {} if mask is None else dict(key_mask=mask.flatten(1)[:, first:])
 
 
 PROCESSORS = {
@@ -110,12 +113,9 @@ def norms_of(attn: Any) -> list[Any]:
 
 
 def refuse_attention(attn: Any) -> str | None:
-    processor = attn.processor
-    if processor._attention_backend is not None or processor._parallel_config is not None:
-        return "an attention backend or context parallelism was chosen for it"
     if (attn.add_q_proj is None) != (attn.to_out is None) or (attn.add_q_proj is None) != (attn.to_add_out is None):
         return "it has an output projection without text, or text without one"
-    return refuse_qk_norms(*norms_of(attn))
+    return refuse_choice(attn.processor) or refuse_qk_norms(*norms_of(attn))
 
 
 def register_attention(name: str, processor: type) -> None:

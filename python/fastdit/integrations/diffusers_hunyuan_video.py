@@ -192,7 +192,8 @@ def single(
     precision = law(block, x, gate)
     h = ops.norm_modulate(x, shift=shift, scale=scale, eps=block.norm.norm.eps, row_index=index, precision=precision)
     mlp = ops.activation(block.proj_mlp(h), "gelu_tanh")
-    if isinstance(block.attn.processor, Processor):  # takes both streams in one
+    processor = block.attn.processor
+    if isinstance(processor, Processor) and processor.replaced:  # takes both streams in one
         attn_output, _ = block.attn(hidden_states=h, attention_mask=mask, image_rotary_emb=rotary)
     else:
         attn_output = torch.cat(

@@ -68,16 +68,12 @@ def normed(stream: Stream) -> tuple[Tensor, Tensor]:
 
 
 def joint_attention(
-    *streams: Stream,
-    kv_len: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    valid: Tensor | None = None,
-    attn_mask: Tensor | None = None,
+    *streams: Stream, kv_len: Tensor | None = None, key_mask: Tensor | None = None, attn_mask: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """Attention of all streams over all of them: the output of each, (B, N, H * D).
 
     kv_len (B,), int32: valid keys of the joint sequence, which has its padding last.
-    key_mask (B, N): the keys of the last stream that are seen, in any pattern; valid: of the joint sequence.
+    key_mask (B, N): the keys of the last stream that are seen, in any pattern.
     attn_mask: any other mask or bias, as diffusers takes it; diffusers' attention serves it.
     """
     q, k = (list(parts) for parts in zip(*(normed(stream) for stream in streams), strict=True))
@@ -85,15 +81,12 @@ def joint_attention(
     if key_mask is not None:
         lengths, k[-1], v[-1] = valid_first(key_mask, k[-1], v[-1])
         kv_len = lengths + sum(part.shape[1] for part in k[:-1])
-    keys, values = joined(k), joined(v)
-    if valid is not None:
-        kv_len, keys, values = valid_first(valid, keys, values)
     if attn_mask is None:
-        o = ops.attention(joined(q), keys, values, kv_len=kv_len)
+        o = ops.attention(joined(q), joined(k), joined(v), kv_len=kv_len)
     else:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-        o = dispatch_attention_fn(joined(q), keys, values, attn_mask=attn_mask)
+        o = dispatch_attention_fn(joined(q), joined(k), joined(v), attn_mask=attn_mask)
     return o.flatten(2).split([part.shape[1] for part in q], dim=1)
 
 

@@ -27,6 +27,7 @@ LAYERS = {
     "output norm (AdaLayerNormContinuous)": 1,
 }
 LAYERS15 = {
+    "HunyuanVideo-1.5 text order and output layout": 1,
     "HunyuanVideo dual block": 2,
     "HunyuanVideo text refiner block": 1,
     "attention (HunyuanVideo15AttnProcessor2_0)": 2,
