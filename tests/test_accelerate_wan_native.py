@@ -49,6 +49,15 @@ def exact_videos(model, given):
         return exact(model)(**wide)
 
 
+@torch.no_grad()
+def test_fp32_latents_in_a_bf16_model_under_autocast():
+    """As the pipelines call it: the patch embedding casts them."""
+    model, given = wan(Wan22).bfloat16(), inputs((2, 3, 4), seq_len=24)
+    truth, before = truth_of(model, given), call(model, given)
+    fastdit.accelerate(model)
+    close.assert_close(call(model, given), truth, before)
+
+
 def test_what_stays():
     class Skips(wan_native.WanAttentionBlock):
         def forward(self, x, e, seq_lens, grid_sizes, freqs, context, context_lens):

@@ -12,7 +12,7 @@ from fastdit import ops
 from fastdit.integrations import wan_block
 from fastdit.integrations.diffusers_processor import Processor, refuse_choice, shared
 from fastdit.integrations.registry import Kind, register
-from fastdit.integrations.structure import has, itemsize, parameters, unknown
+from fastdit.integrations.structure import autocasted, has, itemsize, parameters, unknown
 from fastdit.integrations.wan_block import Rows
 
 TEXT_TOKENS = 512  # the tokens before them in the context are the image's (I2V)
@@ -186,7 +186,7 @@ def patch_conv_forward(self, input: Tensor) -> Tensor:
         return type(self).forward(self, input)
     grid = tuple(size // p for size, p in zip(input.shape[2:], self.kernel_size, strict=True))
     t, h, w = (n * p for n, p in zip(grid, self.kernel_size, strict=True))
-    tokens = ops.patch_embed3d(input[:, :, :t, :h, :w], self.weight, self.bias)
+    tokens = ops.patch_embed3d(autocasted(input[:, :, :t, :h, :w]), self.weight, self.bias)
     return tokens.unflatten(1, grid).permute(0, 4, 1, 2, 3)
 
 
