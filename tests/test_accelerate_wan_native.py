@@ -5,7 +5,7 @@ import torch
 
 import fastdit
 from fastdit.integrations.wan_block import Rows
-from fastdit.testing import close
+from fastdit.testing import close, models
 from fastdit.testing.exact import exact, no_rounding
 from fastdit.testing.zoo import wan_native
 from fastdit.testing.zoo.wan_native import Wan21, Wan22, call, inputs, wan
@@ -49,6 +49,15 @@ def exact_videos(model, given):
         return exact(model)(**wide)
 
 
+@torch.no_grad()
+def test_fp32_latents_in_a_bf16_model_under_autocast():
+    """As the pipelines call it: the patch embedding casts them."""
+    model, given = wan(Wan22).bfloat16(), inputs((2, 3, 4), seq_len=24)
+    truth, before = truth_of(model, given), call(model, given)
+    fastdit.accelerate(model)
+    close.assert_close(call(model, given), truth, before)
+
+
 def test_what_stays():
     class Skips(wan_native.WanAttentionBlock):
         def forward(self, x, e, seq_lens, grid_sizes, freqs, context, context_lens):
@@ -73,3 +82,20 @@ def test_what_stays():
 
     report = fastdit.accelerate(wan(Cached))
     assert any(row.why.startswith("has steps") for row in report.rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@torch.no_grad()
+def test_head_without_autocast(dtype):
+    """Wan-Animate-2's in diffusers: the same formula, its projection in the dtype of the tokens."""
+    transformer = pytest.importorskip("diffusers.models.transformers.transformer_wan_animate_2")
+    head = models.randomize(transformer.Head(48, 4, (1, 2, 2)))
+    head.head.to(dtype)
+    x, e = torch.randn(2, 5, 48).to(dtype), torch.randn(2, 48)
+    with no_rounding():
+        truth = exact(head)(x.double(), e.double())
+    before = head(x, e)
+    report = fastdit.accelerate(head)
+    assert [row.layer for row in report.rows if row.replaced] == ["head (Wan-Video)"]
+    assert head(x, e).dtype == dtype
+    close.assert_close(head(x, e), truth, before)

@@ -14,7 +14,7 @@ from fastdit import ops
 from fastdit.integrations.diffusers_processor import Processor, queries_keys_values, shared
 from fastdit.integrations.padding import is_lengths
 from fastdit.integrations.registry import Kind, register
-from fastdit.integrations.structure import has, itemsize, law
+from fastdit.integrations.structure import autocasted, has, itemsize, law
 
 # The adaLN-Zero block ---------------------------------------------------------------------------------------------
 
@@ -193,7 +193,7 @@ def patch_conv_forward(self, input: Tensor) -> Tensor:
         return type(self).forward(self, input)
     (p_h, p_w), (height, width) = self.kernel_size, input.shape[2:]
     grid = (height // p_h, width // p_w)
-    frames = input[:, :, : grid[0] * p_h, : grid[1] * p_w].unsqueeze(2)
+    frames = autocasted(input[:, :, : grid[0] * p_h, : grid[1] * p_w].unsqueeze(2))
     tokens = ops.patch_embed3d(frames, self.weight.unsqueeze(2), self.bias)
     return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
 

@@ -12,7 +12,7 @@ from fastdit import ops
 from fastdit.integrations import wan_block
 from fastdit.integrations.diffusers_processor import Processor, refuse_choice, shared
 from fastdit.integrations.registry import Kind, register
-from fastdit.integrations.structure import has, itemsize, parameters, unknown
+from fastdit.integrations.structure import autocasted, has, itemsize, parameters, unknown
 from fastdit.integrations.wan_block import Rows
 
 TEXT_TOKENS = 512  # the tokens before them in the context are the image's (I2V)
@@ -92,19 +92,29 @@ class FastditWanAttnProcessor(Processor):
     ) -> Tensor:
         if attention_mask is not None or hidden_states.ndim != 3:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-        image = None
-        if attn.add_k_proj is not None and encoder_hidden_states is not None:
-            split = encoder_hidden_states.shape[1] - TEXT_TOKENS
-            image, encoder_hidden_states = encoder_hidden_states[:, :split], encoder_hidden_states[:, split:]
-        q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in projections(attn, hidden_states, encoder_hidden_states))
-        rope = {} if rotary_emb is None else dict(cos=rotary_emb[0][..., 0::2], sin=rotary_emb[1][..., 1::2])
-        q, k = normed(q, k, attn.norm_q, attn.norm_k, **rope)
-        o = ops.attention(q, k, v).flatten(2)
-        if image is not None:
-            k, v = (t.unflatten(-1, (attn.heads, -1)) for t in image_projections(attn, image))
-            _, k = normed(k[:, :0], k, None, attn.norm_added_k)
-            o = o + ops.attention(q, k, v).flatten(2)
-        return attn.to_out[1](attn.to_out[0](o))
+        return attend(attn, hidden_states, encoder_hidden_states, rotary_emb)
+
+
+PROCESSORS: dict[str, type] = {"WanAttnProcessor": FastditWanAttnProcessor}
+
+
+def attend(
+    attn: Any, x: Tensor, context: Tensor | None, rotary_emb: tuple[Tensor, Tensor] | None, **options: Any
+) -> Tensor:
+    """Self-attention, or attention to the text and, beside it, to the image; `options` of `ops.attention`."""
+    image = None
+    if attn.add_k_proj is not None and context is not None:
+        split = context.shape[1] - TEXT_TOKENS
+        image, context = context[:, :split], context[:, split:]
+    q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in projections(attn, x, context))
+    rope = {} if rotary_emb is None else dict(cos=rotary_emb[0][..., 0::2], sin=rotary_emb[1][..., 1::2])
+    q, k = normed(q, k, attn.norm_q, attn.norm_k, **rope)
+    o = ops.attention(q, k, v, **options).flatten(2)
+    if image is not None:
+        k, v = (t.unflatten(-1, (attn.heads, -1)) for t in image_projections(attn, image))
+        _, k = normed(k[:, :0], k, None, attn.norm_added_k)
+        o = o + ops.attention(q, k, v).flatten(2)
+    return attn.to_out[1](attn.to_out[0](o))
 
 
 def projections(attn: Any, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
@@ -142,7 +152,7 @@ def normed(q: Tensor, k: Tensor, norm_q: Any, norm_k: Any, **rope) -> tuple[Tens
 
 def refuse_attention(attn: Any) -> str | None:
     processor = attn.processor
-    if type(processor).__name__ != "WanAttnProcessor":
+    if type(processor).__name__ not in PROCESSORS:
         return f"its processor is {type(processor).__name__}, not WanAttnProcessor"
     if chosen := refuse_choice(processor):
         return chosen
@@ -158,7 +168,7 @@ register(
         ops=("qk_norm_rope", "attention"),
         match=lambda m: has(m, "to_q", "to_k", "to_v", "to_out", "heads", "processor", "add_k_proj", "kv_inner_dim"),
         refuse=refuse_attention,
-        patches=lambda attn: [(attn, "processor", shared(FastditWanAttnProcessor))],
+        patches=lambda attn: [(attn, "processor", shared(PROCESSORS[type(attn.processor).__name__]))],
         absorbs=lambda attn: [attn.norm_q, attn.norm_k] + ([attn.norm_added_k] if attn.add_k_proj is not None else []),
         # q and k: norm 2, then four strided products, two sums, two scattered writes (14 halves) against 2
         saving=lambda attn: 2 * 7 * attn.inner_dim * itemsize(attn),
@@ -176,7 +186,7 @@ def patch_conv_forward(self, input: Tensor) -> Tensor:
         return type(self).forward(self, input)
     grid = tuple(size // p for size, p in zip(input.shape[2:], self.kernel_size, strict=True))
     t, h, w = (n * p for n, p in zip(grid, self.kernel_size, strict=True))
-    tokens = ops.patch_embed3d(input[:, :, :t, :h, :w], self.weight, self.bias)
+    tokens = ops.patch_embed3d(autocasted(input[:, :, :t, :h, :w]), self.weight, self.bias)
     return tokens.unflatten(1, grid).permute(0, 4, 1, 2, 3)
 
 

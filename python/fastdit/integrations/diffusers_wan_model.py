@@ -153,15 +153,15 @@ def refuse_model(model: Any, *more: str) -> str | None:
     return unknown(model, *PARTS, *more, "gradient_checkpointing")
 
 
-def register_model(forward: Callable, *more: str) -> None:
-    """`more`: children that this model has besides Wan's."""
+def register_model(forward: Callable, *more: str, optional: tuple[str, ...] = ()) -> None:
+    """`more`: children that this model has besides Wan's; `optional`: that it may have."""
     taken = list(inspect.signature(forward).parameters)[1:]
     register(
         Kind(
             name="Wan output layer (norm, modulation, unpatchify)",
             ops=("norm_modulate", "unpatchify3d"),
             match=lambda m: has(m, *PARTS, *more) and parameters(m) == taken,
-            refuse=lambda m: refuse_model(m, *more),
+            refuse=lambda m: refuse_model(m, *more, *optional),
             patches=lambda m: [(m, "forward", forward)],
             absorbs=lambda m: [m.norm_out],
             # passes over (tokens, C): cast 3, norm 4, scale 4, shift 4, cast 3 against 2

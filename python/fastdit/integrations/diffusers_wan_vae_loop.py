@@ -27,24 +27,28 @@ def encoder_forward(self, x: Tensor, feat_cache=None, feat_idx=None) -> Tensor:
 
 
 def decoder_forward(self, x: Tensor, feat_cache=None, feat_idx=None, first_chunk: bool = False) -> Tensor:
+    def last(x: Tensor) -> Tensor:
+        return cached(self.conv_out, x, feat_cache, feat_idx, **channel_norm(self.norm_out), act="silu")
+
     x = cached(self.conv_in, channels_last(x), feat_cache, feat_idx)
     x = self.mid_block(x, feat_cache=feat_cache, feat_idx=feat_idx)
-    return up_blocks(self, x, feat_cache, feat_idx, first_chunk).contiguous()
+    return upwards(list(self.up_blocks), last, x, feat_cache, feat_idx, first_chunk).contiguous()
 
 
-def up_blocks(decoder, x: Tensor, feat_cache, feat_idx, first_chunk: bool, start: int = 0) -> Tensor:
-    """What follows, from block `start` on; large pictures a few frames at a time to the end (`models.vae.pieces`)."""
-    for i in range(start, len(decoder.up_blocks)):
-        block = decoder.up_blocks[i]
+def upwards(
+    blocks: list[Any], last: Callable[[Tensor], Tensor], x: Tensor, feat_cache, feat_idx, first_chunk: bool
+) -> Tensor:
+    """The blocks, then the `last` layer; large pictures a few frames at a time to the end (`models.vae.pieces`)."""
+    for i, block in enumerate(blocks):
         frames = 2 if any(getattr(m, "mode", None) == "upsample3d" for m in block.modules()) else 1
         if feat_cache is not None and (parts := pieces(x, frames)) is not None:
             slot, made = feat_idx[0], []
             for part in parts:
                 feat_idx[0] = slot
-                made.append(up_blocks(decoder, part, feat_cache, feat_idx, first_chunk, i))
+                made.append(upwards(blocks[i:], last, part, feat_cache, feat_idx, first_chunk))
             return torch.cat(made, dim=2)
         x = block(x, feat_cache=feat_cache, feat_idx=feat_idx, **marked(block, first_chunk))
-    return cached(decoder.conv_out, x, feat_cache, feat_idx, **channel_norm(decoder.norm_out), act="silu")
+    return last(x)
 
 
 def marked(module: nn.Module, first_chunk: bool) -> dict[str, bool]:

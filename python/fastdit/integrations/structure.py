@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastdit.integrations.registry import RECORD
@@ -41,6 +42,12 @@ def law(module: Any, x: Tensor, *tables: Tensor | None) -> str:
     """
     same = all(table is None or table.dtype == x.dtype for table in tables)
     return getattr(module, RECORD).precision if same else "fp32"
+
+
+def autocasted(x: Tensor) -> Tensor:
+    """x as a linear layer or a convolution takes it under autocast."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def itemsize(module: Any) -> int:

@@ -17,7 +17,7 @@ from fastdit.integrations import wan_block
 from fastdit.integrations.diffusers_wan import TEXT_TOKENS, normed
 from fastdit.integrations.probe import follows, numbers
 from fastdit.integrations.registry import Kind, register
-from fastdit.integrations.structure import has, itemsize, parameters, reads, unknown
+from fastdit.integrations.structure import autocasted, has, itemsize, parameters, reads, unknown
 from fastdit.integrations.wan_block import Rows
 
 # The block --------------------------------------------------------------------------------------------------------
@@ -37,12 +37,6 @@ def block_forward(
         lambda h: self.self_attn(autocasted(h), seq_lens, grid_sizes, freqs),
         lambda h: self.cross_attn(h, context, context_lens),
     )
-
-
-def autocasted(x: Tensor) -> Tensor:
-    """Once, for the three projections that would each cast it."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 BLOCK = ("norm1", "self_attn", "norm3", "cross_attn", "norm2", "ffn", "modulation")
