@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXResnetBlock3D
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoMidBlock3D
-from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15MidBlock
+from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15AttnBlock
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -62,11 +62,11 @@ def test_hunyuan_video_mid_block_at_full_width(dtype):
 
 @each_dtype
 @torch.no_grad()
-def test_hunyuan_video15_mid_block_at_full_width(dtype):
+def test_hunyuan_video15_attention_at_full_width(dtype):
     """1024 channels, one head of 1024: wider than what the GPU kernels hold."""
-    block = randomize(HunyuanVideo15MidBlock(1024)).to(dtype)
+    block = randomize(HunyuanVideo15AttnBlock(1024)).to(dtype)
     report = assert_same(block, video(1, 1024, 3, 3, 2, dtype=dtype))
-    assert replaced(report) == {"residual block with repeated borders": 2, "video attention of a VAE": 1}
+    assert replaced(report) == {"video attention of a VAE": 1}
 
 
 @each_dtype
@@ -264,7 +264,6 @@ COMPILED = [
     (HUNYUAN.decoder.up_blocks[2].upsamplers[0], 16),
     (HUNYUAN15.decoder.mid_block.attentions[0], 64),
     (HUNYUAN15.decoder.up_blocks[0].upsamplers[0], 64),
-    (HUNYUAN15.encoder.down_blocks[2].downsamplers[0], 32),
     (COGVIDEOX.decoder.up_blocks[0].resnets[0], 16),
     (COGVIDEOX.decoder.up_blocks[0].upsamplers[0], 16),
 ]
@@ -273,14 +272,18 @@ COMPILED = [
 @pytest.mark.parametrize("block, channels", COMPILED, ids=lambda case: type(case).__name__)
 @torch.no_grad()
 def test_compiled_blocks(block, channels):
-    """Fullgraph; one compilation serves every number of frames and every size."""
+    """Fullgraph; one compilation serves every number of frames and every size (no two of the first are equal)."""
     block = copy.deepcopy(block)
     fastdit.accelerate(block)
     graphs = CompileCounter()
     compiled = torch.compile(block, fullgraph=True, backend=graphs, dynamic=True)
-    for frames, side in ((5, 4), (7, 6), (9, 8)):
+    for frames, side in ((5, 18), (9, 8), (13, 6)):
         x = video(1, channels, frames, side, side + 2)
-        more = (None, video(1, 4, frames, side, side + 2)) if isinstance(block, CogVideoXResnetBlock3D) else ()
+        more = (
+            (None, video(1, 4, (frames + 1) // 2, side // 2, side // 2 + 1))
+            if isinstance(block, CogVideoXResnetBlock3D)
+            else ()
+        )
         after, expected = compiled(x, *more), block(x, *more)
         close.assert_bitwise(*(y[0] if isinstance(y, tuple) else y for y in (after, expected)))
     assert graphs.frame_count == 1
