@@ -8,7 +8,7 @@ from torch import nn
 
 import fastdit
 from fastdit.testing import close, models, zoo
-from fastdit.testing.zoo import vae_allegro, vae_cosmos, vae_ltx, vae_mochi
+from fastdit.testing.zoo import vae_allegro, vae_cosmos, vae_ltx, vae_magvit, vae_mochi
 
 
 def layers(report, replaced=True):
@@ -167,3 +167,37 @@ def test_allegro_dropout_while_training():
     assert not called
     block.train()(x)
     assert called
+
+
+@torch.no_grad()
+def test_magvit_caches_across_restore():
+    """The kept frames mean the same to both sides: any of them may go on with the next chunk, of any length."""
+    model = vae_magvit.magvit_vae(**vae_magvit.SMALL)
+    x, wide = zoo.randn(1, 3, 8, 16, 8), copy.deepcopy(model).double()
+    chunks = (1, 4, 3)
+
+    def coded(vae, ours=()):
+        made = []
+        for i, frames in enumerate(x.to(vae.dtype).split(chunks, dim=2)):
+            fastdit.accelerate(vae) if i in ours else fastdit.restore(vae)
+            made.append(vae.encoder(frames))
+        vae._clear_conv_cache()
+        return torch.cat(made, dim=2)
+
+    before, truth = coded(model), coded(wide)
+    for ours in ((0,), (1,), (0, 2)):
+        close.assert_close(coded(model, ours), truth, before)
+
+
+def test_magvit_layers_that_stay():
+    model = vae_magvit.magvit_vae(**vae_magvit.SMALL)
+    model.decoder.mid_block.convs[0].output_scale_factor = 2.0
+    model.decoder.up_blocks[0].convs[0].conv1.padding_mode = "reflect"
+    model.encoder.conv_act = nn.GELU()
+    report = fastdit.accelerate(model)
+    assert {row.why for row in report.rows if not row.replaced} >= {
+        "dropout between its norm and its convolution, or a scaled output",
+        "its convolution has groups or another border",
+        "its activation is GELU, not SiLU",
+    }
+    assert layers(report)["EasyAnimate residual block (GroupNorm, SiLU, conv, twice)"] == 11 - 2

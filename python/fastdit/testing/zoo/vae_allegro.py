@@ -44,6 +44,6 @@ MODELS = (
 
 ROWS = (
     decode_row(
-        "AutoencoderKLAllegro", lambda: allegro_vae((8, 32, 32), (8, 32, 32)), (4, 2, 4, 4), probe=(4, 2, 4, 4),
+        "AutoencoderKLAllegro", lambda: allegro_vae((8, 32, 48), (8, 32, 48)), (4, 2, 4, 6),
     ),
 )  # fmt: skip

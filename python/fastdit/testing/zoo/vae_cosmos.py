@@ -71,7 +71,7 @@ MODELS = (
 
 ROWS = (
     decode_row(
-        "AutoencoderKLCosmos", lambda: cosmos_vae(encoder_block_out_channels=(8, 12, 16, 24)), (16, 2, 8, 8),
-        probe=(16, 2, 2, 2),
+        "AutoencoderKLCosmos", lambda: cosmos_vae(encoder_block_out_channels=(8, 12, 16, 24)), (16, 2, 16, 16),
+        probe=(16, 2, 4, 4),
     ),
 )  # fmt: skip
