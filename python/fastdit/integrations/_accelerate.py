@@ -60,13 +60,13 @@ def accelerate(
                     inside[name] = unknown is None
                 patches = list(kind.patches(module)) if unknown is None else []
                 why = outside(kind, name, inside) or refusal(kind, module, name, patches, allowed, patterns) or unknown
+                absorbed = list(kind.absorbs(module)) if unknown is None else []
                 if why is None:
+                    read = readers(patches, absorbed)
                     for owner, attribute, replacement in patches:
                         replacement = per_model(replacement, processors)
-                        registry.patch(owner, attribute, replacement, kind, precision or kind.precision)
-                own = {owner for owner, _, _ in patches}
-                if unknown is None:
-                    own.update(kind.absorbs(module))
+                        registry.patch(owner, attribute, replacement, kind, precision or kind.precision, read[owner])
+                own = {owner for owner, _, _ in patches}.union(absorbed)
                 covered.update(own, [module])
                 if why is None:
                     driven.update(own - {module})
@@ -141,6 +141,17 @@ def is_excluded(name: str, patterns: list[str]) -> bool:
     """Does a pattern match this module's name or the name of a module above it?"""
     parts = name.split(".")
     return any(fnmatchcase(".".join(parts[:n]), p) for p in patterns for n in range(1, len(parts) + 1))
+
+
+def readers(patches: list, absorbed: list[nn.Module]) -> dict[nn.Module, list[nn.Module]]:
+    """Which patched module reads which absorbed one: the smallest around it."""
+    below = {owner: set(owner.modules()) for owner, _, _ in patches}
+    read: dict[nn.Module, list[nn.Module]] = {owner: [] for owner in below}
+    for module in absorbed:
+        around = [owner for owner, modules in below.items() if module in modules]
+        if around:
+            read[min(around, key=lambda owner: len(below[owner]))].append(module)
+    return read
 
 
 def outside(kind: Kind, name: str, inside: dict[str, bool]) -> str | None:

@@ -9,6 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from fastdit.integrations.absorbed import between_hooks
+from fastdit.integrations.registry import RECORD
+
 OURS = (None, "fastdit")  # choices of an attention backend that leave the attention to fastdit
 
 
@@ -50,8 +53,10 @@ class Processor:
 
 def unless_chosen(call: Callable) -> Callable:
     @functools.wraps(call)  # diffusers reads the signature
-    def __call__(self, *args, **kwargs):
-        return call(self, *args, **kwargs) if self.replaced else self.original(*args, **kwargs)
+    def __call__(self, attn, *args, **kwargs):
+        if not self.replaced:
+            return self.original(attn, *args, **kwargs)
+        return between_hooks(getattr(attn, RECORD).absorbed, call, self, attn, *args, **kwargs)
 
     return __call__
 

@@ -7,12 +7,15 @@ state-dict keys stay as they are.
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+
+from fastdit.integrations.absorbed import between_hooks
 
 RECORD = "_fastdit"  # the one attribute a patched module carries besides what replaces its methods
 
@@ -66,6 +69,7 @@ class Record:
     original: Callable  # the class's forward: Dynamo traces no `type(self).forward` of classes allowed in its graph
     placed: dict[str, Any] = field(default_factory=dict)
     saved: dict[str, Any] = field(default_factory=dict)  # instance attributes that were there before
+    absorbed: list[nn.Module] = field(default_factory=list)  # read by what was placed, no longer called
 
 
 def record_of(module: nn.Module) -> Record | None:
@@ -94,14 +98,36 @@ def has_hooks(modules: Iterable[nn.Module]) -> str | None:
     return None
 
 
-def patch(module: nn.Module, attribute: str, replacement: Any, kind: Kind, precision: str) -> None:
+@functools.cache
+def around_hooks(call: Callable) -> Callable:
+    """A replacement that runs the hooks of what it absorbs; one for all modules of a kind."""
+
+    def placed(self, *args, **kwargs):
+        return between_hooks(getattr(self, RECORD).absorbed, call, self, *args, **kwargs)
+
+    # torch.compile counts recompiles per code object: no two replacements share one
+    placed.__code__ = placed.__code__.replace(co_name=call.__name__)
+    return functools.wraps(call)(placed)
+
+
+def patch(
+    module: nn.Module,
+    attribute: str,
+    replacement: Any,
+    kind: Kind,
+    precision: str,
+    absorbed: Iterable[nn.Module] = (),
+) -> None:
     record = record_of(module)
     if record is None:
         record = Record(kind.name, precision, type(module).forward)
         module.__dict__[RECORD] = record
     if attribute in module.__dict__:
         record.saved[attribute] = module.__dict__[attribute]
-    placed = types.MethodType(replacement, module) if isinstance(replacement, types.FunctionType) else replacement
+    record.absorbed += [m for m in absorbed if m not in record.absorbed]
+    placed = replacement
+    if isinstance(replacement, types.FunctionType):
+        placed = types.MethodType(around_hooks(replacement) if record.absorbed else replacement, module)
     record.placed[attribute] = placed
     module.__dict__[attribute] = placed
 

@@ -51,7 +51,9 @@ def autocasted(x: Tensor) -> Tensor:
 
 
 def itemsize(module: Any) -> int:
-    return next(module.parameters()).element_size()
+    """Bytes of a value between the layers: as a weight that is stored as it is computed, or two (packed, fp8)."""
+    sizes = (p.element_size() for p in module.parameters() if p.is_floating_point())
+    return next((size for size in sizes if size > 1), 2)
 
 
 def is_causal_conv(module: object) -> bool:
