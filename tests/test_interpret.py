@@ -11,7 +11,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdit.testing import interpret
-from fastdit.testing.interpret_ops import round_bf16, round_tf32
+from fastdit.testing.interpret_dot import fp32_dot, round_tf32
+from fastdit.testing.interpret_ops import round_bf16
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on a GPU here")
 
@@ -177,6 +178,16 @@ def test_dot_of_fp32_in_tf32_loses_bits():
     assert 1e-4 < error < 1e-1
     x = torch.randn(4096)
     assert not (round_tf32(x.numpy()).view(np.uint32) & 0x1FFF).any()
+
+
+def test_fp32_dot_is_a_chain_that_its_transpose_shares():
+    """The forward's scores and the backward's, k @ q.T, have the same bits, whatever numpy's BLAS does on this CPU."""
+    a, b = torch.randn(48, 72).numpy(), torch.randn(72, 32).numpy()
+    zero = np.zeros((48, 32), np.float32)
+    found = fp32_dot(a, b, zero)
+    assert (found == fp32_dot(b.T, a.T, zero.T).T).all()
+    truth = a.astype(np.float64) @ b.astype(np.float64)
+    assert 0 < np.abs(found - truth).max() < 72 / 8 * np.spacing(np.abs(truth).max(), dtype=np.float32)
 
 
 def test_dot_needs_sixteen_in_k():

@@ -13,6 +13,8 @@ import triton.language as tl
 from triton._C.libtriton import interpreter as _memory, ir
 from triton.runtime import interpreter as base
 
+from .interpret_dot import fp32_dot, round_tf32
+
 Handle = base.TensorHandle
 _BUILDER = base.InterpreterBuilder
 
@@ -266,12 +268,6 @@ def _erf(self, arg):
     return Handle(torch.erf(x).numpy().astype(arg.data.dtype), arg.dtype.scalar)
 
 
-def round_tf32(x: np.ndarray) -> np.ndarray:
-    """fp32 to 10 bits of mantissa, ties away from zero, as cvt.rna.tf32 does."""
-    bits = (x.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
-    return np.where(np.isfinite(x), bits.view(np.float32), x)
-
-
 def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     x, y, kind = a.data, b.data, d.dtype.scalar
     if x.dtype.kind != "f":
@@ -282,6 +278,8 @@ def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     x, y = x.astype(wide, copy=False), y.astype(wide, copy=False)
     if a.dtype.scalar == tl.float32 and input_precision == ir.INPUT_PRECISION.TF32:
         x, y = round_tf32(x), round_tf32(y)
+    elif a.dtype.scalar == tl.float32:
+        return Handle(fp32_dot(x, y, d.data), kind)
     return Handle((np.matmul(x, y) + d.data.astype(wide, copy=False)).astype(np_dtype(kind), copy=False), kind)
 
 
