@@ -10,8 +10,10 @@ import json
 import sys
 from pathlib import Path
 
+from fastdit.testing.markers import spliced
+
 README = Path(__file__).resolve().parent.parent / "README.md"
-BEGIN, END = "<!-- kernel table: begin -->", "<!-- kernel table: end -->"
+BLOCK = "kernel table"
 PEERS = ("eager", "compile")
 IDEAL = ("copy", "gemm")
 WHOLE = "model"
@@ -48,14 +50,6 @@ def table(document: dict) -> str:
     return "\n".join(lines)
 
 
-def spliced(readme: str, block: str) -> str:
-    head, _, rest = readme.partition(BEGIN)
-    _, found, tail = rest.partition(END)
-    if not found:
-        raise SystemExit(f"report.py: README.md has no block between {BEGIN} and {END}")
-    return f"{head}{BEGIN}\n{block}\n{END}{tail}"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group(required=True)
@@ -63,7 +57,7 @@ def main() -> int:
     mode.add_argument("--check", metavar="JSON", type=Path)
     chosen = parser.parse_args()
     before = README.read_text(encoding="utf-8")
-    after = spliced(before, table(json.loads((chosen.write or chosen.check).read_text(encoding="utf-8"))))
+    after = spliced(before, BLOCK, table(json.loads((chosen.write or chosen.check).read_text(encoding="utf-8"))))
     if chosen.write:
         README.write_text(after, encoding="utf-8")
     elif before != after:

@@ -1,6 +1,7 @@
 """accelerate and restore on diffusers' DiT and Wan VAE: same outputs and gradients, nothing left behind."""
 
 import copy
+import dataclasses
 import io
 import types
 
@@ -398,8 +399,57 @@ def test_verify(capsys):
     vae = diffusers_wan_vae(**WAN21)
     found = fastdit.accelerate(vae).verify(torch.randn(1, 4, 2, 4, 4), call="decode", rounds=1)
     assert 0 < found.rms_error < 1e-4
-    with pytest.raises(ValueError, match="one model at a time"):
-        fastdit.accelerate([model, vae]).verify()
+    both = fastdit.accelerate([model, vae], exclude=["decoder.conv_in"])
+    with pytest.raises(ValueError, match="got of=none for a report on DiTTransformer2DModel, AutoencoderKLWan"):
+        both.verify(*dit_inputs())
+    with pytest.raises(ValueError, match="got of=Linear"):
+        both.verify(of=nn.Linear(1, 1))
+    assert both.verify(*dit_inputs(), of=model, rounds=1).rms_error > 0  # the pattern is the other model's
+    found = both.verify(torch.randn(1, 3, 5, 32, 32), of=vae, call="encode", rounds=1)
+    assert 0 < found.max_error < 1e-4 and traces(vae) and traces(model)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda y: {"video": y, "audio": [y * 2, None]},
+        lambda y: (y, (y * 2,)),
+        lambda y: [{"sample": y, "step": torch.tensor([1])}, y * 2],
+        lambda y: BothOutputs(y, y * 2),
+    ],
+    ids=["dict", "tuple", "list", "dataclass"],
+)
+def test_verify_of_any_output(wrap):
+    """All of it counts: the second part, with twice the error, too."""
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = diffusers_dit()
+
+        def forward(self, *inputs, **options):
+            return wrap(self.model(*inputs, **options).sample)
+
+    wrapped, inputs = Wrapped(), dit_inputs()
+    found = fastdit.accelerate(wrapped).verify(*inputs, rounds=1)
+    plain = fastdit.accelerate(wrapped.model).verify(*inputs, rounds=1)
+    assert found.max_error == 2 * plain.max_error > 0
+    assert found.rms_before == pytest.approx(plain.rms_before * 2.5**0.5)
+
+
+@dataclasses.dataclass
+class BothOutputs:
+    video: torch.Tensor
+    audio: torch.Tensor
+
+
+def test_verify_needs_something_to_compare():
+    class Silent(nn.Module):
+        def forward(self):
+            return "nothing"
+
+    with pytest.raises(ValueError, match="nothing to compare; got str"):
+        fastdit.accelerate(Silent()).verify(rounds=1)
 
 
 @torch.no_grad()

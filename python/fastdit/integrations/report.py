@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -106,34 +106,48 @@ class Report:
             out.write("Nothing was replaced. Looked for: " + "; ".join(kind.name for kind in KINDS) + ".\n")
         return out.getvalue()
 
-    def verify(self, *inputs: Any, call: str | None = None, rounds: int = 3, **kwargs: Any) -> Verification:
+    def verify(
+        self, *inputs: Any, of: nn.Module | None = None, call: str | None = None, rounds: int = 3, **kwargs: Any
+    ) -> Verification:
         """Run the model as it was and as it is, interleaved, without grad; print and return errors and speed.
 
-        `call` names another method than the model's own call, e.g. "decode". Times are medians of `rounds`.
+        Args:
+            inputs, kwargs: of the call. All floating tensors of its output count, in dicts, lists and diffusers'
+                outputs too; a latent distribution counts by its parameters.
+            of (nn.Module): which model, where the report is on several (a pipeline's transformer, its VAE).
+            call (str): another method than the model's own call, e.g. "decode".
+            rounds (int): times are medians of so many.
+        Raises:
+            ValueError: the report is on several models and `of` is none of them; an output without tensors.
         """
-        from fastdit.integrations._accelerate import accelerate, restore
+        from fastdit.integrations._accelerate import accelerate, is_excluded, restore
 
-        if len(self.models) != 1:
+        model = self.models[0] if of is None and len(self.models) == 1 else of
+        if not any(model is m for m in self.models):
+            known = ", ".join(type(m).__name__ for m in self.models)
+            got = "none" if of is None else type(of).__name__
             raise ValueError(
-                f"verify: one model at a time; got a report on {len(self.models)}; accelerate them one by one."
+                f"verify: one model at a time; got of={got} for a report on {known}, expected of=<one of these models>."
             )
-        model = self.models[0]
+        assert model is not None
+        names = [name for name, _ in model.named_modules()]  # patterns that concern other models of the report
+        here = [p for p in self.options["exclude"] if any(is_excluded(name, [p]) for name in names)]
+        options = {**self.options, "exclude": here}
         times: dict[str, list[float]] = {"before": [], "after": []}
         outputs: dict[str, Tensor] = {}
         try:
             for _ in range(rounds):
                 restore(model)
                 outputs["before"] = timed(getattr(model, call or "__call__"), inputs, kwargs, times["before"])
-                accelerate(model, **self.options)
+                accelerate(model, **options)
                 outputs["after"] = timed(getattr(model, call or "__call__"), inputs, kwargs, times["after"])
         finally:
-            accelerate(model, **self.options)
-        before, after = outputs["before"].double(), outputs["after"].double()
-        error = after - before
+            accelerate(model, **options)
+        error = outputs["after"] - outputs["before"]
         result = Verification(
             max_error=error.abs().max().item(),
             rms_error=error.square().mean().sqrt().item(),
-            rms_before=before.square().mean().sqrt().item(),
+            rms_before=outputs["before"].square().mean().sqrt().item(),
             before_ms=median(times["before"]),
             after_ms=median(times["after"]),
         )
@@ -149,16 +163,27 @@ def timed(function: Callable, inputs: tuple, kwargs: dict, times: list[float]) -
         output = function(*inputs, **kwargs)
         synchronize()
     times.append((time.perf_counter() - start) * 1e3)
-    return first_tensor(output)
+    found = [t.double().flatten() for t in tensors(output) if t.is_floating_point()]
+    if not found:
+        raise ValueError(f"verify: nothing to compare; got {type(output).__name__}, expected floating tensors in it.")
+    return torch.cat(found)
 
 
-def first_tensor(output: Any) -> Tensor:
-    """The tensor in a model's output: itself, the first of a tuple, or diffusers' `.sample` / latent distribution."""
+def tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in a model's output: itself, those of a list, dict or dataclass, a distribution's parameters."""
     if isinstance(output, Tensor):
-        return output
-    if hasattr(output, "latent_dist"):
-        return output.latent_dist.mode()
-    return first_tensor(output[0])
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from tensors(value)
+    elif is_dataclass(output):
+        for part in fields(output):
+            yield from tensors(getattr(output, part.name))
+    elif isinstance(getattr(output, "parameters", None), Tensor):  # DiagonalGaussianDistribution
+        yield output.parameters
 
 
 def median(values: list[float]) -> float:

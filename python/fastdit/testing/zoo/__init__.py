@@ -86,5 +86,16 @@ def rows() -> list[Whole]:
     return [row for group in _groups() for row in getattr(group, "ROWS", ())]
 
 
+def groups() -> list[tuple[list[str], list[str]]]:
+    """Of each file here: the pages of its models, and the names of its rows."""
+    return [
+        (
+            sorted({model.page for model in getattr(group, "MODELS", ())}),
+            [row.model for row in getattr(group, "ROWS", ())],
+        )
+        for group in _groups()
+    ]
+
+
 def _groups() -> Iterable[Any]:
     return (importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__))
