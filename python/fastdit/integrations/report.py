@@ -123,11 +123,11 @@ class Report:
         from fastdit.integrations._accelerate import accelerate, is_excluded, restore
 
         model = self.models[0] if of is None and len(self.models) == 1 else of
-        if not any(model is known for known in self.models):
-            names = ", ".join(type(m).__name__ for m in self.models)
+        if not any(model is m for m in self.models):
+            known = ", ".join(type(m).__name__ for m in self.models)
             got = "none" if of is None else type(of).__name__
             raise ValueError(
-                f"verify: one model at a time; got of={got} for a report on {names}, expected of=<one of these models>."
+                f"verify: one model at a time; got of={got} for a report on {known}, expected of=<one of these models>."
             )
         assert model is not None
         names = [name for name, _ in model.named_modules()]  # patterns that concern other models of the report
