@@ -110,7 +110,7 @@ class FastditLumina2AttnProcessor(Processor):
             cos, sin = (part.unsqueeze(2).float() for part in (image_rotary_emb.real, image_rotary_emb.imag))
         stream = Stream(*projections(attn, hidden_states), attn.norm_q, attn.norm_k, cos, sin)
         valid = None if attention_mask is None else attention_mask.view(hidden_states.shape[0], -1)
-        (o,) = joint_attention(stream, valid=valid)
+        (o,) = joint_attention(stream, key_mask=valid)
         return attn.to_out[1](attn.to_out[0](o))
 
 

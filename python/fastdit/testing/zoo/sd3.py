@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastdit.testing.models import randomize
 from fastdit.testing.whole import Whole, block_row
@@ -18,6 +19,25 @@ def sd3(**config) -> Any:
                  num_attention_heads=3, joint_attention_dim=32, caption_projection_dim=72, pooled_projection_dim=20,
                  pos_embed_max_size=6)  # fmt: skip
     return randomize(SD3Transformer2DModel(**{**small, **config}))
+
+
+def controlnet() -> Any:
+    """SD3.5's ControlNet, whose blocks see the image alone."""
+    from diffusers import SD3ControlNetModel
+
+    return randomize(SD3ControlNetModel(
+        sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=24, num_attention_heads=3,
+        joint_attention_dim=None, caption_projection_dim=72, pooled_projection_dim=20, pos_embed_max_size=6,
+        extra_conditioning_channels=1, force_zeros_for_pooled_projection=False, pos_embed_type=None,
+        use_pos_embed=False,
+    ))  # fmt: skip
+
+
+def call_blocks(model: Any, inputs: dict[str, Any]) -> Tensor:
+    x = inputs["hidden_states"]
+    for block in model.transformer_blocks:
+        x = block(x, inputs["temb"])
+    return x
 
 
 def inputs(**more: Any) -> dict[str, Any]:
@@ -45,6 +65,10 @@ MODELS = (
     Model(f"{NAME}, 3.5 large", "sd3", lambda: sd3(**LARGE), inputs, LAYERS),
     Model(f"{NAME}, 3.5 medium", "sd3", lambda: sd3(**MEDIUM), inputs,
           {**LAYERS, "attention (JointAttnProcessor2_0)": 5}),
+    Model("SD3ControlNetModel", "sd3", controlnet, lambda: dict(hidden_states=randn(2, 15, 72), temb=randn(2, 72)),
+          {"SD3 single block": 2, "attention (JointAttnProcessor2_0)": 2, "feed-forward activation": 2,
+           "patch embedding (Conv2d, kernel = stride)": 1},
+          call=call_blocks),
 )  # fmt: skip
 
 
