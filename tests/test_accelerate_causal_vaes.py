@@ -244,15 +244,11 @@ def test_parts_left_out():
         close.assert_close(model.decode(z).sample, truth, before)
 
 
-@pytest.mark.parametrize("name", ["AutoencoderKLKVAEVideo", "AutoencoderKLMagvit"])
-def test_neighbours_are_not_touched(name):
-    """They share names of layers, not their caches and paddings."""
-    import diffusers
+def test_neighbours_are_not_touched():
+    """It shares names of layers, not their caches and paddings."""
+    from diffusers import AutoencoderKLKVAEVideo
 
-    config = dict(ch=32, num_res_blocks=1) if "KVAE" in name else dict(
-        block_out_channels=[16] * 4, norm_num_groups=4, layers_per_block=1
-    )  # fmt: skip
-    assert fastdit.accelerate(getattr(diffusers, name)(**config)).replaced == 0
+    assert fastdit.accelerate(AutoencoderKLKVAEVideo(ch=32, num_res_blocks=1)).replaced == 0
 
 
 # torch.compile ----------------------------------------------------------------------------------------------------
