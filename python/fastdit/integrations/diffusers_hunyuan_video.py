@@ -98,16 +98,16 @@ def dual(
 ) -> tuple[Tensor, Tensor]:
     x = x.contiguous()  # the first block's come transposed from an eager patch embedding
     text = adaln_zero(block.norm1_context, temb)
-    precision = law(block, x, text.gate1)
+    precision, text_precision = law(block, x, video.gate1), law(block, context, text.gate1)  # autocast widens one
     x_output, context_output = block.attn(
         hidden_states=open_stream(x, video, block.norm1.norm, precision, index),
-        encoder_hidden_states=open_stream(context, text, block.norm1_context.norm, precision),
+        encoder_hidden_states=open_stream(context, text, block.norm1_context.norm, text_precision),
         attention_mask=mask,
         image_rotary_emb=rotary,
     )
     return (
         close_stream(x, x_output, video, block.norm2, block.ff, precision, index),
-        close_stream(context, context_output, text, block.norm2_context, block.ff_context, precision),
+        close_stream(context, context_output, text, block.norm2_context, block.ff_context, text_precision),
     )
 
 
