@@ -36,14 +36,14 @@ def double_block(
     self, x: Tensor, context: Tensor, image: Tables, text: Tables, attention: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """Text and image after one block, from their tables; attention: further arguments of `self.attn`."""
-    precision = law(self, x, image.gate1)
+    precision, text_precision = law(self, x, image.gate1), law(self, context, text.gate1)  # autocast may widen one
     attn_output, context_attn_output, *ip_attn_output = self.attn(
         hidden_states=open_stream(x, image, plain(self.norm1), precision),
-        encoder_hidden_states=open_stream(context, text, plain(self.norm1_context), precision),
+        encoder_hidden_states=open_stream(context, text, plain(self.norm1_context), text_precision),
         **attention,
     )
     x = close_stream(x, attn_output, image, self.norm2, self.ff, precision)
-    context = close_stream(context, context_attn_output, text, self.norm2_context, self.ff_context, precision)
+    context = close_stream(context, context_attn_output, text, self.norm2_context, self.ff_context, text_precision)
     return clip_half(context), x + ip_attn_output[0] if ip_attn_output else x
 
 

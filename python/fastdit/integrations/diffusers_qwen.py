@@ -42,15 +42,18 @@ def block_forward(
     text = Tables(*self.txt_mod(temb.chunk(2, dim=0)[0] if self.zero_cond_t else temb).chunk(6, dim=-1))
     rows = None if modulate_index is None else table_rows(modulate_index)
     precision = law(self, hidden_states, image.gate1)
+    text_precision = law(self, encoder_hidden_states, text.gate1)
     attn_output, context_attn_output = self.attn(
         hidden_states=open_stream(hidden_states, image, self.img_norm1, precision, rows),
-        encoder_hidden_states=open_stream(encoder_hidden_states, text, self.txt_norm1, precision),
+        encoder_hidden_states=open_stream(encoder_hidden_states, text, self.txt_norm1, text_precision),
         encoder_hidden_states_mask=encoder_hidden_states_mask,
         image_rotary_emb=image_rotary_emb,
         **(joint_attention_kwargs or {}),
     )
     x = close_stream(hidden_states, attn_output, image, self.img_norm2, self.img_mlp, precision, rows)
-    context = close_stream(encoder_hidden_states, context_attn_output, text, self.txt_norm2, self.txt_mlp, precision)
+    context = close_stream(
+        encoder_hidden_states, context_attn_output, text, self.txt_norm2, self.txt_mlp, text_precision
+    )
     return clip_half(context), clip_half(x)
 
 

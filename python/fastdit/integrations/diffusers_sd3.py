@@ -45,7 +45,8 @@ def block_forward(
         h_context = self.norm1_context(encoder_hidden_states, temb)
     else:
         text = adaln_zero(self.norm1_context, temb)
-        h_context = open_stream(encoder_hidden_states, text, self.norm1_context.norm, precision)
+        text_precision = law(self, encoder_hidden_states, text.gate1)
+        h_context = open_stream(encoder_hidden_states, text, self.norm1_context.norm, text_precision)
     attn_output, context_attn_output = self.attn(
         hidden_states=open_stream(x, image, norm, precision), encoder_hidden_states=h_context, **options
     )
@@ -58,7 +59,7 @@ def block_forward(
     if self.context_pre_only:
         return None, x
     context = close_stream(
-        encoder_hidden_states, context_attn_output, text, self.norm2_context, self.ff_context, precision
+        encoder_hidden_states, context_attn_output, text, self.norm2_context, self.ff_context, text_precision
     )
     return context, x
 
