@@ -159,7 +159,7 @@ def outside(kind: Kind, name: str, inside: dict[str, bool]) -> str | None:
     above = [known for block, known in inside.items() if name.startswith(f"{block}.") or not block]
     if not all(above):
         return "inside a block that is left"
-    return "in no block that is known" if kind.part and not above else None
+    return "in no block that is known" if kind.part and not above and name else None  # without a name: asked for itself
 
 
 def refusal(
