@@ -53,7 +53,10 @@ def test_output(entry, dtype):
 
 
 @each_model
-@each_dtype
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.full)],
+)
 def test_gradients(entry, dtype):
     """Of all parameters and floating inputs in one comparison, each gradient in units of its own rms."""
     model = models.cast(entry.build(), dtype)

@@ -10,12 +10,9 @@ def round_tf32(x: np.ndarray) -> np.ndarray:
 
 
 def fp32_dot(x: np.ndarray, y: np.ndarray, d: np.ndarray) -> np.ndarray:
-    """A chain of fp32 sums along K, as a GPU's FMAs make it: the bits of x @ y are those of its transpose.
+    """x @ y + d, rounded once to fp32: the bits of a product are those of its transpose, as with a GPU's FMA chains.
 
     numpy's fp32 product has another order on every CPU and for every layout; a backward that computes the scores as
-    k @ q.T would not meet the forward's rounding, which its lse holds.
+    k @ q.T would not meet the rounding that the lse holds. A GPU rounds along K too: that is not shown here.
     """
-    x, y, step = x.astype(np.float64), y.astype(np.float64), 8
-    for k in range(0, x.shape[-1], step):
-        d = (d + np.matmul(x[..., k : k + step], y[..., k : k + step, :])).astype(np.float32)
-    return d
+    return (np.matmul(x.astype(np.float64), y.astype(np.float64)) + d).astype(np.float32)
