@@ -1,0 +1,246 @@
+"""A small causal video VAE to train: the first half of the reference system, over `fastdit.ops`.
+
+Pictures become patches (space to channels), a few blocks work on all frames at 1/4 of the size, the rest on fewer
+frames at 1/8. Every convolution fuses the norm and the SiLU before it and the residual after it. Time is causal as
+in `fastdit.models.vae`: the first frame is coded alone, every later group of four becomes one latent frame.
+Under `fastdit.use_backend("reference")` the whole model is plain PyTorch.
+
+Shapes: videos (B, 3, 1 + 4*t, H, W) <-> latents (B, z, 1 + t, H/8, W/8), H and W any multiples of 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastdit.models.vae import AFTER, ResidualBlock, Stream, chunks, patchify, unpatchify
+from fastdit.nn import CausalConv3d, ChannelNorm, channels_last
+
+FRAMES = 4  # of a video per latent frame after the first
+
+
+@dataclass(frozen=True)
+class VideoVAEConfig:
+    """The widths and depths of a `VideoVAE` at its three stages: 1/4 of the size, 1/8, and 1/8 with fewest frames.
+
+    Stages have all frames, every second and every fourth. `patch_size` p makes the sizes 1/p and 1/(2p).
+    """
+
+    latent_channels: int = 8
+    patch_size: int = 4
+    widths: tuple[int, ...] = (32, 48, 64)
+    encoder_blocks: tuple[int, ...] = (1, 0, 1)
+    decoder_blocks: tuple[int, ...] = (1, 0, 1)
+
+    def __post_init__(self):
+        for name in ("widths", "encoder_blocks", "decoder_blocks"):
+            value = tuple(getattr(self, name))  # a list, from JSON or TOML
+            object.__setattr__(self, name, value)
+            least = 1 if name == "widths" else 0
+            if len(value) != 3 or not all(isinstance(n, int) and n >= least for n in value):
+                raise ValueError(
+                    f"VideoVAEConfig: {name} must have one number for each of the three stages; got {value}, "
+                    f"expected three ints >= {least}; write them from the finest stage to the coarsest."
+                )
+        for name in ("latent_channels", "patch_size"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(
+                    f"VideoVAEConfig: {name} must be a positive int; got {getattr(self, name)!r}, expected e.g. "
+                    f"{getattr(VideoVAEConfig, name)}; correct the configuration."
+                )
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The Gaussian that the encoder gives each latent value: `mean` and `logvar`, (B, z, 1 + t, h, w) each."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """mean + std * noise"""
+        noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
+        return self.mean + (0.5 * self.logvar).exp() * noise
+
+    def kl(self) -> Tensor:
+        """(mean^2 + var - 1 - logvar) / 2: the divergence from the standard normal, averaged over all values."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).mean()
+
+
+class Whole(Stream):
+    """The pass over a whole video: nothing comes after it, so nothing is remembered, and blocks can be run again."""
+
+    def __call__(self, conv: CausalConv3d, x: Tensor, **fused) -> Tensor:
+        return conv(x, **fused)
+
+
+class Down(nn.Module):
+    """One convolution over pairs of frames: 1 + 2n -> 1 + n; with `space` 2x smaller images.
+
+    The first frame is paired with zeros. Later chunks are whole pairs, so no frame needs to be remembered.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, space: bool):
+        super().__init__()
+        self.conv = CausalConv3d(in_dim, out_dim, (2, 3, 3), stride=(2, 2, 2) if space else (2, 1, 1))
+        self.around = AFTER[2:] if space else (1, 1, 1, 1)
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        return self.conv(x, padding=(1 if stream.first else 0, 0, *self.around))
+
+
+class Up(nn.Module):
+    """One convolution to the channels of two frames, and with `space` of 2 x 2 pixels: 1 + n -> 1 + 2n frames.
+
+    The pair of the first frame is that frame alone.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, space: bool):
+        super().__init__()
+        self.factor = 2 if space else 1
+        self.conv = CausalConv3d(in_dim, 2 * self.factor**2 * out_dim, 3)
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        y = shuffled(stream(self.conv, x), 2, self.factor)
+        return y[:, :, 1:] if stream.first else y
+
+
+def shuffled(x: Tensor, f_t: int, f: int) -> Tensor:
+    """(B, f_t*f*f*C, T, H, W), channels in the order (t, h, w, c) -> (B, C, T*f_t, H*f, W*f), channels last: one copy."""
+    b, _, t, h, w = x.shape
+    y = x.unflatten(1, (f_t, f, f, -1)).permute(0, 5, 1, 6, 2, 7, 3, 4)  # (B, T, f_t, H, f, W, f, C)
+    return y.reshape(b, t * f_t, h * f, w * f, -1).permute(0, 4, 1, 2, 3)
+
+
+class Coder(nn.Module):
+    """An encoder or a decoder: a convolution, blocks, and a convolution of the normed and gated result."""
+
+    def __init__(self, in_dim: int, blocks: list[nn.Module], widths: tuple[int, int], out_dim: int):
+        super().__init__()
+        self.conv_in = CausalConv3d(in_dim, widths[0], 3)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm_out = ChannelNorm(widths[1])
+        self.conv_out = CausalConv3d(widths[1], out_dim, 3)
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        again = self.gradient_checkpointing and isinstance(stream, Whole) and torch.is_grad_enabled()
+        x = stream(self.conv_in, channels_last(x))
+        for block in self.blocks:
+            x = checkpoint(block, x, stream, use_reentrant=False) if again else block(x, stream)
+        return stream(self.conv_out, x, norm_weight=self.norm_out.weight, act="silu")
+
+
+class VideoVAE(nn.Module):
+    """Causal video autoencoder to train, with a Gaussian posterior."""
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, config: VideoVAEConfig | None = None):
+        super().__init__()
+        self.config = c = config or VideoVAEConfig()
+        pixels, z, (fine, middle, coarse) = 3 * c.patch_size**2, c.latent_channels, c.widths
+        down, up = [Down(fine, middle, True), Down(middle, coarse, False)], [Up(middle, fine, True), Up(coarse, middle, False)]
+
+        def stage(width: int, count: int) -> list[nn.Module]:
+            return [ResidualBlock(width, width) for _ in range(count)]
+
+        first, second, third = map(stage, c.widths, c.encoder_blocks)
+        self.encoder = Coder(pixels, [*first, down[0], *second, down[1], *third], (fine, coarse), 2 * z)
+        first, second, third = map(stage, c.widths, c.decoder_blocks)
+        self.decoder = Coder(z, [*third, up[1], *second, up[0], *first], (coarse, fine), pixels)
+        self.register_buffer("latent_mean", torch.zeros(z))
+        self.register_buffer("latent_std", torch.ones(z))
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Residual branches start small, and the posterior narrow: at first its noise would drown the mean."""
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                nn.init.zeros_(module.conv2.bias)
+                module.conv2.weight.data.mul_(0.1)
+        nn.init.constant_(self.encoder.conv_out.bias[self.config.latent_channels :], -4.0)
+
+    def encode(self, video: Tensor) -> Posterior:
+        self.check_video(video)
+        return self._encode(video, Whole())
+
+    def decode(self, z: Tensor) -> Tensor:
+        self.check_latents(z)
+        return self._decode(z, Whole())
+
+    def encode_chunks(self, video: Tensor | Iterable[Tensor], chunk: int = 1) -> Iterator[Posterior]:
+        """Posteriors of the first latent frame, then of `chunk` latent frames at a time, or of each given part."""
+        stream = Stream()
+        for part in parts(video, chunk * FRAMES):
+            self.check_video(part, first=stream.first)
+            yield self._encode(part, stream)
+            stream.first = False
+
+    def decode_chunks(self, z: Tensor | Iterable[Tensor], chunk: int = 1) -> Iterator[Tensor]:
+        """The first frame, then the frames of `chunk` latent frames at a time, or of each given part."""
+        stream = Stream()
+        for part in parts(z, chunk):
+            self.check_latents(part)
+            yield self._decode(part, stream)
+            stream.first = False
+
+    def forward(self, video: Tensor) -> Tensor:
+        """Reconstruction from the mean."""
+        return self.decode(self.encode(video).mean)
+
+    def normalize(self, z: Tensor) -> Tensor:
+        """(z - latent_mean) / latent_std: what the diffusion model sees."""
+        return (z - self.latent_mean[:, None, None, None]) / self.latent_std[:, None, None, None]
+
+    def denormalize(self, z: Tensor) -> Tensor:
+        return z * self.latent_std[:, None, None, None] + self.latent_mean[:, None, None, None]
+
+    def _encode(self, video: Tensor, stream: Stream) -> Posterior:
+        mean, logvar = self.encoder(patchify(video, self.config.patch_size), stream).contiguous().chunk(2, dim=1)
+        return Posterior(mean, logvar.clamp(-30.0, 20.0))
+
+    def _decode(self, z: Tensor, stream: Stream) -> Tensor:
+        video = unpatchify(self.decoder(z, stream), self.config.patch_size).contiguous()
+        return video if self.training else video.clamp(-1.0, 1.0)
+
+    def check_video(self, video: Tensor, first: bool = True) -> None:
+        size = 2 * self.config.patch_size
+        if video.ndim != 5 or video.shape[1] != 3:
+            raise ValueError(
+                f"VideoVAE: a video must be (B, 3, T, H, W); got {list(video.shape)}, expected five dims with 3 "
+                "colours; give an image one frame, and a single video a batch of one."
+            )
+        t, h, w = video.shape[2:]
+        if t < 1 or (t - first) % FRAMES:
+            kind = f"1 + a multiple of {FRAMES}" if first else f"a multiple of {FRAMES} after the first part"
+            raise ValueError(
+                f"VideoVAE: the number of frames must be {kind}; got {t}, expected e.g. "
+                f"{first + (t - first) // FRAMES * FRAMES or FRAMES}; drop the last {(t - first) % FRAMES}."
+            )
+        if h % size or w % size or not h or not w:
+            raise ValueError(
+                f"VideoVAE: height and width must be multiples of {size}; got {h} x {w}, expected e.g. "
+                f"{max(size, h // size * size)} x {max(size, w // size * size)}; crop or resize the frames."
+            )
+
+    def check_latents(self, z: Tensor) -> None:
+        if z.ndim != 5 or z.shape[1] != self.config.latent_channels or 0 in z.shape[2:]:
+            raise ValueError(
+                f"VideoVAE: latents must be (B, {self.config.latent_channels}, T, h, w); got {list(z.shape)}, expected "
+                "five dims, none of T, h, w empty; pass what encode gives."
+            )
+
+
+def parts(whole: Tensor | Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """The first frame, then `size` frames at a time; what is in parts already stays so."""
+    if not isinstance(whole, Tensor):
+        yield from whole
+        return
+    for start, stop in chunks(whole.shape[2], size):
+        yield whole[:, :, start:stop]
