@@ -247,7 +247,7 @@ class VideoDiT(nn.Module):
             options |= self._context(context)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, use_reentrant=False, **options)
+                tokens = checkpoint(block, tokens, use_reentrant=False, preserve_rng_state=False, **options)
             else:
                 tokens = block(tokens, **options)
 
@@ -288,6 +288,10 @@ class VideoDiT(nn.Module):
     def _given(self, grids: tuple[Grid, ...], known_frames: int | Sequence[int]) -> tuple[int, ...] | None:
         """Tokens of each sample that belong to given frames; None where there are none at all."""
         known = [known_frames] * len(grids) if isinstance(known_frames, int) else list(known_frames)
+        if len(known) != len(grids):
+            raise ValueError(
+                f"VideoDiT: one known_frames per sample; got {len(known)}, expected {len(grids)}; or pass one int."
+            )
         if not any(known):
             return None
         pt = self.patch_size[0]
