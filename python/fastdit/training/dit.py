@@ -1,0 +1,264 @@
+"""`fastdit train dit`: the video diffusion transformer on packed latents of mixed sizes, its text encoder trained along."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from fastdit.data import WORDS, to_video
+from fastdit.diffusion import gaussian_noise
+from fastdit.models.text import WORD, PretrainedEncoder, WordEncoder
+from fastdit.models.video_dit import VideoDiT
+from fastdit.models.video_vae import VideoVAE
+from fastdit.training import checkpoint, config as settings, parallel, source
+from fastdit.training.config import Config, DiTTraining
+from fastdit.training.loop import generator
+
+LATENTS = "latents.safetensors"
+ENCODED = 8  # clips at a time through the VAE
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A part of a step's batch: latents (C, T, h, w) of any sizes, their noise and time t (S,), what they show, the
+    latent frames that are given, and the samples of the whole step."""
+
+    latents: list[Tensor]
+    noise: list[Tensor]
+    t: Tensor
+    captions: list[str]
+    known: list[int]
+    total: int
+
+
+class Denoising(nn.Module):
+    """loss = the mean over samples, of any size, of each one's mean squared error over its values."""
+
+    def __init__(self, dit: VideoDiT, text: nn.Module | None, diffusion: settings.Diffusion):
+        super().__init__()
+        self.dit, self.text, self.diffusion = dit, text, diffusion.build()
+
+    def forward(self, batch: Noised) -> dict[str, Tensor]:
+        text = None if self.text is None else self.text(batch.captions)
+
+        def model(x: list[Tensor], t: Tensor) -> list[Tensor]:
+            return self.dit(x, t, text, known_frames=batch.known)
+
+        losses = self.diffusion.loss(model, batch.latents, t=batch.t, noise=batch.noise, known_frames=batch.known)
+        return {"loss": losses.sum() / batch.total}
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Normalised latents (C, T, h, w) of clips and the captions of each."""
+
+    latents: list[Tensor]
+    captions: list[list[str]]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+class DiTTask:
+    """What `loop.fit` trains; see `loop.Task`."""
+
+    name = "dit"
+    figures = ("loss",)
+    evaluations = ("eval_loss",)
+    methods = ()
+
+    def __init__(
+        self,
+        config: Config,
+        data: str,
+        out: Path,
+        vae: Path,
+        device: torch.device | str = "cpu",
+        *,
+        console: Console | None = None,
+        world: parallel.World | None = None,
+    ):
+        self.config, self.training, self.out = config, config.dit, out
+        self.vae_document, self.vae_file = checkpoint.read_config(vae), vae / checkpoint.VAE
+        self.vae_digest = checkpoint.digest(self.vae_file) if self.vae_file.exists() else ""
+        encoder = checkpoint.load_vae(vae)
+        channels = self.training.model.in_channels
+        if channels != encoder.config.latent_channels:
+            raise checkpoint.CheckpointError(
+                f"train dit: the VAE in {vae} does not fit the model; got {encoder.config.latent_channels} latent "
+                f"channels, expected dit.model.in_channels = {channels}; change one of them."
+            )
+        self.train, self.held_out = self._latents(encoder.to(device), data, console or Console(quiet=True), world)
+        torch.manual_seed(self.training.loop.seed)
+        self.text = self._text(data)
+        self.dit = VideoDiT(self.training.model)
+        self.model = Denoising(self.dit, self.text, self.training.diffusion)
+        self.blocks = list(self.dit.blocks)
+        patch = self.training.model.patch_size
+        self.tokens = [math.prod(n // p for n, p in zip(z.shape[1:], patch, strict=True)) for z in self.train.latents]
+
+    def draw(self, step: int, count: int) -> list[Noised]:
+        """Random samples until `tokens` are full, dealt out to `count` parts of about as many tokens each."""
+        source, training = generator(self.training.loop.seed, step), self.training
+        chosen: list[int] = []
+        filled = 0
+        while True:
+            item = int(torch.randint(len(self.train), (), generator=source))
+            filled += self.tokens[item]
+            if filled > training.tokens and len(chosen) >= count:
+                break
+            chosen.append(item)
+        drop, rich, known = torch.rand(3, len(chosen), generator=source).tolist()
+        which = torch.rand(len(chosen), generator=source).tolist()
+        latents = [self.train.latents[i] for i in chosen]
+        captions = []
+        for k, i in enumerate(chosen):
+            first, *others = self.train.captions[i]
+            told = others[int(which[k] * len(others))] if others and rich[k] < training.rich else first
+            captions.append("" if drop[k] < training.drop_text else told)
+        given = [int(z.shape[1] > 1 and known[k] < training.known_frame) for k, z in enumerate(latents)]
+        t = self.model.diffusion.sample_times(len(chosen), generator=source)
+        batch = self._batch(latents, captions, given, t, source)
+        return [_part(batch, items) for items in parallel.parts([self.tokens[i] for i in chosen], count)]
+
+    def checkpoint_activations(self) -> None:
+        self.dit.gradient_checkpointing = True
+
+    def evaluate(self) -> dict[str, float]:
+        """The loss of held-out clips with their short captions, at times spread evenly, with the same noise every time."""
+        count = len(self.held_out)
+        t = (torch.arange(count) + 0.5) * (1000 / count)
+        t = t[torch.randperm(count, generator=generator(self.training.loop.seed, 0))]
+        source = generator(self.training.loop.seed, 1)
+        total = 0.0
+        for start in range(0, count, ENCODED):
+            some = slice(start, start + ENCODED)
+            latents, captions = self.held_out.latents[some], [c[0] for c in self.held_out.captions[some]]
+            batch = self._batch(latents, captions, [0] * len(latents), t[some], source)
+            total += float(self.model(replace(batch, total=count))["loss"])
+        return {"eval_loss": total}
+
+    def prepare(self) -> None:
+        pass
+
+    def export(self, weights: Mapping[str, Tensor]) -> None:
+        out, training = self.out, self.training
+        document = {
+            **self.vae_document,
+            "fps": self.config.fps,
+            "dit": settings.table(training.model),
+            "text": self._text_document(),
+            "diffusion": settings.table(training.diffusion),
+        }
+        if self.vae_file.resolve() != (out / checkpoint.VAE).resolve():
+            content = self.vae_file.read_bytes()
+            checkpoint.write(out / checkpoint.VAE, lambda part: part.write_bytes(content) and None)
+        checkpoint.write_tensors(out / checkpoint.DIT, weights)
+        checkpoint.write_json(out / "config.json", document)
+
+    def facts(self) -> dict[str, Any]:
+        training = self.training
+        model = {"dit": settings.table(training.model), "text": self._text_document()}
+        return {"config": {"dit": settings.table(training)}, "model": model, "VAE": self.vae_digest}
+
+    def _batch(
+        self, latents: Sequence[Tensor], captions: list[str], known: list[int], t: Tensor, source: torch.Generator
+    ) -> Noised:
+        like = next(self.model.parameters())
+        noise = gaussian_noise([z.shape for z in latents], generator=source)
+        wide = torch.promote_types(like.dtype, torch.float32)
+        return Noised(
+            [z.to(like.device, like.dtype) for z in latents], [n.to(like.device, like.dtype) for n in noise],
+            t.to(like.device, wide), captions, known, len(latents),
+        )  # fmt: skip
+
+    def _text(self, data: str) -> nn.Module | None:
+        model, text = self.training.model, self.training.text
+        if model.text is None:
+            return None
+        if text.path:
+            return PretrainedEncoder(text.path)
+        words = set(WORDS) if data == source.SHAPES else set()
+        told = [c for captions in (self.train.captions, self.held_out.captions) for each in captions for c in each]
+        words |= {word for caption in told for word in WORD.findall(caption.lower())}
+        return WordEncoder(words, model.text_size, text.depth)
+
+    def _text_document(self) -> dict[str, Any]:
+        text = settings.table(self.training.text)
+        return {**text, "words": list(self.text.words)} if isinstance(self.text, WordEncoder) else text
+
+    def _latents(
+        self, vae: VideoVAE, data: str, console: Console, world: parallel.World | None
+    ) -> tuple[Latents, Latents]:
+        """The encoded clips, from the cache where one of the same VAE and data stands."""
+        training = self.training
+        path = self.out / "state" / self.name / LATENTS
+        made_of = {
+            "vae": self.vae_digest, "data": data, "clips": training.clips, "held_out": training.held_out,
+            "sizes": [list(s) for s in training.sizes], "seed": training.loop.seed, "fps": self.config.fps,
+        }  # fmt: skip
+        if path.exists():
+            try:
+                tensors, facts = checkpoint.read_tensors(path)
+            except checkpoint.CheckpointError:
+                facts = {}
+            if facts.get("made_of") == made_of:
+                return _unstacked(tensors, facts["train"]), _unstacked(tensors, facts["held_out"])
+        if world is None or world.first:
+            tensors, facts = {}, {"made_of": made_of}
+            for kind, count in (("train", training.clips), ("held_out", training.held_out)):
+                made = source.clips(
+                    data, training.sizes, count, fps=self.config.fps, held_out=kind == "held_out", seed=training.loop.seed
+                )
+                some = track(made, f"encoding {kind} clips", count, console=console, transient=True)
+                facts[kind] = _encoded(vae, some, kind, tensors)
+            if not facts["train"]:
+                raise ValueError(f"train dit: no clips; got none from {data!r}, expected videos or images; look into it.")
+            checkpoint.write_tensors(path, tensors, facts)
+        if world is not None:
+            world.wait()
+        tensors, facts = checkpoint.read_tensors(path)
+        return _unstacked(tensors, facts["train"]), _unstacked(tensors, facts["held_out"])
+
+
+def _part(batch: Noised, items: list[int]) -> Noised:
+    some = ([values[i] for i in items] for values in (batch.latents, batch.noise, batch.captions, batch.known))
+    latents, noise, captions, known = some
+    return replace(batch, latents=latents, noise=noise, t=batch.t[items], captions=captions, known=known)
+
+
+@torch.no_grad()
+def _encoded(vae: VideoVAE, clips: Any, kind: str, tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Encode clips into `tensors`, stacked by size; the place and the captions of each."""
+    waiting: dict[str, list[Tensor]] = {}
+    done: dict[str, list[Tensor]] = {}
+    found = []
+
+    def encode(name: str) -> None:
+        video = torch.stack([to_video(f) for f in waiting.pop(name)]).to(vae.latent_mean.device)
+        done.setdefault(name, []).append(vae.normalize(vae.encode(video).mean).cpu())
+
+    for clip in clips:
+        name = f"{kind}.{'x'.join(map(str, clip.size))}"
+        queue = waiting.setdefault(name, [])
+        queue.append(clip.frames)
+        row = sum(map(len, done.get(name, ()))) + len(queue) - 1
+        found.append({"of": name, "row": row, "captions": clip.caption.splitlines() or [""]})
+        if len(queue) == ENCODED:
+            encode(name)
+    for name in list(waiting):
+        encode(name)
+    tensors |= {name: torch.cat(z) for name, z in done.items()}
+    return found
+
+
+def _unstacked(tensors: Mapping[str, Tensor], items: list[dict[str, Any]]) -> Latents:
+    return Latents([tensors[item["of"]][item["row"]] for item in items], [item["captions"] for item in items])
