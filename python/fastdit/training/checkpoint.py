@@ -13,7 +13,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,33 +50,45 @@ class Loaded:
     fps: float
 
 
-def write(path: Path, fill: Callable[[Path], None]) -> None:
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what a disk refuses into a CheckpointError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        rest = "the one before is untouched" if path.exists() else "there is none yet"
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        raise CheckpointError(
+            f"checkpoint: cannot write {path}; got {error}, expected room and permission to write; {rest}; "
+            f"{'free space' if full else 'look at the folder'} and go on with --resume."
+        ) from error
+
+
+def write(path: Path, fill: Callable[[Path], object]) -> None:
     """Fill a file beside `path`, bring it to the disk and put it in the place of `path` at once.
 
     Raises:
         CheckpointError: the disk is full or refuses; what stood at `path` is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        fill(part)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        rest = "the one before is untouched" if path.exists() else "there is none yet"
-        raise CheckpointError(
-            f"checkpoint: cannot write {path}; got {error}, expected room and permission to write; "
-            f"{rest}; {'free space' if full else 'look at the folder'} and go on with --resume."
-        ) from error
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        try:
+            part.touch()
+            mode = part.stat().st_mode  # as the umask has it; safetensors makes private files
+            fill(part)
+            part.chmod(mode)
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-    write(path, lambda part: part.write_text(text, encoding="utf-8") and None)
+    write(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:

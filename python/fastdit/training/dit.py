@@ -160,7 +160,7 @@ class DiTTask:
         }
         if self.vae_file.resolve() != (out / checkpoint.VAE).resolve():
             content = self.vae_file.read_bytes()
-            checkpoint.write(out / checkpoint.VAE, lambda part: part.write_bytes(content) and None)
+            checkpoint.write(out / checkpoint.VAE, lambda part: part.write_bytes(content))
         checkpoint.write_tensors(out / checkpoint.DIT, weights)
         checkpoint.write_json(out / "config.json", document)
 

@@ -163,7 +163,7 @@ class Log:
             writer.writerows(rows)
 
     def add(self, row: Mapping[str, float | int]) -> None:
-        with self.path.open("a", newline="", encoding="utf-8") as file:
+        with checkpoint.writing(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns).writerow(row)
 
 
@@ -225,7 +225,7 @@ def fit(
                 since, since_step = time.monotonic(), step
                 text = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
                 progress.update(bar, figures=f"loss {row['loss']:.4g}")
-                progress.console.print(f"{task.name} step {step}/{loop.steps}  {text}", highlight=False)
+                progress.console.print(f"{task.name} step {step}/{loop.steps}  {text}", highlight=False, soft_wrap=True)
                 if log is not None:
                     log.add({"step": step, **row})
             late = world.agree(logs and time.monotonic() - saved > 60 * loop.save_minutes > 0) if logs else False

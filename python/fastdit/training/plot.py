@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from fastdit.training import checkpoint
+
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
@@ -18,8 +20,10 @@ def read(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 def draw(table: Path, picture: Path) -> None:
     """The losses over the steps on a logarithmic axis, and beside them what was evaluated (`eval_...` columns)."""
-    from matplotlib.figure import Figure  # slow to import, and only training needs it
-
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:  # an extra: the table is enough to train
+        return
     columns = read(table)
     losses = [name for name in columns if name.endswith("loss") or name in ("l1", "l2", "kl")]
     others = [name for name in columns if name.startswith("eval_") and name not in losses]
@@ -37,4 +41,4 @@ def draw(table: Path, picture: Path) -> None:
     if others:
         right.set_ylabel(", ".join(others))
     figure.legend(loc="outside lower center", ncols=6)
-    figure.savefig(picture, dpi=120)
+    checkpoint.write(picture, lambda part: figure.savefig(part, dpi=120, format="png"))

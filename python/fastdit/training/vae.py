@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.data import to_video
-from fastdit.models.video_vae import FRAMES, VideoVAE
+from fastdit.models.video_vae import FRAMES, Posterior, VideoVAE
 from fastdit.training import checkpoint, config as settings, source
 from fastdit.training.config import Config, Size, VAETraining
 from fastdit.training.loop import generator
 
+TRIES = 4  # places for a crop, to find one that shows more than background
 STATISTICS = 64  # clips that the mean and deviation of the latents are taken over
 
 
@@ -37,12 +38,16 @@ class Reconstruction(nn.Module):
         self.vae, self.scales = vae, {"l1": training.l1, "l2": training.l2, "kl": training.kl}
 
     def forward(self, crops: Crops) -> dict[str, Tensor]:
-        posterior = self.vae.encode(crops.video)
-        error = self.vae.decode(posterior.mean + (0.5 * posterior.logvar).exp() * crops.noise).float() - crops.video
+        kind = crops.video.device.type
+        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else crops.video.dtype
+        posterior = self.vae.encode(crops.video.to(low))  # convolutions take the dtype of what they are given
+        posterior = Posterior(posterior.mean.to(crops.noise), posterior.logvar.to(crops.noise))
+        sample = posterior.mean + (0.5 * posterior.logvar).exp() * crops.noise
+        error = self.vae.decode(sample.to(low)).to(crops.video) - crops.video
         share = len(crops.video) / crops.total
         terms = {"l1": error.abs().mean(), "l2": error.square().mean(), "kl": posterior.kl()}
         terms = {name: share * value for name, value in terms.items()}
-        return {"loss": sum((self.scales[name] * value for name, value in terms.items()), torch.zeros(())), **terms}
+        return {"loss": torch.stack([self.scales[name] * value for name, value in terms.items()]).sum(), **terms}
 
     def reconstruct(self, video: Tensor) -> Tensor:
         return self.vae(video)
@@ -82,13 +87,13 @@ class VAETask:
             )
 
     def draw(self, step: int, count: int) -> list[Crops]:
-        """Crops of one size at random places of random clips, in `count` parts."""
+        """Crops of one size at random places of random clips, most of which show something, in `count` parts."""
         source, training = generator(self.training.loop.seed, step), self.training
         crop = training.crops[int(torch.randint(len(training.crops), (), generator=source))]
         batch = max(count, training.pixels // math.prod(crop))
         items = self.fitting[crop]
         chosen = [items[i] for i in torch.randint(len(items), (batch,), generator=source).tolist()]
-        corners = torch.rand(batch, 3, generator=source).tolist()
+        corners = torch.rand(batch, TRIES, 3, generator=source).tolist()
         video = torch.stack([to_video(_cut(self.pool[i], crop, at)) for i, at in zip(chosen, corners, strict=True)])
         noise = torch.randn(batch, *latent_size(self.vae, crop), generator=source)
         like = next(self.model.parameters())
@@ -142,8 +147,12 @@ def _fits(crop: Size, frames: Tensor) -> bool:
     return all(n <= m for n, m in zip(crop, frames.shape, strict=False))
 
 
-def _cut(frames: Tensor, crop: Size, at: list[float]) -> Tensor:
-    """A crop whose corner lies at the shares `at` of the room it has."""
-    starts = [int(share * (m - n + 1)) for share, n, m in zip(at, crop, frames.shape, strict=False)]
-    t, h, w = (slice(start, start + n) for start, n in zip(starts, crop, strict=True))
-    return frames[t, h, w]
+def _cut(frames: Tensor, crop: Size, corners: list[list[float]]) -> Tensor:
+    """The first crop that is not of one colour; each corner lies at shares of the room that the crop has."""
+    for corner in corners:
+        starts = [int(share * (m - n + 1)) for share, n, m in zip(corner, crop, frames.shape, strict=False)]
+        t, h, w = (slice(start, start + n) for start, n in zip(starts, crop, strict=True))
+        cut = frames[t, h, w]
+        if bool((cut != cut[0, 0, 0]).any()):
+            break
+    return cut

@@ -1,0 +1,53 @@
+"""Small trainings that tests and benchmarks run step by step."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastdit.backends import use_backend
+from fastdit.training import config as settings
+from fastdit.training.config import Config
+from fastdit.training.dit import DiTTask
+from fastdit.training.loop import Trainer
+from fastdit.training.parallel import World
+from fastdit.training.vae import VAETask
+
+
+def smoke(**loop: object) -> Config:
+    """The configuration "smoke" with other settings of both loops."""
+    config = settings.load("smoke")
+    vae, dit = (replace(part, loop=replace(part.loop, **loop)) for part in (config.vae, config.dit))  # type: ignore[type-var]
+    return replace(config, vae=vae, dit=dit)
+
+
+def untrained_vae(config: Config, out: Path) -> Path:
+    """A checkpoint folder whose VAE has its initial weights and the statistics of its latents."""
+    task = VAETask(config, "shapes", out)
+    task.model.eval()
+    with torch.no_grad():
+        task.prepare()
+    task.export(task.model.state_dict())
+    return out
+
+
+def trainer(kind: str, config: Config, folder: Path, *, dtype: torch.dtype = torch.float32) -> Trainer:
+    """A trainer of "vae" or "dit" in this process; of a DiT, `folder` holds the VAE and gets the cache."""
+    task: VAETask | DiTTask = VAETask(config, "shapes", folder)
+    if kind == "dit":
+        if not (folder / "config.json").exists():
+            untrained_vae(config, folder)
+        task = DiTTask(config, "shapes", folder, folder)
+    task.model.to(dtype)
+    part = config.vae if kind == "vae" else config.dit
+    return Trainer(task, part.optimizer, part.loop, World(torch.device("cpu")))
+
+
+def losses(trained: Trainer, steps: int, *, start: int = 0, backend: str | None = None) -> Tensor:
+    """The loss of each step."""
+    with use_backend(backend) if backend else nullcontext():
+        return torch.stack([trained.step(n)["loss"] for n in range(start, start + steps)])
