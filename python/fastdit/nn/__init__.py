@@ -1,6 +1,7 @@
 """torch.nn layers over `fastdit.ops`: for models of your own, for `fastdit.models` and for `fastdit.accelerate`."""
 
-from fastdit.nn.adaln import AdaLNAttention, AdaLNMlp, AdaLNZeroBlock, FinalLayer
+from fastdit.nn.adaln import AdaLNAttention, AdaLNMlp, FinalLayer
+from fastdit.nn.block import AdaLNZeroBlock, CrossAttention, DiTBlock
 from fastdit.nn.conv import (
     CausalConv3d,
     FrameConv2d,
@@ -20,6 +21,8 @@ __all__ = [
     "CausalConv3d",
     "ChannelNorm",
     "ChannelRMSSiLU",
+    "CrossAttention",
+    "DiTBlock",
     "FinalLayer",
     "FrameConv2d",
     "PatchEmbed3d",

@@ -1,4 +1,4 @@
-"""The layers of a Diffusion Transformer with adaLN-Zero, over `fastdit.ops`.
+"""The halves and the output layer of a Diffusion Transformer's block, over `fastdit.ops`.
 
 Parameters carry the names of facebookresearch/DiT (`attn.qkv`, `attn.proj`, `mlp.fc1`, `mlp.fc2`,
 `adaLN_modulation.1`, `linear`) and, for the norms of queries and keys, of timm's `Attention` (`q_norm`, `k_norm`).
@@ -18,14 +18,14 @@ from fastdit import ops
 from fastdit.nn.norm import affine, token_norm
 
 
-def modulation_law(precision: str, x: Tensor, table: Tensor) -> str:
-    """`precision`; where x and its tables differ in dtype (autocast), the math is fp32 anyway."""
-    return precision if table.dtype == x.dtype else "fp32"
+def modulation_law(precision: str, x: Tensor, table: Tensor | None) -> str:
+    """`precision`; "fp32" where nothing modulates, or x and its tables differ in dtype (autocast)."""
+    return precision if table is not None and table.dtype == x.dtype else "fp32"
 
 
-def modulation(width: int, rows: int, **factory: Any) -> nn.Sequential:
+def modulation(width: int, rows: int, cond_size: int | None = None, **factory: Any) -> nn.Sequential:
     """SiLU and a linear layer to `rows` tables, zero at the start: every gate is closed, every output zero."""
-    linear = nn.Linear(width, rows * width, **factory)
+    linear = nn.Linear(cond_size or width, rows * width, **factory)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return nn.Sequential(nn.SiLU(), linear)
@@ -43,7 +43,7 @@ class AdaLNAttention(nn.Module):
         precision ("native" | "fp32"): rounding of `ops.norm_modulate`; DiT is "native".
         device, dtype: of the parameters.
     Shapes:
-        x (B, N, C); shift, scale, gate (B, C) or (B, M, C); cos, sin of `ops.rope_table` -> (B, N, C).
+        x (B, N, C); shift, scale, gate (B, C), (B, M, C) or None; cos, sin of `ops.rope_table` -> (B, N, C).
         Packed: x (N, C), tables (S, C) with row_index (N,), cu_seqlens (S + 1,), max_seqlen -> (N, C).
     Source: arXiv 2212.09748; facebookresearch/DiT models.py DiTBlock, timm Attention.
     """
@@ -76,13 +76,15 @@ class AdaLNAttention(nn.Module):
         self.q_norm, self.k_norm = (token_norm(qk_norm, head_dim, qk_eps, **factory) for _ in "qk")
         self.proj = nn.Linear(hidden_size, hidden_size, **factory)
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, **options: Any) -> Tensor:
-        """`options`: what else `ops.adaln_attention` takes, e.g. cos, sin, kv_len, row_index, cu_seqlens, window."""
+    def forward(
+        self, x: Tensor, shift: Tensor | None, scale: Tensor | None, gate: Tensor | None, **options: Any
+    ) -> Tensor:
+        """`options`: what else `ops.adaln_attention` takes, e.g. cos, sin, kv_len, row_index, cu_seqlens, weight."""
         (q_weight, q_bias), (k_weight, k_bias) = affine(self.q_norm), affine(self.k_norm)
         return ops.adaln_attention(
             x, shift=shift, scale=scale, gate=gate, qkv=self.qkv, proj=self.proj, num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads, eps=self.eps, qk_norm=self.qk_norm, qk_eps=self.qk_eps, q_weight=q_weight,
-            k_weight=k_weight, q_bias=q_bias, k_bias=k_bias, precision=modulation_law(self.precision, x, gate),
+            k_weight=k_weight, q_bias=q_bias, k_bias=k_bias, precision=modulation_law(self.precision, x, scale),
             **options,
         )  # fmt: skip
 
@@ -116,54 +118,13 @@ class AdaLNMlp(nn.Module):
         self.fc2 = nn.Linear(mlp_size, hidden_size, device=device, dtype=dtype)
 
     def forward(
-        self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, *, row_index: Tensor | None = None
+        self, x: Tensor, shift: Tensor | None, scale: Tensor | None, gate: Tensor | None, **options: Any
     ) -> Tensor:
+        """`options`: what else `ops.adaln_mlp` takes, e.g. row_index, weight, bias."""
         return ops.adaln_mlp(
             x, shift=shift, scale=scale, gate=gate, fc1=self.fc1, fc2=self.fc2, act=self.activation, eps=self.eps,
-            row_index=row_index, precision=modulation_law(self.precision, x, gate),
+            precision=modulation_law(self.precision, x, scale), **options,
         )  # fmt: skip
-
-
-class AdaLNZeroBlock(nn.Module):
-    """A transformer block with adaLN-Zero: the identity until its modulation is trained.
-
-        shift1, scale1, gate1, shift2, scale2, gate2 = adaLN_modulation(c)
-        x = attn(x, shift1, scale1, gate1);   y = mlp(x, shift2, scale2, gate2)
-
-    Args:
-        hidden_size, num_heads (int): as in `AdaLNAttention`. mlp_ratio (float): width of the MLP in units of C.
-        act (str): of the MLP. precision, device, dtype: as in `AdaLNAttention`.
-        attention (keyword arguments): the rest of `AdaLNAttention`'s, e.g. qk_norm="rms".
-    Shapes:
-        x (B, N, C), c (B, C), or (B, M, C) with a row per N / M tokens -> (B, N, C).
-        Packed: x (N, C), c (S, C) with row_index (N,), cu_seqlens (S + 1,), max_seqlen -> (N, C).
-    Source: arXiv 2212.09748; facebookresearch/DiT models.py DiTBlock.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        *,
-        act: str = "gelu_tanh",
-        eps: float = 1e-6,
-        precision: str = "native",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **attention: Any,
-    ):
-        super().__init__()
-        common: dict[str, Any] = {"eps": eps, "precision": precision, "device": device, "dtype": dtype}
-        self.attn = AdaLNAttention(hidden_size, num_heads, **common, **attention)
-        self.mlp = AdaLNMlp(hidden_size, int(hidden_size * mlp_ratio), act=act, **common)
-        self.adaLN_modulation = modulation(hidden_size, 6, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor, c: Tensor, *, row_index: Tensor | None = None, **attention: Any) -> Tensor:
-        """`attention`: what else `ops.adaln_attention` takes, e.g. cos, sin, kv_len, cu_seqlens, max_seqlen."""
-        tables = self.adaLN_modulation(c).chunk(6, dim=-1)
-        x = self.attn(x, *tables[:3], row_index=row_index, **attention)
-        return self.mlp(x, *tables[3:], row_index=row_index)
 
 
 class FinalLayer(nn.Module):
@@ -173,9 +134,12 @@ class FinalLayer(nn.Module):
 
     Args:
         hidden_size (int): C. token_size (int): values of a token, prod(patch) * channels; `ops.unpatchify3d` follows.
+        cond_size (int): width of c. Default: C. None of it is read where `modulated` is False: `norm` (LayerNorm with
+            weights) then takes the place of the modulation, for a model that is conditioned by its tokens.
         eps, precision, device, dtype: as in `AdaLNAttention`.
     Shapes:
-        x (B, N, C), c (B, C) or (B, M, C) -> (B, N, token_size). Packed: x (N, C), c (S, C) with row_index (N,).
+        x (B, N, C), c (B, cond_size) or (B, M, cond_size) -> (B, N, token_size).
+        Packed: x (N, C), c (S, cond_size) with row_index (N,).
     Source: facebookresearch/DiT models.py FinalLayer.
     """
 
@@ -184,6 +148,8 @@ class FinalLayer(nn.Module):
         hidden_size: int,
         token_size: int,
         *,
+        cond_size: int | None = None,
+        modulated: bool = True,
         eps: float = 1e-6,
         precision: str = "native",
         device: torch.device | str | None = None,
@@ -194,9 +160,14 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, token_size, device=device, dtype=dtype)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
-        self.adaLN_modulation = modulation(hidden_size, 2, device=device, dtype=dtype)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.adaLN_modulation = modulation(hidden_size, 2, cond_size, **factory) if modulated else None
+        self.norm = None if modulated else nn.LayerNorm(hidden_size, eps=eps, **factory)
 
-    def forward(self, x: Tensor, c: Tensor, *, row_index: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor | None = None, *, row_index: Tensor | None = None) -> Tensor:
+        if self.adaLN_modulation is None:
+            weight, bias = affine(self.norm)
+            return self.linear(ops.norm_modulate(x, weight=weight, bias=bias, eps=self.eps))
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         precision = modulation_law(self.precision, x, scale)
         h = ops.norm_modulate(x, shift=shift, scale=scale, eps=self.eps, row_index=row_index, precision=precision)
