@@ -110,7 +110,7 @@ class Up(nn.Module):
 
 
 def shuffled(x: Tensor, f_t: int, f: int) -> Tensor:
-    """(B, f_t*f*f*C, T, H, W), channels in the order (t, h, w, c) -> (B, C, T*f_t, H*f, W*f), channels last: one copy."""
+    """Channels (t, h, w, c) to pixels: (B, f_t*f*f*C, T, H, W) -> (B, C, T*f_t, H*f, W*f) in channels_last_3d."""
     b, _, t, h, w = x.shape
     y = x.unflatten(1, (f_t, f, f, -1)).permute(0, 5, 1, 6, 2, 7, 3, 4)  # (B, T, f_t, H, f, W, f, C)
     return y.reshape(b, t * f_t, h * f, w * f, -1).permute(0, 4, 1, 2, 3)
@@ -145,7 +145,8 @@ class VideoVAE(nn.Module):
         super().__init__()
         self.config = c = config or VideoVAEConfig()
         pixels, z, (fine, middle, coarse) = 3 * c.patch_size**2, c.latent_channels, c.widths
-        down, up = [Down(fine, middle, True), Down(middle, coarse, False)], [Up(middle, fine, True), Up(coarse, middle, False)]
+        down = Down(fine, middle, space=True), Down(middle, coarse, space=False)
+        up = Up(coarse, middle, space=False), Up(middle, fine, space=True)
 
         def stage(width: int, count: int) -> list[nn.Module]:
             return [ResidualBlock(width, width) for _ in range(count)]
@@ -153,18 +154,17 @@ class VideoVAE(nn.Module):
         first, second, third = map(stage, c.widths, c.encoder_blocks)
         self.encoder = Coder(pixels, [*first, down[0], *second, down[1], *third], (fine, coarse), 2 * z)
         first, second, third = map(stage, c.widths, c.decoder_blocks)
-        self.decoder = Coder(z, [*third, up[1], *second, up[0], *first], (coarse, fine), pixels)
+        self.decoder = Coder(z, [*third, up[0], *second, up[1], *first], (coarse, fine), pixels)
         self.register_buffer("latent_mean", torch.zeros(z))
         self.register_buffer("latent_std", torch.ones(z))
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
         """Residual branches start small, and the posterior narrow: at first its noise would drown the mean."""
-        for module in self.modules():
-            if isinstance(module, ResidualBlock):
-                nn.init.zeros_(module.conv2.bias)
-                module.conv2.weight.data.mul_(0.1)
-        nn.init.constant_(self.encoder.conv_out.bias[self.config.latent_channels :], -4.0)
+        for name, parameter in self.named_parameters():
+            if ".conv2." in name:
+                parameter.data.mul_(0.1)
+        self.encoder.conv_out.get_parameter("bias").data[self.config.latent_channels :] = -4.0
 
     def encode(self, video: Tensor) -> Posterior:
         self.check_video(video)
