@@ -17,6 +17,8 @@ from fastdit.training.loop import Trainer
 from fastdit.training.parallel import World
 from fastdit.training.vae import VAETask
 
+HERE = World(torch.device("cpu"))
+
 
 def smoke(**loop: object) -> Config:
     """The configuration "smoke" with other settings of both loops."""
@@ -35,16 +37,17 @@ def untrained_vae(config: Config, out: Path) -> Path:
     return out
 
 
+def make(kind: str, config: Config, out: Path, vae: Path) -> VAETask | DiTTask:
+    """The task "vae" or "dit" on the built-in shapes; the VAE of the latter comes from the folder `vae`."""
+    return VAETask(config, "shapes", out) if kind == "vae" else DiTTask(config, "shapes", out, vae)
+
+
 def trainer(kind: str, config: Config, folder: Path, *, dtype: torch.dtype = torch.float32) -> Trainer:
-    """A trainer of "vae" or "dit" in this process; of a DiT, `folder` holds the VAE and gets the cache."""
-    task: VAETask | DiTTask = VAETask(config, "shapes", folder)
-    if kind == "dit":
-        if not (folder / "config.json").exists():
-            untrained_vae(config, folder)
-        task = DiTTask(config, "shapes", folder, folder)
+    """A trainer in this process; of a DiT, `folder` holds the VAE and gets the latents."""
+    task = make(kind, config, folder, folder)
     task.model.to(dtype)
     part = config.vae if kind == "vae" else config.dit
-    return Trainer(task, part.optimizer, part.loop, World(torch.device("cpu")))
+    return Trainer(task, part.optimizer, part.loop, HERE)
 
 
 def losses(trained: Trainer, steps: int, *, start: int = 0, backend: str | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from fastdit.diffusion import GaussianDiffusion, RectifiedFlow
+from fastdit.diffusion import RectifiedFlow
 from fastdit.models.video_dit import VideoDiTConfig
 from fastdit.models.video_vae import VideoVAEConfig
 
@@ -110,9 +110,11 @@ class Diffusion:
     prediction: Literal["eps", "x0", "v"] = "v"
     learn_sigma: bool = False
 
-    def build(self) -> RectifiedFlow | GaussianDiffusion:
+    def build(self) -> Any:
         if self.kind == "flow":
             return RectifiedFlow(shift=self.shift, times=self.times)
+        from fastdit.diffusion import GaussianDiffusion
+
         return GaussianDiffusion(schedule=self.schedule, prediction=self.prediction, learn_sigma=self.learn_sigma)
 
 

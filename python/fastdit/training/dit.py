@@ -38,6 +38,16 @@ class Noised:
     known: list[int]
     total: int
 
+    def to(self, like: torch.device | torch.dtype) -> Noised:
+        latents, noise = ([x.to(like) for x in some] for some in (self.latents, self.noise))
+        return replace(self, latents=latents, noise=noise, t=self.t.to(like))
+
+    def part(self, items: list[int]) -> Noised:
+        """Some of the samples."""
+        some = ([values[i] for i in items] for values in (self.latents, self.noise, self.captions, self.known))
+        latents, noise, captions, known = some
+        return Noised(latents, noise, self.t[items], captions, known, self.total)
+
 
 class Denoising(nn.Module):
     """loss = the mean over samples, of any size, of each one's mean squared error over its values."""
@@ -127,7 +137,7 @@ class DiTTask:
         given = [int(z.shape[1] > 1 and known[k] < training.known_frame) for k, z in enumerate(latents)]
         t = self.model.diffusion.sample_times(len(chosen), generator=source)
         batch = self._batch(latents, captions, given, t, source)
-        return [_part(batch, items) for items in parallel.parts([self.tokens[i] for i in chosen], count)]
+        return [batch.part(items) for items in parallel.parts([self.tokens[i] for i in chosen], count)]
 
     def checkpoint_activations(self) -> None:
         self.dit.gradient_checkpointing = True
@@ -218,7 +228,7 @@ class DiTTask:
                 made = source.clips(
                     data, training.sizes, count, fps=self.config.fps, held_out=kind == "held_out", seed=training.loop.seed
                 )
-                some = track(made, f"encoding {kind} clips", count, console=console, transient=True)
+                some = track(made, f"encoding {kind} clips", count, console=console, transient=True, disable=not console.is_terminal)
                 facts[kind] = _encoded(vae, some, kind, tensors)
             if not facts["train"]:
                 raise ValueError(f"train dit: no clips; got none from {data!r}, expected videos or images; look into it.")
@@ -227,12 +237,6 @@ class DiTTask:
             world.wait()
         tensors, facts = checkpoint.read_tensors(path)
         return _unstacked(tensors, facts["train"]), _unstacked(tensors, facts["held_out"])
-
-
-def _part(batch: Noised, items: list[int]) -> Noised:
-    some = ([values[i] for i in items] for values in (batch.latents, batch.noise, batch.captions, batch.known))
-    latents, noise, captions, known = some
-    return replace(batch, latents=latents, noise=noise, t=batch.t[items], captions=captions, known=known)
 
 
 @torch.no_grad()
