@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastdit
 from fastdit.models import DIT_CONFIGS, DiT
@@ -15,6 +16,7 @@ from fastdit.testing import close
 from fastdit.testing.models import diffusers_dit, randomize
 
 TINY = dict(input_size=16, hidden_size=64, depth=2, num_heads=2, num_classes=10)
+KINDS = [{**TINY, "conditioning": kind} for kind in ("adaln", "cross_attention", "in_context")]
 VIDEO = {**TINY, "input_size": (4, 8, 12), "patch_size": (2, 2, 4)}
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -39,6 +41,29 @@ def test_published_parameter_counts(name):
     assert abs(count / 1e6 - PUBLISHED[name]) < 1.0, count
     if name == "DiT-XL/2":
         assert count == 675_129_632
+
+
+# Table 4, Gflops of a 256 x 256 image (multiply and add count as one), and figure 5, XL/2 by conditioning
+GFLOPS = {
+    "DiT-S/8": 0.36, "DiT-S/4": 1.41, "DiT-S/2": 6.06, "DiT-B/8": 1.42, "DiT-B/4": 5.56, "DiT-B/2": 23.01,
+    "DiT-L/8": 5.01, "DiT-L/4": 19.70, "DiT-L/2": 80.71, "DiT-XL/8": 7.39, "DiT-XL/4": 29.05, "DiT-XL/2": 118.64,
+}  # fmt: skip
+XL2_GFLOPS = {"in_context": 119.37, "cross_attention": 137.62, "adaln": 118.57, "adaln_zero": 118.64}
+
+
+@pytest.mark.parametrize(
+    "name, conditioning, published",
+    [(name, "adaln_zero", g) for name, g in GFLOPS.items()] + [("DiT-XL/2", c, g) for c, g in XL2_GFLOPS.items()],
+)
+@torch.no_grad()
+def test_published_gflops(name, conditioning, published):
+    """Of the matrix products alone: the authors' counter gives the norms a share too, 0.02 % at most."""
+    with torch.device("meta"):
+        model = DiT.from_name(name, conditioning=conditioning).eval()
+        x, t, y = torch.empty(1, 4, 32, 32), torch.empty(1), torch.empty(1, dtype=torch.long)
+        with fastdit.use_backend("reference"), FlopCounterMode(display=False) as counter:
+            model(x, t, y)
+    assert abs(counter.get_total_flops() / 2e9 - published) < 0.006 + 0.0002 * published
 
 
 def facebook_shapes(size, p, channels, c, depth, mlp, classes, learn_sigma=True):
@@ -67,28 +92,51 @@ def test_loads_a_facebookresearch_state_dict_strictly(patch):
 
 def plain_forward(model, x, t, y):
     """The model in torch's own functions, as facebookresearch/DiT writes it; any number of axes."""
+    width, kind = model.pos_embed.shape[-1], model.conditioning
 
     def modulate(h, shift, scale):
-        return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+        return F.layer_norm(h, (width,), eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+    def attend(q, k, v):
+        q, k, v = (u.unflatten(-1, (model.blocks[0].attn.num_heads, -1)).transpose(1, 2) for u in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def halves(block):
+        """(what comes before, the gate) of both."""
+        if block.norm1 is not None:
+            return (block.norm1, 1.0), (block.norm2, 1.0)
+        tables = block.adaLN_modulation(c).chunk(6 if kind == "adaln_zero" else 4, dim=1)
+        if kind == "adaln":
+            tables = (*tables[:2], torch.ones_like(c), *tables[2:], torch.ones_like(c))
+        shift1, scale1, gate1, shift2, scale2, gate2 = tables
+        return (
+            (lambda h: modulate(h, shift1, scale1), gate1.unsqueeze(1)),
+            (lambda h: modulate(h, shift2, scale2), gate2.unsqueeze(1)),
+        )
 
     proj = model.x_embedder.proj
     conv = F.conv3d if x.ndim == 5 else F.conv2d
     h = conv(x, proj.weight, proj.bias, stride=proj.stride).flatten(2).transpose(1, 2) + model.pos_embed
     freqs = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128)
     args = t[:, None].float() * freqs[None]
-    c = model.t_embedder.mlp(torch.cat([args.cos(), args.sin()], dim=-1).to(x.dtype))
-    c = c + model.y_embedder.embedding_table(y)
+    embedded = model.t_embedder.mlp(torch.cat([args.cos(), args.sin()], dim=-1).to(x.dtype))
+    label = model.y_embedder.embedding_table(y)
+    c, context, patches = embedded + label, torch.stack([embedded, label], dim=1), h.shape[1]
+    if kind == "in_context":
+        h = torch.cat([h, context], dim=1)
     for block in model.blocks:
-        shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c).chunk(6, dim=1)
-        b, n, width = h.shape
-        qkv = block.attn.qkv(modulate(h, shift1, scale1)).reshape(b, n, 3, block.attn.num_heads, -1)
-        qkv = qkv.permute(2, 0, 3, 1, 4)
-        a = F.scaled_dot_product_attention(*qkv.unbind(0)).transpose(1, 2).reshape(b, n, width)
-        h = h + gate1.unsqueeze(1) * block.attn.proj(a)
-        m = block.mlp.fc2(F.gelu(block.mlp.fc1(modulate(h, shift2, scale2)), approximate="tanh"))
-        h = h + gate2.unsqueeze(1) * m
-    shift, scale = model.final_layer.adaLN_modulation(c).chunk(2, dim=1)
-    h = model.final_layer.linear(modulate(h, shift, scale))
+        (before1, gate1), (before2, gate2) = halves(block)
+        h = h + gate1 * block.attn.proj(attend(*block.attn.qkv(before1(h)).chunk(3, dim=-1)))
+        if kind == "cross_attention":
+            cross = block.cross
+            q, (k, v) = cross.to_q(cross.norm(h)), cross.to_kv(context).chunk(2, dim=-1)
+            h = h + cross.proj(attend(q, k, v))
+        h = h + gate2 * block.mlp.fc2(F.gelu(block.mlp.fc1(before2(h)), approximate="tanh"))
+    final, h = model.final_layer, h[:, :patches]
+    if final.norm is None:
+        h = final.linear(modulate(h, *final.adaLN_modulation(c).chunk(2, dim=1)))
+    else:
+        h = final.linear(final.norm(h))
     if x.ndim == 4:
         h = h.reshape(len(h), *model.grid, *model.patch_size, model.out_channels)
         return torch.einsum("nhwpqc->nchpwq", h).reshape(len(h), model.out_channels, *model.input_size)
@@ -98,7 +146,11 @@ def plain_forward(model, x, t, y):
 
 @pytest.mark.parametrize("backend", [None, "reference"])
 @each_dtype
-@pytest.mark.parametrize("config", [TINY, VIDEO, {**TINY, "learn_sigma": False}], ids=["image", "video", "no-sigma"])
+@pytest.mark.parametrize(
+    "config",
+    [TINY, VIDEO, {**TINY, "learn_sigma": False}, *KINDS],
+    ids=["image", "video", "no-sigma", *(k["conditioning"] for k in KINDS)],
+)
 @torch.no_grad()
 def test_equals_plain_pytorch(config, dtype, backend):
     model = randomize(DiT(**config)).to(dtype)
@@ -181,6 +233,17 @@ def test_video_of_one_frame_is_an_image():
     close.assert_bitwise(video.eval()(x.unsqueeze(2), t, y).squeeze(2), image(x, t, y))
 
 
+@pytest.mark.parametrize("config", KINDS, ids=lambda config: config["conditioning"])
+def test_other_conditionings_start_at_zero_and_train_every_parameter(config):
+    model = DiT(**config)
+    x, t, y = inputs(model)
+    assert not model(x, t, y).any()
+    randomize(model).train()
+    model(x, t, y).square().mean().backward()
+    silent = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert silent == []
+
+
 def test_starts_as_the_identity():
     """adaLN-Zero: blocks pass their input on, the output is zero."""
     model = DiT(**TINY)
@@ -239,6 +302,7 @@ def test_compiles_without_graph_breaks():
         (lambda: DiT(**{**TINY, "patch_size": 3}), "patch_size must divide"),
         (lambda: DiT(**{**TINY, "patch_size": (1, 2, 2)}), "patch_size must divide"),
         (lambda: DiT(**{**TINY, "num_heads": 3}), "num_heads must divide"),
+        (lambda: DiT(**TINY, conditioning="film"), "conditioning is unknown; got 'film'"),
         (lambda: DiT.from_name("DiT-XXL/2"), "unknown name; got 'DiT-XXL/2'"),
         (lambda: DiT(**TINY)(torch.randn(1, 4, 8, 8), torch.ones(1), torch.ones(1).long()), "input_size=\\(8, 8\\)"),
     ],

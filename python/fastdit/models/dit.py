@@ -7,12 +7,15 @@ Shapes: B samples, N = T*H*W tokens of a grid, C channels (hidden_size).
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdit import ops
-from fastdit.nn import AdaLNZeroBlock, FinalLayer, PatchEmbed3d
+from fastdit.nn import DiTBlock, FinalLayer, PatchEmbed3d
+
+CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 
 DIT_CONFIGS = {
     f"DiT-{size}/{patch}": dict(hidden_size=c, depth=depth, num_heads=heads, patch_size=patch)
@@ -74,7 +77,7 @@ class LabelEmbedder(nn.Module):
 
 
 class DiT(nn.Module):
-    """Diffusion Transformer with adaLN-Zero conditioning on a timestep and a class label.
+    """Diffusion Transformer conditioned on a timestep and a class label.
 
     Args:
         input_size (int, (H, W) or (T, H, W)): size of the latent; an int is a square image. Three numbers make a
@@ -83,6 +86,9 @@ class DiT(nn.Module):
         in_channels, hidden_size, depth, num_heads, mlp_ratio: as in the paper. Defaults: DiT-XL/2.
         class_dropout_prob (float): labels dropped in training; above 0 adds the "no class" row.
         learn_sigma (bool): twice as many output channels: noise, then variance.
+        conditioning: how the embeddings of t and y reach the blocks. "adaln_zero" and "adaln": their sum gives shift
+            and scale, with gates that start closed and without gates; "cross_attention": two tokens that every block
+            attends to; "in_context": two tokens after the patches, dropped at the end. The last two have plain norms.
 
     Shapes:
         x (B, in_channels, [T,] H, W), t (B,) timesteps, y (B,) labels -> (B, out_channels, [T,] H, W)
@@ -102,6 +108,7 @@ class DiT(nn.Module):
         class_dropout_prob: float = 0.1,
         num_classes: int = 1000,
         learn_sigma: bool = True,
+        conditioning: str = "adaln_zero",
     ):
         super().__init__()
         self.input_size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
@@ -119,6 +126,12 @@ class DiT(nn.Module):
             raise ValueError(
                 f"DiT: num_heads must divide hidden_size; got {num_heads} heads, hidden_size {hidden_size}."
             )
+        if conditioning not in CONDITIONINGS:
+            raise ValueError(
+                f"DiT: conditioning is unknown; got {conditioning!r}, expected one of {CONDITIONINGS}; choose one."
+            )
+        self.conditioning = conditioning
+        modulated = conditioning.startswith("adaln")
         self.in_channels = in_channels
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.grid = tuple(n // p for n, p in zip(self.input_size, self.patch_size, strict=True))
@@ -127,8 +140,14 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid), hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList(AdaLNZeroBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, math.prod(self.patch_size) * self.out_channels)
+        self.blocks = nn.ModuleList(
+            DiTBlock(
+                hidden_size, num_heads, mlp_ratio, conditioning=conditioning if modulated else None,
+                context_size=hidden_size if conditioning == "cross_attention" else None,
+            )
+            for _ in range(depth)
+        )  # fmt: skip
+        self.final_layer = FinalLayer(hidden_size, math.prod(self.patch_size) * self.out_channels, modulated=modulated)
         self.initialize_weights()
 
     @classmethod
@@ -139,9 +158,11 @@ class DiT(nn.Module):
         return cls(**{**DIT_CONFIGS[name], **kwargs})
 
     def initialize_weights(self) -> None:
-        """The paper's initialisation: each block starts as the identity, the output at zero."""
+        """The paper's initialisation: each adaLN-Zero block starts as the identity, the output at zero."""
         for name, parameter in self.named_parameters():
-            if name == "pos_embed":
+            if name.endswith("weight") and parameter.ndim == 1:
+                nn.init.ones_(parameter)  # of a norm
+            elif name == "pos_embed":
                 parameter.data.copy_(sincos_pos_embed(parameter.shape[-1], self.grid))
             elif "adaLN_modulation" in name or "final_layer" in name or name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -165,9 +186,18 @@ class DiT(nn.Module):
                 f"{', '.join(map(str, self.input_size))}); build the model with input_size={tuple(x.shape[2:])}."
             )
         tokens = self.x_embedder(x, self.pos_embed)
-        c = self.t_embedder(t) + self.y_embedder(y)
+        conditions = (self.t_embedder(t), self.y_embedder(y))
+        c: Tensor | None = None
+        context: dict[str, Any] = {}
+        if self.conditioning == "in_context":
+            tokens = torch.cat([tokens, torch.stack(conditions, dim=1)], dim=1)
+        elif self.conditioning == "cross_attention":
+            context = {"context": torch.stack(conditions, dim=1)}
+        else:
+            c = conditions[0] + conditions[1]
         for block in self.blocks:
-            tokens = block(tokens, c)
+            tokens = block(tokens, c, **context)
+        tokens = tokens[:, : math.prod(self.grid)]
         return self.unpatchify(self.final_layer(tokens, c))
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, channels: int = 3) -> Tensor:

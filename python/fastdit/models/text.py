@@ -135,6 +135,8 @@ class PretrainedEncoder(nn.Module):
     Raises: ValueError: no such model in the folder.
     """
 
+    model: Any
+
     def __init__(self, path: str | Path, max_length: int = 77):
         super().__init__()
         import transformers

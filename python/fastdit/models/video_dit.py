@@ -157,17 +157,17 @@ class VideoDiT(nn.Module):
 
     def initialize_weights(self) -> None:
         """As DiT: the output is zero, and with adaLN-Zero each block the identity."""
+        identity = self.config.conditioning == "adaln_zero"
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
+            if not isinstance(module, nn.Linear):
+                continue
+            nn.init.zeros_(module.bias)
+            if "adaLN_modulation" in name or "final_layer" in name or (identity and name.endswith("cross.proj")):
+                nn.init.zeros_(module.weight)
+            elif name.startswith("t_embedder"):
+                nn.init.normal_(module.weight, std=0.02)
+            else:
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            if "adaLN_modulation" in name and isinstance(module, nn.Linear):
-                nn.init.zeros_(module.weight)
-            if name.endswith("cross.proj") and self.config.conditioning == "adaln_zero":
-                nn.init.zeros_(module.weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
         weight = self.x_embedder.proj.weight
         nn.init.xavier_uniform_(weight.flatten(1))
         if self.config.tubelet == "central":
@@ -179,8 +179,7 @@ class VideoDiT(nn.Module):
 
     def grids(self, x: Tensor | Sequence[Tensor]) -> tuple[Grid, ...]:
         """Tokens of each sample along t, h, w. Raises: ValueError: sizes that the patches do not divide, channels."""
-        one = isinstance(x, Tensor)
-        shapes = [tuple(x.shape[1:])] if one else [tuple(v.shape) for v in x]
+        shapes = [tuple(x.shape[1:])] if isinstance(x, Tensor) else [tuple(v.shape) for v in x]
         for shape in dict.fromkeys(shapes):
             if (
                 len(shape) != 4
@@ -193,7 +192,7 @@ class VideoDiT(nn.Module):
                 )
         pt, ph, pw = self.patch_size
         grids = tuple((t // pt, h // ph, w // pw) for _, t, h, w in shapes)
-        return grids * len(x) if one else grids
+        return grids * len(x) if isinstance(x, Tensor) else grids
 
     def forward(
         self,

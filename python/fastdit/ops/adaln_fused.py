@@ -145,7 +145,7 @@ def _explained(half: str, verdict: str) -> None:
 def _common(x: Tensor, act, post_norm) -> str | None:
     if type(x) not in _PLAIN:
         return f"x is a {type(x).__name__}"
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return "autocast casts at the projections"
     if post_norm is not None:
         return "post_norm needs whole rows of the projection"
