@@ -28,7 +28,16 @@ def test_defaults_are_the_articles():
 
 
 def test_a_file_changes_what_it_names(tmp_path):
-    loaded = load(tmp_path, "fps = 12\n[vae]\ncrops = [[5, 32, 32]]\n[vae.model]\nwidths = [8, 8, 8]\n[dit.loop]\nbf16 = true")
+    lines = (
+        "fps = 12",
+        "[vae]",
+        "crops = [[5, 32, 32]]",
+        "[vae.model]",
+        "widths = [8, 8, 8]",
+        "[dit.loop]",
+        "bf16 = true",
+    )
+    loaded = load(tmp_path, "\n".join(lines))
     changed = dataclasses.replace(
         Config(),
         fps=12.0,

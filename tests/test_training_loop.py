@@ -11,9 +11,10 @@ from torch import nn
 from fastdit.data import to_video
 from fastdit.testing import training
 from fastdit.testing.close import assert_bitwise, assert_close
-from fastdit.training import dit, load, load_vae, loop, parallel, plot, source
+from fastdit.training import latents, load, load_vae, loop, parallel, plot, source
 from fastdit.training.config import Optimizer
 from fastdit.training.ema import EMA
+from fastdit.training.trainer import rate
 
 KINDS = ("vae", "dit")
 
@@ -26,10 +27,10 @@ def folder(tmp_path_factory):
 
 def test_rate():
     cosine = Optimizer(lr=2.0, warmup=4, schedule="cosine", final=0.1)
-    assert [loop.rate(n, cosine, 24) for n in range(4)] == [0.5, 1.0, 1.5, 2.0]
-    assert loop.rate(4, cosine, 24) == 2.0 and loop.rate(24, cosine, 24) == pytest.approx(0.2)
-    assert loop.rate(14, cosine, 24) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
-    assert loop.rate(100, replace(cosine, schedule="constant"), 24) == 2.0
+    assert [rate(n, cosine, 24) for n in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    assert rate(4, cosine, 24) == 2.0 and rate(24, cosine, 24) == pytest.approx(0.2)
+    assert rate(14, cosine, 24) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert rate(100, replace(cosine, schedule="constant"), 24) == 2.0
 
 
 def test_average():
@@ -176,7 +177,7 @@ def test_latents_are_encoded_once(folder, tmp_path, monkeypatch):
         assert_bitwise(a, b)
     monkeypatch.undo()
     others = training.make("dit", replace(config, dit=replace(config.dit, clips=5)), tmp_path, folder)
-    assert len(others.train) == 5 and (tmp_path / "state" / "dit" / dit.LATENTS).exists()
+    assert len(others.train) == 5 and (tmp_path / "state" / "dit" / latents.FILE).exists()
 
 
 def test_encoding_is_the_vaes(folder):

@@ -90,9 +90,9 @@ def _run(
         with processes.join(parallel, device) as world, fastdit.use_backend(backend) if backend else nullcontext():
             task: Any
             if vae is None:
-                task = VAETask(chosen, data, out, world.device)
+                task = VAETask(chosen, data, out)
             else:
-                task = DiTTask(chosen, data, out, vae, world.device, console=console, world=world)
+                task = DiTTask(chosen, data, out, vae, world, console=console)
             folder = out / "state" / name
             loop.fit(task, training.optimizer, training.loop, folder, world, resume=resume, console=console)
     except (ValueError, fastdit.NoBackend) as error:

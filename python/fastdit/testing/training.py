@@ -13,8 +13,8 @@ from fastdit.backends import use_backend
 from fastdit.training import config as settings
 from fastdit.training.config import Config
 from fastdit.training.dit import DiTTask
-from fastdit.training.loop import Trainer
 from fastdit.training.parallel import World
+from fastdit.training.trainer import Trainer
 from fastdit.training.vae import VAETask
 
 HERE = World(torch.device("cpu"))
@@ -39,7 +39,7 @@ def untrained_vae(config: Config, out: Path) -> Path:
 
 def make(kind: str, config: Config, out: Path, vae: Path) -> VAETask | DiTTask:
     """The task "vae" or "dit" on the built-in shapes; the VAE of the latter comes from the folder `vae`."""
-    return VAETask(config, "shapes", out) if kind == "vae" else DiTTask(config, "shapes", out, vae)
+    return VAETask(config, "shapes", out) if kind == "vae" else DiTTask(config, "shapes", out, vae, HERE)
 
 
 def trainer(kind: str, config: Config, folder: Path, *, dtype: torch.dtype = torch.float32) -> Trainer:

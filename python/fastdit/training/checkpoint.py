@@ -1,4 +1,4 @@
-"""Folders of weights for generation, and the state that a training goes on from. Every file is written whole or not at all.
+"""Folders of weights for generation, and the state that a training goes on from. Files are written whole or not at all.
 
 DIR/config.json         what builds the models: {"format", "fps", "vae", "dit", "text", "diffusion"}
 DIR/vae.safetensors     VideoVAE, with the mean and standard deviation of its latents
@@ -101,9 +101,12 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[s
     """The tensors and the facts of a file of `write_tensors`."""
     try:
         with safetensors.safe_open(path, "pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads((file.metadata() or {})["facts"])  # noqa: SIM118
+            facts = json.loads((file.metadata() or {})["facts"])
+            return {name: file.get_tensor(name) for name in file.keys()}, facts
     except FileNotFoundError:
-        raise CheckpointError(f"checkpoint: no file {path}; got a folder without it, expected one of a training.") from None
+        raise CheckpointError(
+            f"checkpoint: there is no {path}; expected one of `fastdit train`; check it."
+        ) from None
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(
             f"checkpoint: {path} is broken or not ours; got {error}, expected a whole file of fastdit's; "
@@ -124,8 +127,8 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     if missing or extra or wrong:
         raise CheckpointError(
             f"checkpoint: {path} does not fit {type(model).__name__}; got {len(tensors)} tensors, without "
-            f"{_few(missing)}, with {_few(extra)} too many, of other shapes {_few(sorted(wrong))}; expected {len(own)}; "
-            "is config.json of another folder?"
+            f"{_few(missing)}, with {_few(extra)} too many, of other shapes {_few(sorted(wrong))}; expected {len(own)} "
+            "by config.json; copy the folder again."
         )
     model.load_state_dict(tensors)
 
@@ -144,7 +147,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise ValueError(f"format {got}, expected {FORMAT}")
     except FileNotFoundError:
         raise CheckpointError(
-            f"checkpoint: {folder} holds none; got no config.json, expected a folder of `fastdit train`; check the path."
+            f"checkpoint: {folder} holds none; got no config.json, expected a folder of `fastdit train`; check it."
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint: {path} is broken; got {error}; copy it again or train it anew.") from error

@@ -1,4 +1,4 @@
-"""`fastdit train dit`: the video diffusion transformer on packed latents of mixed sizes, its text encoder trained along."""
+"""`fastdit train dit`: the video diffusion transformer on packed latents of mixed sizes, and its text encoder."""
 
 from __future__ import annotations
 
@@ -10,20 +10,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
-from fastdit.data import WORDS, to_video
+from fastdit.data import WORDS
 from fastdit.diffusion import gaussian_noise
 from fastdit.models.text import WORD, PretrainedEncoder, WordEncoder
 from fastdit.models.video_dit import VideoDiT
-from fastdit.models.video_vae import VideoVAE
-from fastdit.training import checkpoint, config as settings, parallel, source
-from fastdit.training.config import Config, DiTTraining
-from fastdit.training.loop import generator
+from fastdit.training import checkpoint, config as settings, latents, parallel, source
+from fastdit.training.config import Config
+from fastdit.training.trainer import generator
 
-LATENTS = "latents.safetensors"
-ENCODED = 8  # clips at a time through the VAE
+EVALUATED = 8  # samples at a time
 
 
 @dataclass(frozen=True)
@@ -66,17 +63,6 @@ class Denoising(nn.Module):
         return {"loss": losses.sum() / batch.total}
 
 
-@dataclass(frozen=True)
-class Latents:
-    """Normalised latents (C, T, h, w) of clips and the captions of each."""
-
-    latents: list[Tensor]
-    captions: list[list[str]]
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-
 class DiTTask:
     """What `loop.fit` trains; see `loop.Task`."""
 
@@ -91,10 +77,9 @@ class DiTTask:
         data: str,
         out: Path,
         vae: Path,
-        device: torch.device | str = "cpu",
+        world: parallel.World,
         *,
         console: Console | None = None,
-        world: parallel.World | None = None,
     ):
         self.config, self.training, self.out = config, config.dit, out
         self.vae_document, self.vae_file = checkpoint.read_config(vae), vae / checkpoint.VAE
@@ -106,7 +91,10 @@ class DiTTask:
                 f"train dit: the VAE in {vae} does not fit the model; got {encoder.config.latent_channels} latent "
                 f"channels, expected dit.model.in_channels = {channels}; change one of them."
             )
-        self.train, self.held_out = self._latents(encoder.to(device), data, console or Console(quiet=True), world)
+        self.train, self.held_out = latents.encoded(
+            encoder.to(world.device), self.vae_digest, config, data, out / "state" / self.name, world,
+            console or Console(quiet=True),
+        )  # fmt: skip
         torch.manual_seed(self.training.loop.seed)
         self.text = self._text(data)
         self.dit = VideoDiT(self.training.model)
@@ -143,14 +131,14 @@ class DiTTask:
         self.dit.gradient_checkpointing = True
 
     def evaluate(self) -> dict[str, float]:
-        """The loss of held-out clips with their short captions, at times spread evenly, with the same noise every time."""
+        """The loss of held-out clips with short captions, at times spread evenly, with the same noise every time."""
         count = len(self.held_out)
         t = (torch.arange(count) + 0.5) * (1000 / count)
         t = t[torch.randperm(count, generator=generator(self.training.loop.seed, 0))]
         source = generator(self.training.loop.seed, 1)
         total = 0.0
-        for start in range(0, count, ENCODED):
-            some = slice(start, start + ENCODED)
+        for start in range(0, count, EVALUATED):
+            some = slice(start, start + EVALUATED)
             latents, captions = self.held_out.latents[some], [c[0] for c in self.held_out.captions[some]]
             batch = self._batch(latents, captions, [0] * len(latents), t[some], source)
             total += float(self.model(replace(batch, total=count))["loss"])
@@ -204,65 +192,3 @@ class DiTTask:
     def _text_document(self) -> dict[str, Any]:
         text = settings.table(self.training.text)
         return {**text, "words": list(self.text.words)} if isinstance(self.text, WordEncoder) else text
-
-    def _latents(
-        self, vae: VideoVAE, data: str, console: Console, world: parallel.World | None
-    ) -> tuple[Latents, Latents]:
-        """The encoded clips, from the cache where one of the same VAE and data stands."""
-        training = self.training
-        path = self.out / "state" / self.name / LATENTS
-        made_of = {
-            "vae": self.vae_digest, "data": data, "clips": training.clips, "held_out": training.held_out,
-            "sizes": [list(s) for s in training.sizes], "seed": training.loop.seed, "fps": self.config.fps,
-        }  # fmt: skip
-        if path.exists():
-            try:
-                tensors, facts = checkpoint.read_tensors(path)
-            except checkpoint.CheckpointError:
-                facts = {}
-            if facts.get("made_of") == made_of:
-                return _unstacked(tensors, facts["train"]), _unstacked(tensors, facts["held_out"])
-        if world is None or world.first:
-            tensors, facts = {}, {"made_of": made_of}
-            for kind, count in (("train", training.clips), ("held_out", training.held_out)):
-                made = source.clips(
-                    data, training.sizes, count, fps=self.config.fps, held_out=kind == "held_out", seed=training.loop.seed
-                )
-                some = track(made, f"encoding {kind} clips", count, console=console, transient=True, disable=not console.is_terminal)
-                facts[kind] = _encoded(vae, some, kind, tensors)
-            if not facts["train"]:
-                raise ValueError(f"train dit: no clips; got none from {data!r}, expected videos or images; look into it.")
-            checkpoint.write_tensors(path, tensors, facts)
-        if world is not None:
-            world.wait()
-        tensors, facts = checkpoint.read_tensors(path)
-        return _unstacked(tensors, facts["train"]), _unstacked(tensors, facts["held_out"])
-
-
-@torch.no_grad()
-def _encoded(vae: VideoVAE, clips: Any, kind: str, tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """Encode clips into `tensors`, stacked by size; the place and the captions of each."""
-    waiting: dict[str, list[Tensor]] = {}
-    done: dict[str, list[Tensor]] = {}
-    found = []
-
-    def encode(name: str) -> None:
-        video = torch.stack([to_video(f) for f in waiting.pop(name)]).to(vae.latent_mean.device)
-        done.setdefault(name, []).append(vae.normalize(vae.encode(video).mean).cpu())
-
-    for clip in clips:
-        name = f"{kind}.{'x'.join(map(str, clip.size))}"
-        queue = waiting.setdefault(name, [])
-        queue.append(clip.frames)
-        row = sum(map(len, done.get(name, ()))) + len(queue) - 1
-        found.append({"of": name, "row": row, "captions": clip.caption.splitlines() or [""]})
-        if len(queue) == ENCODED:
-            encode(name)
-    for name in list(waiting):
-        encode(name)
-    tensors |= {name: torch.cat(z) for name, z in done.items()}
-    return found
-
-
-def _unstacked(tensors: Mapping[str, Tensor], items: list[dict[str, Any]]) -> Latents:
-    return Latents([tensors[item["of"]][item["row"]] for item in items], [item["captions"] for item in items])

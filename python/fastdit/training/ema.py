@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """average = decay * average + (1 - decay) * weights after each step; decay is min(decay, (1 + n) / (10 + n)) at step n.
+    """average = d * average + (1 - d) * weights after each step n, d = min(decay, (1 + n) / (10 + n)).
 
     `shadow` holds the averages by parameter name, in the parameters' dtype and placement. Buffers are not averaged.
     """

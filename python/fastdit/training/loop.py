@@ -1,7 +1,6 @@
-"""The training loop: AdamW on a task's batches, an average of the weights, log lines, checkpoints, and going on after a kill.
+"""The training loop: steps, log lines, checkpoints, and going on after a kill as if there had been none.
 
-Every draw is seeded by (seed, step), so a step is the same in every run: after a kill the loss curve goes on as it
-would have. Files under `folder`: loss.csv, loss.png and train.safetensors, from which `resume` starts.
+Files under `folder`: loss.csv, loss.png and train.safetensors, from which `resume` starts.
 """
 
 from __future__ import annotations
@@ -13,136 +12,18 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdit.training import checkpoint, config as settings, parallel, plot
 from fastdit.training.config import Loop, Optimizer
-from fastdit.training.ema import EMA
+from fastdit.training.trainer import Task, Trainer
 
 STATE = "train.safetensors"
-Figures = dict[str, Tensor]
-
-
-class Task(Protocol):
-    """What is trained: `model(part)` gives {"loss": ..., ...}, numbers that add up to the step's over its parts."""
-
-    name: str
-    model: nn.Module
-    blocks: Sequence[nn.Module]  # sharded one by one
-    methods: Sequence[str]  # of the model, called besides `forward`
-    figures: Sequence[str]  # what the model gives
-    evaluations: Sequence[str]  # what `evaluate` gives
-
-    def draw(self, step: int, count: int) -> list[Any]:
-        """The batch of a step in `count` parts."""
-
-    def checkpoint_activations(self) -> None:
-        """Compute activations again in the backward pass."""
-
-    def evaluate(self) -> dict[str, float]:
-        """Figures on held-out data. The model holds the averaged weights; every process calls it."""
-
-    def prepare(self) -> None:
-        """Called before an export with the averaged weights in the model, by every process."""
-
-    def export(self, weights: Mapping[str, Tensor]) -> None:
-        """Write what generation needs."""
-
-    def facts(self) -> dict[str, Any]:
-        """What must be the same when a training goes on: {name: value of JSON's types}."""
-
-
-def rate(step: int, optimizer: Optimizer, steps: int) -> float:
-    """The learning rate of a step, counted from 0."""
-    if step < optimizer.warmup:
-        return optimizer.lr * (step + 1) / optimizer.warmup
-    if optimizer.schedule == "constant":
-        return optimizer.lr
-    done = min(1.0, (step - optimizer.warmup) / max(1, steps - optimizer.warmup))
-    return optimizer.lr * (optimizer.final + (1 - optimizer.final) * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def generator(seed: int, step: int) -> torch.Generator:
-    """The source of all random numbers of a step."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-
-
-class Trainer:
-    """The model, its optimiser and its average: `step(n)` trains, `state` and `load` are the whole memory."""
-
-    def __init__(self, task: Task, optimizer: Optimizer, loop: Loop, world: parallel.World):
-        self.task, self.optimizer, self.loop, self.world = task, optimizer, loop, world
-        self.model = task.model.to(world.device).train()
-        if loop.checkpointing:
-            task.checkpoint_activations()
-        self.forward = parallel.wrap(self.model, task.blocks, task.methods, world)
-        self.named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.adamw = torch.optim.AdamW(
-            self.named.values(), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay, fused=True,
-        )  # fmt: skip
-        self.ema = EMA(self.model, optimizer.ema)
-
-    def step(self, step: int) -> Figures:
-        """Train on the batch of a step; its figures as this process saw them, and `lr`, `grad_norm`."""
-        lr = rate(step, self.optimizer, self.loop.steps)
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        self.adamw.zero_grad(set_to_none=True)
-        each = self.loop.accumulate
-        parts = self.task.draw(step, self.world.size * each)[self.world.rank * each :][:each]
-        sums: Figures = {}
-        for i, part in enumerate(parts):
-            with parallel.gather_gradients(self.forward, last=i == len(parts) - 1):
-                with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.loop.bf16):
-                    figures = self.forward(part)
-                (figures["loss"] * self.world.size).backward()  # processes average their gradients
-            for name, value in figures.items():
-                sums[name] = sums.get(name, 0) + value.detach()  # type: ignore[assignment]
-        largest = self.optimizer.clip or math.inf
-        norm = parallel.whole(nn.utils.clip_grad_norm_(self.named.values(), largest, foreach=True))
-        self.adamw.step()
-        self.ema.update(step)
-        # Every process sees the norm and the rate of all: their sum over the processes is to be the value.
-        return sums | {"grad_norm": norm / self.world.size, "lr": torch.tensor(lr / self.world.size)}
-
-    def state(self) -> dict[str, Tensor]:
-        """Weights, averages and moments by name, whole; every process must ask."""
-        found = {f"buffer.{name}": b for name, b in self.model.named_buffers()}
-        for name, p in self.named.items():
-            moments = self.adamw.state[p]
-            kept = {"model": p, "ema": self.ema.shadow[name], **{k: moments[k] for k in ("exp_avg", "exp_avg_sq")}}
-            found |= {f"{kind}.{name}": parallel.whole(t.detach()) for kind, t in kept.items()}
-        return found
-
-    def load(self, tensors: Mapping[str, Tensor], step: int, path: Path) -> None:
-        """Go on from a `state` after `step` steps."""
-        wanted = {f"{kind}.{name}" for name in self.named for kind in ("model", "ema", "exp_avg", "exp_avg_sq")}
-        wanted |= {f"buffer.{name}" for name, _ in self.model.named_buffers()}
-        shapes = {f"model.{name}": p.shape for name, p in self.named.items()}
-        if wanted != tensors.keys() or any(tensors[name].shape != shape for name, shape in shapes.items()):
-            raise checkpoint.CheckpointError(
-                f"checkpoint: {path} is of another model; got {len(tensors)} tensors, expected {len(wanted)} of this "
-                "model's names and shapes; pass the configuration it was made with, or another --out."
-            )
-        for name, b in self.model.named_buffers():
-            parallel.assign(b, tensors[f"buffer.{name}"])
-        for name, p in self.named.items():
-            count = torch.tensor(float(step), device=p.device)
-            moments = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
-            for target, kind in ((p, "model"), (self.ema.shadow[name], "ema"), *((m, k) for k, m in moments.items())):
-                parallel.assign(target, tensors[f"{kind}.{name}"])
-            self.adamw.state[p] = {"step": count, **moments}
-
-    def weights(self) -> dict[str, Tensor]:
-        """What is kept for generation: the averages, and the buffers; every process must ask."""
-        averages = {name: parallel.whole(t) for name, t in self.ema.shadow.items()}
-        return averages | dict(self.model.named_buffers())
 
 
 class Log:
@@ -153,7 +34,8 @@ class Log:
         rows = []
         if step and path.exists():
             with path.open(newline="", encoding="utf-8") as file:  # a kill may have torn the last row
-                rows = [row for row in csv.DictReader(file) if (row["step"] or "").isdigit() and int(row["step"]) <= step]
+                every = [row for row in csv.DictReader(file) if (row["step"] or "").isdigit()]
+            rows = [row for row in every if int(row["step"]) <= step]
         checkpoint.write(path, lambda part: self._write(part, rows))
 
     def _write(self, path: Path, rows: list[dict[str, Any]]) -> None:
@@ -190,10 +72,10 @@ def fit(
     trainer = Trainer(task, optimizer, loop, world)
     step, window = _resume(trainer, path, console) if resume else _fresh(path)
     names = [*task.figures, "grad_norm", "lr"]
-    log = Log(folder / "loss.csv", ["step", *names, "steps_per_second", *task.evaluations], step) if world.first else None
-    sums = torch.tensor([window.get(name, 0.0) for name in ("steps", *names)], dtype=torch.float64)
-    if world.rank:
-        sums.zero_()
+    columns = ["step", *names, "steps_per_second", *task.evaluations]
+    log = Log(folder / "loss.csv", columns, step) if world.first else None
+    # Steps and figures since the last row; their sums over the processes are the step's.
+    sums = torch.tensor([window.get(name, 0.0) * world.first for name in ("steps", *names)], dtype=torch.float64)
     row: dict[str, float] = {}
     saved = since = time.monotonic()
     since_step = step
@@ -204,7 +86,7 @@ def fit(
         while step < loop.steps and not stop.asked(world):
             figures = trainer.step(step)
             step += 1
-            sums += torch.stack([torch.tensor(1.0 / world.size, dtype=torch.float64), *(figures[n].double().cpu() for n in names)])
+            sums += torch.stack([torch.tensor(1 / world.size), *(figures[name].cpu() for name in names)]).double()
             progress.update(bar, completed=step)
             logs = step == loop.steps or (loop.log_every and step % loop.log_every == 0)
             evaluates = step == loop.steps or (loop.evaluate_every and step % loop.evaluate_every == 0)
@@ -214,8 +96,8 @@ def fit(
                 sums.zero_()
                 if not math.isfinite(row["loss"] + row["grad_norm"]):
                     raise FloatingPointError(
-                        f"{task.name}: the loss is not finite; got loss {row['loss']}, gradient {row['grad_norm']} by step "
-                        f"{step}, expected numbers; lower the rate or its warm-up, and go on with --resume."
+                        f"{task.name}: the loss is not finite; got loss {row['loss']}, gradient {row['grad_norm']} by "
+                        f"step {step}, expected numbers; lower the rate, or warm it up longer, and --resume."
                     )
                 now = time.monotonic()
                 row |= {"steps_per_second": (step - since_step) / (now - since)}
@@ -233,8 +115,8 @@ def fit(
                 save(trainer, folder, step, names, sums)
                 saved = time.monotonic()
         save(trainer, folder, step, names, sums)
-        stopped = step < loop.steps
-    console.print(f"{task.name} {'stopped, go on with --resume:' if stopped else 'done:'} step {step}, {path}", highlight=False)
+    how = "done" if step == loop.steps else "stopped, go on with --resume"
+    console.print(f"{task.name} {how}: step {step}, {path}", highlight=False, soft_wrap=True)
     return row
 
 
@@ -257,7 +139,8 @@ def save(trainer: Trainer, folder: Path, step: int, names: Sequence[str], sums: 
         trainer.model.train()
     weights = trainer.weights()
     if world.first:
-        facts = {"task": task.name, "step": step, "window": dict(zip(("steps", *names), window, strict=True)), **task.facts()}
+        since = dict(zip(("steps", *names), window, strict=True))
+        facts = {"task": task.name, "step": step, "window": since, **task.facts()}
         checkpoint.write_tensors(folder / STATE, tensors, facts)
         task.export(weights)
         plot.draw(folder / "loss.csv", folder / "loss.png")
@@ -267,7 +150,7 @@ def save(trainer: Trainer, folder: Path, step: int, names: Sequence[str], sums: 
 def _fresh(path: Path) -> tuple[int, dict[str, float]]:
     if path.exists():
         raise checkpoint.CheckpointError(
-            f"train: {path.parent} holds a training already; got no --resume, expected a new --out or --resume to go on."
+            f"train: {path.parent} holds a training; got no --resume, expected it to go on; or pass another --out."
         )
     return 0, {}
 
@@ -279,8 +162,8 @@ def _resume(trainer: Trainer, path: Path, console: Console) -> tuple[int, dict[s
     for name, value in {"task": task.name, **task.facts()}.items():
         if facts.get(name) != value and name != "config":
             raise checkpoint.CheckpointError(
-                f"train: {path} is of another {name}; got {facts.get(name)}, expected {value}; pass the same as before, "
-                "or another --out."
+                f"train: {path} is of another {name}; got {facts.get(name)}, expected {value}; pass the same as "
+                "before, or another --out."
             )
     trainer.load(tensors, facts["step"], path)
     for change in settings.changes(facts.get("config", {}), task.facts().get("config", {})):
@@ -291,7 +174,8 @@ def _resume(trainer: Trainer, path: Path, console: Console) -> tuple[int, dict[s
 
 def _progress(console: Console) -> Progress:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, TextColumn("{task.fields[figures]}"), console=console, transient=True, disable=not console.is_terminal)
+    figures = TextColumn("{task.fields[figures]}")
+    return Progress(*columns, figures, console=console, transient=True, disable=not console.is_terminal)
 
 
 class _Stop:

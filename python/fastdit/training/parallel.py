@@ -116,9 +116,10 @@ def assign(target: Tensor, value: Tensor) -> None:
 
 
 def parts(weights: Sequence[int], count: int) -> list[list[int]]:
-    """Items 0..n-1 in `count` parts of about the same weight, none empty when n >= count: heaviest first, to the lightest."""
+    """Items 0..n-1 in `count` parts of about the same weight, none empty when n >= count."""
     found: list[list[int]] = [[] for _ in range(count)]
     sums = [0] * count
+    # Heaviest first, each to the lightest part.
     for item in sorted(range(len(weights)), key=lambda i: (-weights[i], i)):
         lightest = sums.index(min(sums))
         found[lightest].append(item)

@@ -24,7 +24,9 @@ def captions(told: Attributes, rng: np.random.Generator) -> str:
     return "\n".join([short(told, rng), *(rich(told, rng) for _ in range(3))])
 
 
-def clips(data: str, sizes: Sequence[Size], count: int, *, fps: float, held_out: bool = False, seed: int = 0) -> Iterator[Clip]:
+def clips(
+    data: str, sizes: Sequence[Size], count: int, *, fps: float, held_out: bool = False, seed: int = 0
+) -> Iterator[Clip]:
     """`count` clips of the given sizes (frames, height, width), each size as often as the next.
 
     Of "shapes", the held-out ones show combinations of attributes that the others never do. A folder gives every video

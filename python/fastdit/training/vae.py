@@ -15,7 +15,7 @@ from fastdit.data import to_video
 from fastdit.models.video_vae import FRAMES, Posterior, VideoVAE
 from fastdit.training import checkpoint, config as settings, source
 from fastdit.training.config import Config, Size, VAETraining
-from fastdit.training.loop import generator
+from fastdit.training.trainer import generator
 
 TRIES = 4  # places for a crop, to find one that shows more than background
 STATISTICS = 64  # clips that the mean and deviation of the latents are taken over
@@ -64,9 +64,8 @@ class VAETask:
     evaluations = ("eval_psnr",)
     methods = ("reconstruct", "latent")
 
-    def __init__(self, config: Config, data: str, out: Path, device: torch.device | str = "cpu"):
-        self.config, self.out, self.device = config, out, torch.device(device)
-        self.training = config.vae
+    def __init__(self, config: Config, data: str, out: Path):
+        self.config, self.training, self.out = config, config.vae, out
         torch.manual_seed(self.training.loop.seed)
         self.vae = VideoVAE(self.training.model)
         self.model = Reconstruction(self.vae, self.training)
@@ -132,8 +131,8 @@ class VAETask:
         t, h, w, _ = frames.shape
         multiple = 2 * self.training.model.patch_size
         like = next(self.model.parameters())
-        video = to_video(frames[: (t - 1) // FRAMES * FRAMES + 1, : h // multiple * multiple, : w // multiple * multiple])
-        return video[None].to(like.device, like.dtype)
+        t, h, w = (t - 1) // FRAMES * FRAMES + 1, h // multiple * multiple, w // multiple * multiple
+        return to_video(frames[:t, :h, :w])[None].to(like.device, like.dtype)
 
 
 def latent_size(vae: VideoVAE, size: Sequence[int]) -> tuple[int, int, int, int]:
