@@ -104,9 +104,7 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[s
             facts = json.loads((file.metadata() or {})["facts"])
             return {name: file.get_tensor(name) for name in file.keys()}, facts
     except FileNotFoundError:
-        raise CheckpointError(
-            f"checkpoint: there is no {path}; expected one of `fastdit train`; check it."
-        ) from None
+        raise CheckpointError(f"checkpoint: there is no {path}; expected one of `fastdit train`; check it.") from None
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(
             f"checkpoint: {path} is broken or not ours; got {error}, expected a whole file of fastdit's; "
