@@ -6,7 +6,7 @@ import torch
 from fastdit.models import VideoVAE, VideoVAEConfig
 from fastdit.testing import close
 
-SMALL = VideoVAEConfig(latent_channels=4, widths=(8, 8, 12), encoder_blocks=(1, 1, 1), decoder_blocks=(1, 1, 1))
+SMALL = VideoVAEConfig(latent_channels=4, widths=(8, 12))
 
 
 def vae(config=SMALL, seed=0, **to):

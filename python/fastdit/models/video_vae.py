@@ -18,40 +18,40 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdit.models.vae import AFTER, ResidualBlock, Stream, chunks, patchify, unpatchify
-from fastdit.nn import CausalConv3d, ChannelNorm, channels_last
+from fastdit.nn import CausalConv3d, ChannelNorm, FrameConv2d, channels_last, upsample2x
 
 FRAMES = 4  # of a video per latent frame after the first
 
 
 @dataclass(frozen=True)
 class VideoVAEConfig:
-    """The widths and depths of a `VideoVAE` at its three stages: 1/4 of the size, 1/8, and 1/8 with fewest frames.
-
-    Stages have all frames, every second and every fourth. `patch_size` p makes the sizes 1/p and 1/(2p).
-    """
+    """Widths and depths of a `VideoVAE`; pairs are (at 1/p of the size with all frames, at 1/2p with every fourth)."""
 
     latent_channels: int = 8
     patch_size: int = 4
-    widths: tuple[int, ...] = (32, 48, 64)
-    encoder_blocks: tuple[int, ...] = (1, 0, 1)
-    decoder_blocks: tuple[int, ...] = (1, 0, 1)
+    widths: tuple[int, int] = (32, 64)
+    encoder_blocks: tuple[int, int] = (1, 1)
+    decoder_blocks: tuple[int, int] = (1, 1)
 
     def __post_init__(self):
-        for name in ("widths", "encoder_blocks", "decoder_blocks"):
-            value = tuple(getattr(self, name))  # a list, from JSON or TOML
-            object.__setattr__(self, name, value)
-            least = 1 if name == "widths" else 0
-            if len(value) != 3 or not all(isinstance(n, int) and n >= least for n in value):
-                raise ValueError(
-                    f"VideoVAEConfig: {name} must have one number for each of the three stages; got {value}, "
-                    f"expected three ints >= {least}; write them from the finest stage to the coarsest."
-                )
         for name in ("latent_channels", "patch_size"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(
                     f"VideoVAEConfig: {name} must be a positive int; got {getattr(self, name)!r}, expected e.g. "
                     f"{getattr(VideoVAEConfig, name)}; correct the configuration."
                 )
+        for name in ("widths", "encoder_blocks", "decoder_blocks"):
+            value, least = getattr(self, name), int(name == "widths")
+            if (
+                not isinstance(value, (list, tuple))
+                or len(value) != 2
+                or not all(isinstance(n, int) and n >= least for n in value)
+            ):
+                raise ValueError(
+                    f"VideoVAEConfig: {name} must have one number for each of the two stages; got {value!r}, expected "
+                    f"two ints of at least {least}; write the finer stage first."
+                )
+            object.__setattr__(self, name, tuple(value))  # a list where it comes from JSON or TOML
 
 
 @dataclass(frozen=True)
@@ -79,41 +79,31 @@ class Whole(Stream):
 
 
 class Down(nn.Module):
-    """One convolution over pairs of frames: 1 + 2n -> 1 + n; with `space` 2x smaller images.
+    """One convolution over groups of four frames, at half the size: 1 + 4n -> 1 + n frames.
 
-    The first frame is paired with zeros. Later chunks are whole pairs, so no frame needs to be remembered.
+    The first frame has a group of its own, with zeros before it. Later chunks are whole groups, so this layer has
+    nothing to remember.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, space: bool):
+    def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
-        self.conv = CausalConv3d(in_dim, out_dim, (2, 3, 3), stride=(2, 2, 2) if space else (2, 1, 1))
-        self.around = AFTER[2:] if space else (1, 1, 1, 1)
+        self.conv = CausalConv3d(in_dim, out_dim, (FRAMES, 3, 3), stride=(FRAMES, 2, 2))
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        return self.conv(x, padding=(1 if stream.first else 0, 0, *self.around))
+        return self.conv(x, padding=(FRAMES - 1 if stream.first else 0, *AFTER[1:]))
 
 
 class Up(nn.Module):
-    """One convolution to the channels of two frames, and with `space` of 2 x 2 pixels: 1 + n -> 1 + 2n frames.
+    """Four frames of each, then twice the size: 1 + n -> 1 + 4n frames, since of the first group only one is kept."""
 
-    The pair of the first frame is that frame alone.
-    """
-
-    def __init__(self, in_dim: int, out_dim: int, space: bool):
+    def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
-        self.factor = 2 if space else 1
-        self.conv = CausalConv3d(in_dim, 2 * self.factor**2 * out_dim, 3)
+        self.time_conv = CausalConv3d(in_dim, FRAMES * in_dim, (3, 1, 1))
+        self.conv = FrameConv2d(in_dim, out_dim, 3)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        y = shuffled(stream(self.conv, x), 2, self.factor)
-        return y[:, :, 1:] if stream.first else y
-
-
-def shuffled(x: Tensor, f_t: int, f: int) -> Tensor:
-    """Channels (t, h, w, c) to pixels: (B, f_t*f*f*C, T, H, W) -> (B, C, T*f_t, H*f, W*f) in channels_last_3d."""
-    b, _, t, h, w = x.shape
-    y = x.unflatten(1, (f_t, f, f, -1)).permute(0, 5, 1, 6, 2, 7, 3, 4)  # (B, T, f_t, H, f, W, f, C)
-    return y.reshape(b, t * f_t, h * f, w * f, -1).permute(0, 4, 1, 2, 3)
+        y = upsample2x(stream(self.time_conv, x), FRAMES)
+        return self.conv(y[:, :, FRAMES - 1 :] if stream.first else y)
 
 
 class Coder(nn.Module):
@@ -144,17 +134,15 @@ class VideoVAE(nn.Module):
     def __init__(self, config: VideoVAEConfig | None = None):
         super().__init__()
         self.config = c = config or VideoVAEConfig()
-        pixels, z, (fine, middle, coarse) = 3 * c.patch_size**2, c.latent_channels, c.widths
-        down = Down(fine, middle, space=True), Down(middle, coarse, space=False)
-        up = Up(coarse, middle, space=False), Up(middle, fine, space=True)
+        pixels, z, (fine, coarse) = 3 * c.patch_size**2, c.latent_channels, c.widths
 
-        def stage(width: int, count: int) -> list[nn.Module]:
-            return [ResidualBlock(width, width) for _ in range(count)]
+        def blocks(stage: int, counts: tuple[int, int]) -> list[nn.Module]:
+            return [ResidualBlock(c.widths[stage], c.widths[stage]) for _ in range(counts[stage])]
 
-        first, second, third = map(stage, c.widths, c.encoder_blocks)
-        self.encoder = Coder(pixels, [*first, down[0], *second, down[1], *third], (fine, coarse), 2 * z)
-        first, second, third = map(stage, c.widths, c.decoder_blocks)
-        self.decoder = Coder(z, [*third, up[0], *second, up[1], *first], (coarse, fine), pixels)
+        down = [*blocks(0, c.encoder_blocks), Down(fine, coarse), *blocks(1, c.encoder_blocks)]
+        up = [*blocks(1, c.decoder_blocks), Up(coarse, fine), *blocks(0, c.decoder_blocks)]
+        self.encoder = Coder(pixels, down, (fine, coarse), 2 * z)
+        self.decoder = Coder(z, up, (coarse, fine), pixels)
         self.register_buffer("latent_mean", torch.zeros(z))
         self.register_buffer("latent_std", torch.ones(z))
         self.initialize_weights()
