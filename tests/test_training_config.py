@@ -33,7 +33,7 @@ def test_a_file_changes_what_it_names(tmp_path):
         "[vae]",
         "crops = [[5, 32, 32]]",
         "[vae.model]",
-        "widths = [8, 8, 8]",
+        "widths = [8, 8]",
         "[dit.loop]",
         "bf16 = true",
     )
@@ -41,7 +41,7 @@ def test_a_file_changes_what_it_names(tmp_path):
     changed = dataclasses.replace(
         Config(),
         fps=12.0,
-        vae=dataclasses.replace(Config().vae, crops=((5, 32, 32),), model=VideoVAEConfig(widths=(8, 8, 8))),
+        vae=dataclasses.replace(Config().vae, crops=((5, 32, 32),), model=VideoVAEConfig(widths=(8, 8))),
         dit=dataclasses.replace(Config().dit, loop=dataclasses.replace(Config().dit.loop, bf16=True)),
     )
     assert loaded == changed
