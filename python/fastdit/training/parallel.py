@@ -86,7 +86,8 @@ def wrap(model: nn.Module, blocks: Sequence[nn.Module], methods: Sequence[str], 
         mesh = dist.init_device_mesh(world.device.type, (world.size,))
         for block in blocks:
             fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        # Its own weights too are let go after a forward: an evaluation's averages must not stay gathered.
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
         for name in methods:
             register_fsdp_forward_method(model, name)
     return model
