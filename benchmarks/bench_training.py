@@ -93,9 +93,6 @@ def measure(kind: str, bf16: bool, folder: Path, *, rounds: int = 7, compiled: b
     dit = replace(dit, loop=replace(dit.loop, bf16=bf16))
     settings = replace(settings, dit=dit, vae=replace(vae, loop=replace(vae.loop, bf16=bf16)))
 
-    if kind == "dit":
-        training.untrained_vae(settings, folder)
-
     def made() -> Trainer:
         return training.trainer(kind, settings, folder)
 

@@ -11,7 +11,7 @@ from fastdit.training import load, plot
 
 SMALL = """
 [vae]
-clips = 6
+clips = 12
 held_out = 2
 sizes = [[5, 32, 32], [1, 32, 48]]
 crops = [[5, 24, 24], [1, 32, 32]]
@@ -58,7 +58,7 @@ def test_help_teaches(command):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Eight clips and four pictures with captions of one or two lines."""
+    """Eight clips and four pictures, one file that is none, and captions."""
     clips = tmp_path / "clips"
     clips.mkdir()
     shapes = Shapes("train", ((9, 40, 48),), 12)
@@ -66,7 +66,9 @@ def folder(tmp_path):
         clip = shapes[i]
         name, frames = (f"{i:02}.mp4", clip.frames) if i % 3 else (f"{i:02}.png", clip.frames[:1])
         write(clips / name, frames, 8.0)
-        (clips / f"{i:02}.txt").write_text(clip.caption + ("\nrich words of it" if i % 2 else ""))
+        (clips / f"{i:02}.txt").write_text(f"{clip.caption}, rendered")
+    (clips / "broken.mp4").write_bytes(b"no video")
+    (clips / "broken.txt").write_text("broken")
     return clips
 
 
@@ -82,14 +84,15 @@ def test_from_pixels_to_a_checkpoint(data, small, tmp_path, request):
     assert again.exit_code == 0 and "going on from step 2" in again.output and "dit step 4/4" in again.output
     models = load(out)
     assert [n for n, _ in plot.read(out / "state" / "dit" / "loss.csv")["loss"]] == [2, 4]
-    text = models.text(["a red circle" if data == "shapes" else "rich words"])
+    text = models.text(["a red circle" if data == "shapes" else "rendered circle"])
     with torch.no_grad():
         v = models.dit(torch.randn(1, 8, 2, 4, 4), torch.tensor([500.0]), text)
     assert v.shape == (1, 8, 2, 4, 4) and bool(v.isfinite().all())
 
 
 def test_ddpm(small, tmp_path):
-    small.write_text(SMALL + '[dit.diffusion]\nkind = "ddpm"\nprediction = "eps"\n')
+    learned = SMALL.replace("[dit.model]", "[dit.model]\nlearn_sigma = true")
+    small.write_text(learned + '[dit.diffusion]\nkind = "ddpm"\nprediction = "eps"\nlearn_sigma = true\n')
     out = tmp_path / "out"
     assert call("vae", "--config", small, "--out", out).exit_code == 0
     done = call("dit", "--config", small, "--vae", out, "--out", out)

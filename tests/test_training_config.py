@@ -64,6 +64,7 @@ def test_a_file_changes_what_it_names(tmp_path):
         ("[dit]\ndrop_text = 2", "dit.drop_text is out of range; got 2.0, expected 0 to 1"),
         ("[dit]\nsizes = [[0, 32, 32]]", "dit.sizes is out of range; got 0, expected more than 0"),
         ("[dit.model]\nnum_heads = 5", r"\[dit.model\]: VideoDiT: heads must have an even width"),
+        ("[dit.model]\nlearn_sigma = true", r"\[dit\]: .* disagree; got model.learn_sigma True"),
         ("[vae\nclips = 1", "is not TOML; got .*expected key = value lines"),
     ],
 )  # fmt: skip

@@ -99,7 +99,7 @@ def test_long_clips_do_not_dominate(folder):
     """A step's loss is the mean of its samples' own, each alone in a pack of one."""
     model = training.trainer("dit", training.smoke(), folder, dtype=torch.float64).model
     nn.init.normal_(model.dit.final_layer.linear.weight)  # zero at the start
-    part = training.trainer("dit", training.smoke(), folder).task.draw(3, 1)[0].to(torch.float64)
+    part = training.trainer("dit", training.smoke(), folder).task.draw(3, 1)[0].to(torch.zeros((), dtype=torch.float64))
     assert len({z.shape for z in part.latents}) > 1
     singles = [replace(part.part([i]), total=1) for i in range(part.total)]
     losses = [model(single)["loss"].item() for single in singles]

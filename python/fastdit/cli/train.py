@@ -95,7 +95,7 @@ def _run(
                 task = DiTTask(chosen, data, out, vae, world, console=console)
             folder = out / "state" / name
             loop.fit(task, training.optimizer, training.loop, folder, world, resume=resume, console=console)
-    except (ValueError, fastdit.NoBackend) as error:
+    except (ValueError, FileNotFoundError, ImportError, fastdit.NoBackend) as error:
         console.print(str(error), style="red", highlight=False, markup=False)
         raise typer.Exit(2) from None
     except (CheckpointError, FloatingPointError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +21,11 @@ from fastdit.training.vae import VAETask
 HERE = World(torch.device("cpu"))
 
 
-def smoke(**loop: object) -> Config:
+def smoke(**loop: Any) -> Config:
     """The configuration "smoke" with other settings of both loops."""
     config = settings.load("smoke")
-    vae, dit = (replace(part, loop=replace(part.loop, **loop)) for part in (config.vae, config.dit))  # type: ignore[type-var]
-    return replace(config, vae=vae, dit=dit)
+    vae = replace(config.vae, loop=replace(config.vae.loop, **loop))
+    return replace(config, vae=vae, dit=replace(config.dit, loop=replace(config.dit.loop, **loop)))
 
 
 def untrained_vae(config: Config, out: Path) -> Path:
@@ -43,7 +44,9 @@ def make(kind: str, config: Config, out: Path, vae: Path) -> VAETask | DiTTask:
 
 
 def trainer(kind: str, config: Config, folder: Path, *, dtype: torch.dtype = torch.float32) -> Trainer:
-    """A trainer in this process; of a DiT, `folder` holds the VAE and gets the latents."""
+    """A trainer in this process; of a DiT, `folder` holds the VAE, an untrained one if there is none."""
+    if kind == "dit" and not (folder / "config.json").exists():
+        untrained_vae(config, folder)
     task = make(kind, config, folder, folder)
     task.model.to(dtype)
     part = config.vae if kind == "vae" else config.dit

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fastdit.diffusion import GaussianDiffusion, RectifiedFlow
 from fastdit.models.text import PretrainedEncoder, WordEncoder
 from fastdit.models.video_dit import VideoDiT, VideoDiTConfig
 from fastdit.models.video_vae import VideoVAE, VideoVAEConfig
@@ -45,7 +46,7 @@ class Loaded:
     vae: VideoVAE
     dit: VideoDiT | None
     text: nn.Module | None
-    diffusion: Any
+    diffusion: RectifiedFlow | GaussianDiffusion
     fps: float
 
 

@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from fastdit.diffusion import RectifiedFlow
+from fastdit.diffusion import GaussianDiffusion, RectifiedFlow
 from fastdit.models.video_dit import VideoDiTConfig
 from fastdit.models.video_vae import VideoVAEConfig
 
@@ -110,11 +110,9 @@ class Diffusion:
     prediction: Literal["eps", "x0", "v"] = "v"
     learn_sigma: bool = False
 
-    def build(self) -> Any:
+    def build(self) -> RectifiedFlow | GaussianDiffusion:
         if self.kind == "flow":
             return RectifiedFlow(shift=self.shift, times=self.times)
-        from fastdit.diffusion import GaussianDiffusion
-
         return GaussianDiffusion(schedule=self.schedule, prediction=self.prediction, learn_sigma=self.learn_sigma)
 
 
@@ -139,6 +137,14 @@ class DiTTraining:
     drop_text: float = 0.1
     rich: float = 0.5
     known_frame: float = 0.2
+
+    def __post_init__(self) -> None:
+        learned = self.diffusion.kind == "ddpm" and self.diffusion.learn_sigma
+        if self.model.learn_sigma != learned:
+            raise ValueError(
+                f"the model and the diffusion disagree; got model.learn_sigma {self.model.learn_sigma} for a diffusion "
+                f"that needs {learned}; correct one of them."
+            )
 
 
 @dataclass(frozen=True)

@@ -35,14 +35,16 @@ class Noised:
     known: list[int]
     total: int
 
-    def to(self, like: torch.device | torch.dtype) -> Noised:
+    def to(self, like: Tensor) -> Noised:
+        """On the device and in the dtype of a model's weights; whole timesteps stay integers."""
         latents, noise = ([x.to(like) for x in some] for some in (self.latents, self.noise))
-        return replace(self, latents=latents, noise=noise, t=self.t.to(like))
+        t = self.t.to(like if self.t.is_floating_point() else like.device)
+        return replace(self, latents=latents, noise=noise, t=t)
 
     def part(self, items: list[int]) -> Noised:
         """Some of the samples."""
-        some = ([values[i] for i in items] for values in (self.latents, self.noise, self.captions, self.known))
-        latents, noise, captions, known = some
+        latents, noise = ([samples[i] for i in items] for samples in (self.latents, self.noise))
+        captions, known = [self.captions[i] for i in items], [self.known[i] for i in items]
         return Noised(latents, noise, self.t[items], captions, known, self.total)
 
 
@@ -100,8 +102,7 @@ class DiTTask:
         self.dit = VideoDiT(self.training.model)
         self.model = Denoising(self.dit, self.text, self.training.diffusion)
         self.blocks = list(self.dit.blocks)
-        patch = self.training.model.patch_size
-        self.tokens = [math.prod(n // p for n, p in zip(z.shape[1:], patch, strict=True)) for z in self.train.latents]
+        self.tokens = [math.prod(grid) for grid in self.dit.grids(self.train.latents)]
 
     def draw(self, step: int, count: int) -> list[Noised]:
         """Random samples until `tokens` are full, dealt out to `count` parts of about as many tokens each."""
@@ -131,11 +132,10 @@ class DiTTask:
         self.dit.gradient_checkpointing = True
 
     def evaluate(self) -> dict[str, float]:
-        """The loss of held-out clips with short captions, at times spread evenly, with the same noise every time."""
+        """The loss of held-out clips with short captions, at the same times and with the same noise every time."""
         count = len(self.held_out)
-        t = (torch.arange(count) + 0.5) * (1000 / count)
-        t = t[torch.randperm(count, generator=generator(self.training.loop.seed, 0))]
-        source = generator(self.training.loop.seed, 1)
+        source = generator(self.training.loop.seed, -1)
+        t = self.model.diffusion.sample_times(count, generator=source)
         total = 0.0
         for start in range(0, count, EVALUATED):
             some = slice(start, start + EVALUATED)
@@ -172,11 +172,7 @@ class DiTTask:
     ) -> Noised:
         like = next(self.model.parameters())
         noise = gaussian_noise([z.shape for z in latents], generator=source)
-        wide = torch.promote_types(like.dtype, torch.float32)
-        return Noised(
-            [z.to(like.device, like.dtype) for z in latents], [n.to(like.device, like.dtype) for n in noise],
-            t.to(like.device, wide), captions, known, len(latents),
-        )  # fmt: skip
+        return Noised(list(latents), list(noise), t, captions, known, len(latents)).to(like)
 
     def _text(self, data: str) -> nn.Module | None:
         model, text = self.training.model, self.training.text

@@ -49,20 +49,23 @@ def encoded(
         tensors: dict[str, Tensor] = {}
         facts: dict[str, Any] = {"made_of": made_of}
         for kind, count in (("train", training.clips), ("held_out", training.held_out)):
-            held_out, seed = kind == "held_out", training.loop.seed
-            clips = source.clips(data, training.sizes, count, fps=config.fps, held_out=held_out, seed=seed)
-            bar = dict(console=console, transient=True, disable=not console.is_terminal)
-            facts[kind] = _encode(vae, track(clips, f"encoding {kind} clips", count, **bar), kind, tensors)
+            clips: Iterable[Clip] = source.clips(
+                data, training.sizes, count, fps=config.fps, held_out=kind == "held_out", seed=training.loop.seed
+            )
+            clips = track(
+                clips, f"encoding {kind}", count, console=console, transient=True, disable=not console.is_terminal
+            )
+            facts[kind] = _encode(vae, clips, kind, tensors)
             if not facts[kind]:
                 raise ValueError(f"train dit: no clips; got none from {data!r}, expected videos or images; look there.")
         checkpoint.write_tensors(path, tensors, facts)
     world.wait()
     tensors, facts = checkpoint.read_tensors(path)
-    train, held_out = (
-        Latents([tensors[item["of"]][item["row"]] for item in facts[kind]], [item["captions"] for item in facts[kind]])
-        for kind in ("train", "held_out")
-    )
-    return train, held_out
+    return _unstacked(tensors, facts["train"]), _unstacked(tensors, facts["held_out"])
+
+
+def _unstacked(tensors: Mapping[str, Tensor], items: list[dict[str, Any]]) -> Latents:
+    return Latents([tensors[item["of"]][item["row"]] for item in items], [item["captions"] for item in items])
 
 
 def _stands(path: Path, made_of: Mapping[str, Any]) -> bool:

@@ -23,12 +23,27 @@ Figures = dict[str, Tensor]
 class Task(Protocol):
     """What is trained: `model(part)` gives {"loss": ..., ...}, numbers that add up to the step's over its parts."""
 
-    name: str
-    model: nn.Module
-    blocks: Sequence[nn.Module]  # sharded one by one
-    methods: Sequence[str]  # of the model, called besides `forward`
-    figures: Sequence[str]  # what the model gives
-    evaluations: Sequence[str]  # what `evaluate` gives
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """Parts of the model that are sharded one by one."""
+
+    @property
+    def methods(self) -> Sequence[str]:
+        """Of the model, called besides `forward`."""
+
+    @property
+    def figures(self) -> Sequence[str]:
+        """What the model gives."""
+
+    @property
+    def evaluations(self) -> Sequence[str]:
+        """What `evaluate` gives."""
 
     def draw(self, step: int, count: int) -> list[Any]:
         """The batch of a step in `count` parts."""
