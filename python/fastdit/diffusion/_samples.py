@@ -72,18 +72,19 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def spread(a: Coefficient, x: Tensor) -> Coefficient:
+def spread(a: Tensor, x: Tensor) -> Tensor:
     """Coefficients (S,) shaped to multiply a batch x (S, ...), in x's dtype."""
-    return a.to(x).view(-1, *(1,) * (x.dim() - 1)) if isinstance(a, Tensor) else a
+    return a.to(x).view(-1, *(1,) * (x.dim() - 1))
 
 
 def combine(a: Coefficient, x: Samples, b: Coefficient, y: Samples) -> Samples:
     """a * x + b * y, in the dtype of x."""
 
     def batch(x: Tensor, y: Tensor, *ab: Tensor) -> Tensor:
-        left, right = (ab[0] if isinstance(a, Tensor) else a), (ab[-1] if isinstance(b, Tensor) else b)
         u, v = wide(x), wide(y)
-        return (spread(left, u) * u + spread(right, v) * v).to(x.dtype)
+        left = spread(ab[0], u) if isinstance(a, Tensor) else a
+        right = spread(ab[-1], v) if isinstance(b, Tensor) else b
+        return (left * u + right * v).to(x.dtype)
 
     return each(batch, x, y, *(c for c in (a, b) if isinstance(c, Tensor)))
 
@@ -134,6 +135,11 @@ def noise_like(x: Samples, generator: Generators = None) -> Samples:
     shape = list(x.shape) if isinstance(x, Tensor) else [v.shape for v in x]
     like = first(x)
     return gaussian_noise(shape, generator=generator, device=like.device, dtype=like.dtype)
+
+
+def first_generator(generator: Generators) -> torch.Generator | None:
+    """The one that draws what the samples share."""
+    return generator if generator is None or isinstance(generator, torch.Generator) else generator[0]
 
 
 # Known frames: the first frames of a video are given (image to video), and stay as they are.
@@ -192,17 +198,21 @@ def unknown(counts: Sequence[int], x: Samples) -> Samples:
     return each(batch, torch.tensor(counts, device=like.device), x)
 
 
-def mean_square(x: Samples, y: Samples, *weights: Samples) -> Tensor:
-    """The mean of (x - y)^2 over each sample, (S,): weighted by the product of `weights`, broadcastable to x."""
+def weighted_mean(x: Samples, *weights: Samples) -> Tensor:
+    """The mean of each sample, (S,), weighted by the product of `weights`, broadcastable to x."""
 
-    def batch(x: Tensor, y: Tensor, *ws: Tensor) -> Tensor:
-        square = (wide(x) - wide(y)).square()
+    def batch(x: Tensor, *ws: Tensor) -> Tensor:
         if not ws:
-            return square.flatten(1).mean(1)
-        weight = torch.ones_like(square)
+            return x.flatten(1).mean(1)
+        weight = torch.ones_like(x)
         for w in ws:
             weight = weight * w
-        return (square * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
+        return (x * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
 
-    found = each(batch, x, y, *weights)
+    found = each(batch, x, *weights)
     return found if isinstance(found, Tensor) else torch.stack(found)
+
+
+def mean_square(x: Samples, y: Samples, *weights: Samples) -> Tensor:
+    """The weighted mean of (x - y)^2 over each sample, (S,), in fp32 at least."""
+    return weighted_mean(each(lambda x, y: (wide(x) - wide(y)).square(), x, y), *weights)

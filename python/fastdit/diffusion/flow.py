@@ -26,6 +26,8 @@ from ._samples import (
     Samples,
     as_samples,
     combine,
+    first,
+    first_generator,
     full_time,
     keep_known,
     known_counts,
@@ -130,8 +132,7 @@ class RectifiedFlow:
         x0 = as_samples(name, "x0", x0)
         counts = known_counts(name, known_frames, x0)
         if t is None:
-            drawer = generator if generator is None or isinstance(generator, torch.Generator) else generator[0]
-            t = self.sample_times(len(x0), generator=drawer, device=x0[0].device)
+            t = self.sample_times(len(x0), generator=first_generator(generator), device=first(x0).device)
         noise = noise_like(x0, generator) if noise is None else noise
         x_t = self.add_noise(x0, noise, t)
         weights = [] if weight is None else [weight]

@@ -72,10 +72,10 @@ def _guide(x: Tensor, conditional: Tensor, null: Tensor, scale: Tensor, rescale:
     """A batch of guided outputs; scale (S,). Channels beyond x's are the conditional ones."""
     channels = x.shape[1]
     c, u = wide(conditional[:, :channels]), wide(null[:, :channels])
-    out = u + spread(scale, u) * (c - u)  # type: ignore[operator]
+    out = u + spread(scale, u) * (c - u)
     if rescale:
         ratio = c.flatten(1).std(1) / out.flatten(1).std(1)
-        out = out * spread(1 - rescale + rescale * ratio, out)  # type: ignore[operator]
+        out = out * spread(1 - rescale + rescale * ratio, out)
     return torch.cat([out.to(conditional.dtype), conditional[:, channels:]], dim=1)
 
 
