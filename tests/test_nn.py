@@ -17,6 +17,8 @@ from fastdit.nn import (
     AdaLNZeroBlock,
     CausalConv3d,
     ChannelRMSSiLU,
+    CrossAttention,
+    DiTBlock,
     FinalLayer,
     PatchEmbed3d,
     QKNormRope,
@@ -74,6 +76,28 @@ def plain_block(m, x, c, cos=None, sin=None):
     return plain_mlp(m.mlp, plain_attention(m.attn, x, *tables[:3], cos, sin), *tables[3:])
 
 
+def plain_ungated_block(m, x, c):
+    """Whatever it is conditioned by but gates."""
+    if c is None:
+        before = [m.norm1, m.norm2]
+    else:
+        tables = m.adaLN_modulation(c).chunk(4, dim=-1)
+        before = [
+            partial(modulate, shift=tables[0], scale=tables[1]),
+            partial(modulate, shift=tables[2], scale=tables[3]),
+        ]
+    q, k, v = m.attn.qkv(before[0](x)).unflatten(-1, (3, m.attn.num_heads, -1)).transpose(1, 3).unbind(2)
+    x = x + m.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    return x + m.mlp.fc2(F.gelu(m.mlp.fc1(before[1](x)), approximate="tanh"))
+
+
+def plain_cross(m, x, context):
+    q = m.q_norm(m.to_q(m.norm(x)).unflatten(-1, (m.num_heads, -1))).transpose(1, 2)
+    k, v = m.to_kv(context).unflatten(-1, (2, m.num_heads, -1)).unbind(2)
+    o = F.scaled_dot_product_attention(q, m.k_norm(k).transpose(1, 2), v.transpose(1, 2))
+    return x + m.proj(o.transpose(1, 2).flatten(2))
+
+
 def plain_final(m, x, c):
     return m.linear(modulate(x, *m.adaLN_modulation(c).chunk(2, dim=-1)))
 
@@ -124,11 +148,26 @@ LAYERS = {
         lambda m, x, c, cos, sin: plain_block(m, x, c.repeat_interleave(N // GRID[0], 1), cos, sin),
         rope=True,
     ),
+    "block without gates, narrow conditions": Layer(
+        partial(DiTBlock, C, HEADS, conditioning="adaln", cond_size=20), randn(TOKENS, (2, 20)), plain_ungated_block
+    ),
+    "block without conditions": Layer(
+        partial(DiTBlock, C, HEADS, conditioning=None), randn(TOKENS), lambda m, x: plain_ungated_block(m, x, None)
+    ),
+    "cross-attention": Layer(
+        partial(CrossAttention, C, HEADS, 28, qk_norm="rms"), randn(TOKENS, (2, 7, 28)), plain_cross
+    ),
     "attention, layer norm": Layer(
         partial(AdaLNAttention, C, HEADS, qk_norm="layer"), randn(TOKENS, ROWS, ROWS, ROWS), plain_attention
     ),
     "mlp": Layer(partial(AdaLNMlp, C, 100), randn(TOKENS, ROWS, ROWS, ROWS), plain_mlp),
     "final layer": Layer(partial(FinalLayer, C, 24), randn(TOKENS, ROWS), plain_final),
+    "final layer, narrow conditions": Layer(
+        partial(FinalLayer, C, 24, cond_size=20), randn(TOKENS, (2, 20)), plain_final
+    ),
+    "final layer without conditions": Layer(
+        partial(FinalLayer, C, 24, modulated=False), randn(TOKENS), lambda m, x: m.linear(m.norm(x))
+    ),
     "final layer, a row per token": Layer(partial(FinalLayer, C, 24), randn(TOKENS, TOKENS), plain_final),
     "qk, rms over all heads": Layer(
         partial(QKNormRope, HEADS * 16, scope="hidden", k_dim=16), randn(HEADED, (2, N, 1, 16)), plain_qk, rope=True
@@ -281,6 +320,7 @@ def test_compiles_once_for_all_lengths():
     "make, match",
     [
         (lambda: AdaLNAttention(C, 5), "num_heads must divide hidden_size; got 5 heads"),
+        (lambda: DiTBlock(C, HEADS, conditioning="film"), "unknown conditioning; got 'film'"),
         (lambda: QKNormRope(16, norm="batch"), "unknown norm; got 'batch'"),
         (lambda: PatchEmbed3d(4, C, (2,)), r"patch must be \(pt, ph, pw\)"),
     ],

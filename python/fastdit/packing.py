@@ -129,7 +129,7 @@ def packed(tokens: Tensor, grids: Sequence[Grid]) -> Packed:
     p = Packed(
         tokens,
         cu_seqlens,
-        max(lengths, default=0),
+        max([0, *lengths]),
         torch.tensor(list(grids), dtype=torch.int32, device=device).view(-1, 3),
         segment_ids,
         tuple(grids),

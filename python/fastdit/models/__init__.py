@@ -3,7 +3,8 @@
 from fastdit.models.dit import DIT_CONFIGS, DiT
 from fastdit.models.text import PretrainedEncoder, Text, WordEncoder
 from fastdit.models.vae import CausalVAE
-from fastdit.models.video_dit import VideoDiT, VideoDiTConfig
+from fastdit.models.video_config import VideoDiTConfig
+from fastdit.models.video_dit import VideoDiT
 from fastdit.models.video_layout import drop_tokens
 from fastdit.models.video_vae import Posterior, VideoVAE, VideoVAEConfig
 

@@ -60,6 +60,13 @@ class Text:
         return Text.pack(tokens, pooled, [n for t in texts for n in t.lengths])
 
 
+def check_prompts(name: str, prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str) or len(prompts) == 0:
+        raise ValueError(
+            f"{name}: prompts must be a list; got {prompts!r}, expected e.g. ['a red circle']; put it into one."
+        )
+
+
 class WordEncoder(nn.Module):
     """A transformer over the words of a closed vocabulary, to be trained with the model it serves.
 
@@ -109,8 +116,7 @@ class WordEncoder(nn.Module):
         return [START, *(self.index[word] for word in found)] if found else [NULL]
 
     def forward(self, prompts: Sequence[str]) -> Text:
-        if isinstance(prompts, str) or len(prompts) == 0:
-            raise ValueError(f"WordEncoder: prompts must be a list; got {prompts!r}, expected e.g. ['a red circle'].")
+        check_prompts("WordEncoder", prompts)
         rows = [self.split(prompt) for prompt in prompts]
         device = self.embedding.weight.device
         x = self.embedding(torch.tensor([i for row in rows for i in row], device=device))
@@ -130,7 +136,8 @@ class PretrainedEncoder(nn.Module):
     Its weights are no parameters of this module and do not enter its state dict: the folder holds them.
 
     Args:
-        path: folder that `save_pretrained` of model and tokenizer wrote. max_length (int): tokens of a prompt, cut.
+        path: folder that `save_pretrained` of model and tokenizer wrote. max_length (int): tokens of a
+            prompt at most, less where the model has fewer positions; longer ones are cut.
     Shapes: list of S prompts -> Text of (M, width).
     Raises: ValueError: no such model in the folder.
     """
@@ -149,11 +156,11 @@ class PretrainedEncoder(nn.Module):
                 f"PretrainedEncoder: no text encoder in {str(path)!r}; got {found}, expected model_type "
                 f"{', '.join(PRETRAINED)}; pass the folder with the model and its tokenizer."
             )
-        self.max_length = max_length
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
         model = getattr(transformers, PRETRAINED[kind]).from_pretrained(path, local_files_only=True)
         object.__setattr__(self, "model", model.requires_grad_(False).eval())  # not a submodule
         self.width: int = model.config.hidden_size
+        self.max_length = min(max_length, getattr(model.config, "max_position_embeddings", max_length))
 
     def _apply(self, fn, recurse: bool = True):
         self.model._apply(fn)
@@ -161,6 +168,7 @@ class PretrainedEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> Text:
+        check_prompts("PretrainedEncoder", prompts)
         given = self.tokenizer(
             list(prompts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         )

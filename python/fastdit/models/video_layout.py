@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
 
 import torch
@@ -22,7 +22,8 @@ from fastdit.packing import Grid, packed
 @dataclass(frozen=True, eq=False)
 class Layout:
     """cu_seqlens, max_seqlen: of the segments; row_index (N,): the row of each token in the tables; cos, sin
-    (N, R/2) or None: of each token, extra tokens unrotated; pieces: video and extra tokens of each sample in turn."""
+    (N, R/2) or None: of each token, extra tokens unrotated; pieces: video and extra tokens of each sample in turn;
+    rows: the patches that take part, None for all."""
 
     cu_seqlens: Tensor
     max_seqlen: int
@@ -30,12 +31,13 @@ class Layout:
     cos: Tensor | None
     sin: Tensor | None
     pieces: list[int]
+    rows: Tensor | None = None
 
 
 def remembered(function: Callable) -> Callable:
     """The function with its last results kept, as tensors that training may save even if inference asked first."""
 
-    @lru_cache(maxsize=64)
+    @lru_cache(maxsize=32)
     def ordinary(*args):
         with torch.inference_mode(False):
             return function(*args)
@@ -51,7 +53,7 @@ def build(
     lengths: Sequence[int],
     given: Sequence[int] | None,
     extra: Sequence[int],
-    tables: Sequence[tuple[Tensor, Tensor]] | None,
+    tables: Sequence[Sequence[Tensor]] | None,
     device: torch.device,
 ) -> Layout:
     """lengths, given, extra: of each sample, its video tokens, those of them that are given, the tokens after them.
@@ -88,6 +90,49 @@ def whole(
     """The layout of samples without dropped tokens."""
     tables = None if axes is None else [rope(grid, axes, theta, device) for grid in grids]
     return build([math.prod(grid) for grid in grids], given, extra, tables, device)
+
+
+def partial(
+    grids: tuple[Grid, ...],
+    given: tuple[int, ...] | None,
+    extra: tuple[int, ...],
+    axes: tuple[int, int, int] | None,
+    theta: float,
+    device: torch.device,
+    keep: Sequence[Tensor],
+) -> Layout:
+    """The layout of samples of which only the tokens `keep` take part."""
+    rows, parts = places(grids, keep)
+    tables = None
+    if axes is not None:
+        tables = [
+            tuple(t[k.to(device)] for t in rope(g, axes, theta, device)) for g, k in zip(grids, parts, strict=True)
+        ]
+    seen = None if given is None else [int((k < g).sum()) for k, g in zip(parts, given, strict=True)]
+    layout = build([k.numel() for k in parts], seen, extra, tables, device)
+    return replace(layout, rows=rows.to(device))
+
+
+def places(grids: Sequence[Grid], keep: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Places of the tokens `keep` among the packed patches of all samples, and each sample's own. On the host."""
+    if len(keep) != len(grids):
+        raise ValueError(f"VideoDiT: one keep per sample; got {len(keep)}, expected {len(grids)}; add the rest.")
+    parts, shifted, start = [k.cpu() for k in keep], [], 0
+    for k, grid in zip(parts, grids, strict=True):
+        size = math.prod(grid)
+        if k.numel() == 0 or int(k[0]) < 0 or int(k[-1]) >= size or bool((k[1:] <= k[:-1]).any()):
+            raise ValueError(
+                f"VideoDiT: keep must be increasing places in a sample; got {k.tolist()[:8]}, expected at least "
+                f"one of 0 .. {size - 1}; see drop_tokens."
+            )
+        shifted.append(k + start)
+        start += size
+    return torch.cat(shifted), parts
+
+
+def count(grids: Sequence[Grid]) -> int:
+    """Patches of all samples."""
+    return sum(math.prod(grid) for grid in grids)
 
 
 @remembered
