@@ -38,7 +38,7 @@ COMPOSED = {
 SHARED = {
     "parameters": {"dtype", "isa"},
     "cpu kernel": {"isa"},
-    "benchmark": {"memory", "models"},
+    "benchmark": {"memory", "models", "training"},
 }  # fmt: skip
 # Lines. A file that outgrows its budget is split into <family>_<part>, not squeezed.
 BUDGETS = {

@@ -1,0 +1,178 @@
+"""Steps of training per second: fastdit against plain PyTorch (eager, torch.compile), packed against padded.
+
+    python benchmarks/bench_training.py [--rounds 7] [--json FILE]
+    pytest benchmarks/bench_training.py -s
+
+Every contender repeats the same whole step of the configuration "shapes": forward, backward, clipping, AdamW, average.
+They take turns, and ratios of medians are read. Plain PyTorch is the reference backend. `padded` is what a model
+without packing does: a batch padded to its longest, tallest and widest clip (attention sees the padding, which is
+cheaper than a mask; the loss does not).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+import fastdit
+from fastdit.testing import timing, training
+from fastdit.testing.close import assert_close
+from fastdit.training import config
+from fastdit.training.dit import Denoising, Noised
+from fastdit.training.trainer import Trainer
+
+BARS = {"eager": 1.1, "padded": 1.5}
+CASES = [("vae", False), ("vae", True), ("dit", False), ("dit", True)]
+STEP = 0  # the one that is repeated
+
+
+@dataclass(frozen=True)
+class Row:
+    """One peer of one case; ratio = the peer's time over fastdit's."""
+
+    model: str
+    dtype: str
+    work: str
+    peer: str
+    time_ms: float
+    peer_ms: float
+    note: str = ""
+
+    @property
+    def ratio(self) -> float:
+        return self.peer_ms / self.time_ms
+
+
+class Padded(nn.Module):
+    """A `Denoising` that works on one batch (S, C, T, h, w), padded to its largest sample along each axis."""
+
+    def __init__(self, packed: Denoising):
+        super().__init__()
+        self.packed = packed
+
+    def forward(self, batch: Noised) -> dict[str, Tensor]:
+        box = [max(z.shape[axis] for z in batch.latents) for axis in (1, 2, 3)]
+
+        def boxed(samples: list[Tensor]) -> Tensor:
+            room = [[n for b, m in zip(box, z.shape[1:], strict=True) for n in (b - m, 0)][::-1] for z in samples]
+            return torch.stack([pad(z, to_add) for z, to_add in zip(samples, room, strict=True)])
+
+        inner, seen = self.packed, boxed([torch.ones_like(z[:1]) for z in batch.latents])
+        text = None if inner.text is None else inner.text(batch.captions)
+        losses = inner.diffusion.loss(
+            lambda x, t: inner.dit(x, t, text, known_frames=batch.known), boxed(batch.latents), t=batch.t,
+            noise=boxed(batch.noise), known_frames=batch.known, weight=seen,
+        )  # fmt: skip
+        return {"loss": losses.sum() / batch.total}
+
+
+def stepping(trained: Trainer, backend: str | None = None) -> Callable[[], object]:
+    def call() -> object:
+        with fastdit.use_backend(backend) if backend else nullcontext():
+            return trained.step(STEP)
+
+    return call
+
+
+def measure(kind: str, bf16: bool, folder: Path, *, rounds: int = 7, compiled: bool = True) -> list[Row]:
+    """Asserts that one step gives the reference's loss, then times all contenders in turns."""
+    settings = config.load("shapes")
+    dit, vae = replace(settings.dit, clips=96, held_out=1), replace(settings.vae, clips=32, held_out=1)
+    dit = replace(dit, loop=replace(dit.loop, bf16=bf16))
+    settings = replace(settings, dit=dit, vae=replace(vae, loop=replace(vae.loop, bf16=bf16)))
+
+    def made() -> Trainer:
+        return training.trainer(kind, settings, folder)
+
+    exact = replace(settings, dit=replace(dit, loop=replace(dit.loop, bf16=False)), vae=vae)
+    truth = training.losses(training.trainer(kind, exact, folder, dtype=torch.float64), 3, backend="reference")
+    assert_close(training.losses(made(), 3), truth, training.losses(made(), 3, backend="reference"), kind)
+
+    calls = {"fastdit": stepping(made()), "eager": stepping(made(), "reference")}
+    notes = {}
+    if kind == "dit":
+        padded = made()
+        padded.forward = Padded(padded.model)
+        calls["padded"] = stepping(padded)
+    if compiled:
+        trained = made()
+        for block in trained.task.blocks:
+            block.compile()
+        calls["compile"] = stepping(trained, "reference")
+        notes["compile"] = "its blocks"
+    for name, call in list(calls.items()):
+        try:
+            call()
+        except Exception as error:
+            if name != "compile":
+                raise
+            notes[name] = f"does not run: {type(error).__name__}"
+            calls.pop(name)
+    times = timing.interleaved(calls, rounds=rounds, repeats=1)
+    (part,) = made().task.draw(STEP, 1)
+    if kind == "dit":
+        work = f"{len(part.latents)} clips, {sum(z[0].numel() // 4 for z in part.latents)} tokens"
+        box = [max(z.shape[axis] for z in part.latents) for axis in (1, 2, 3)]
+        notes["padded"] = f"{len(part.latents) * box[0] * box[1] * box[2] // 4} tokens"
+    else:
+        work = "x".join(map(str, part.video.shape))
+    ours = times.pop("fastdit").ms
+    dtype = "bf16" if bf16 else "fp32"
+    return [Row(kind, dtype, work, peer, ours, t.ms, notes.get(peer, "")) for peer, t in times.items()]
+
+
+def table(rows: list[Row]) -> Table:
+    made = Table(title="training, whole steps; above 1 is faster than the peer", title_justify="left")
+    for name in ("model", "dtype", "step", "against", "steps/s", "theirs", "ratio", "bar", ""):
+        made.add_column(name, justify="right" if name in ("steps/s", "theirs", "ratio", "bar") else "left")
+    for row in rows:
+        bar = BARS.get(row.peer)
+        made.add_row(
+            row.model, row.dtype, row.work, row.peer, f"{1e3 / row.time_ms:.2f}", f"{1e3 / row.peer_ms:.2f}",
+            f"{row.ratio:.2f}", f"{bar:.1f}" if bar else "", row.note,
+            style="red" if bar and row.ratio < bar else None,
+        )  # fmt: skip
+    return made
+
+
+@pytest.mark.parametrize("kind, bf16", CASES)
+def test_training(kind, bf16, tmp_path):
+    timing.keep_freed_memory()
+    rows = measure(kind, bf16, tmp_path, compiled=False)
+    Console(width=140).print(table(rows))
+    assert all(row.ratio >= BARS[row.peer] for row in rows if row.peer in BARS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", metavar="FILE", type=Path)
+    parser.add_argument("--model", choices=("vae", "dit"))
+    parser.add_argument("--no-compile", action="store_true")
+    chosen = parser.parse_args()
+    timing.keep_freed_memory()
+    rows = []
+    for kind, bf16 in CASES:
+        if chosen.model in (None, kind):
+            with tempfile.TemporaryDirectory() as folder:
+                rows += measure(kind, bf16, Path(folder), rounds=chosen.rounds, compiled=not chosen.no_compile)
+    Console(width=140).print(table(rows))
+    if chosen.json:
+        documents = [{**vars(row), "ratio": row.ratio} for row in rows]
+        chosen.json.write_text(json.dumps({"threads": torch.get_num_threads(), "rows": documents}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
