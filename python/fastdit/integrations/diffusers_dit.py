@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastdit import ops
 from fastdit.integrations.diffusers_processor import Processor, queries_keys_values, shared
 from fastdit.integrations.padding import is_lengths
-from fastdit.integrations.registry import Kind, register
+from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.structure import autocasted, has, itemsize, law
 
 # The adaLN-Zero block ---------------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ def block_forward(
     added_cond_kwargs: dict[str, Tensor] | None = None,
 ) -> Tensor:
     if hidden_states.ndim != 3 or self._chunk_size is not None or cross_attention_kwargs:
-        return type(self).forward(
+        return original(
             self,
             hidden_states,
             attention_mask,
@@ -190,7 +190,7 @@ register(
 def patch_conv_forward(self, input: Tensor) -> Tensor:
     """nn.Conv2d with kernel = stride, (B, C, H, W) -> (B, D, H/p, W/p), as one GEMM; channels last in memory."""
     if input.ndim != 4:
-        return type(self).forward(self, input)
+        return original(self, input)
     (p_h, p_w), (height, width) = self.kernel_size, input.shape[2:]
     grid = (height // p_h, width // p_w)
     frames = autocasted(input[:, :, : grid[0] * p_h, : grid[1] * p_w].unsqueeze(2))

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdit import ops
 from fastdit.integrations.diffusers_cogvideox_vae import Cache, cached_conv_patches, is_cached_conv, numbered
 from fastdit.integrations.diffusers_processor import Processor, shared
-from fastdit.integrations.registry import Kind, register
+from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.structure import has, itemsize, refuse_activation, unknown
 from fastdit.integrations.vae_layers import (
     checkpointed,
@@ -76,7 +76,7 @@ class FastditMochiVaeProcessor(Processor):
 def blocks_forward(self, hidden_states: Tensor, conv_cache: Cache = None, chunk_size: int = 2**15):
     """Residual blocks, each followed by attention; a downsampling block begins with its convolution."""
     if not all(isinstance(attn.processor, FastditMochiVaeProcessor) for attn in self.attentions if attn is not None):
-        return type(self).forward(self, hidden_states, conv_cache)
+        return original(self, hidden_states, conv_cache)
     x, old, new = hidden_states, conv_cache or {}, {}
     if hasattr(self, "conv_in"):
         x, new["conv_in"] = self.conv_in(x)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastdit import ops
 from fastdit.integrations import wan_block
 from fastdit.integrations.diffusers_processor import Processor, refuse_choice, shared
-from fastdit.integrations.registry import Kind, register
+from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.structure import autocasted, has, itemsize, parameters, unknown
 from fastdit.integrations.wan_block import Rows
 
@@ -183,7 +183,7 @@ register(
 def patch_conv_forward(self, input: Tensor) -> Tensor:
     """nn.Conv3d with kernel = stride, (B, C, T, H, W) -> (B, D, t, h, w), as one GEMM; channels last in memory."""
     if input.ndim != 5:
-        return type(self).forward(self, input)
+        return original(self, input)
     grid = tuple(size // p for size, p in zip(input.shape[2:], self.kernel_size, strict=True))
     t, h, w = (n * p for n, p in zip(grid, self.kernel_size, strict=True))
     tokens = ops.patch_embed3d(autocasted(input[:, :, :t, :h, :w]), self.weight, self.bias)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import ops
+from fastdit.integrations.registry import original
 from fastdit.integrations.structure import has
 
 # Convolutions -----------------------------------------------------------------------------------------------------
@@ -36,7 +37,7 @@ def conv_forward(
     Images (a Conv2d called with four dims) go to the layer as it was.
     """
     if input.ndim != 5:
-        return type(self).forward(self, input)
+        return original(self, input)
     over_frames = self.weight.ndim == 4
     if padding is None:
         p_t, p_h, p_w = (0, *self.padding) if over_frames else self.padding
