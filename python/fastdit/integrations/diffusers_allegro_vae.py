@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import ops
-from fastdit.integrations.diffusers_processor import Processor, shared
+from fastdit.integrations.diffusers_processor import Processor, queries_keys_values, refuse_processor, shared
 from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.structure import has, itemsize, refuse_activation, unknown
 from fastdit.integrations.vae_layers import (
@@ -99,8 +99,7 @@ class FastditFrameAttnProcessor(Processor):
         if x.ndim != 5:
             return self.original(attn, x, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         h = pixels(of_frames(group_norm, attn.group_norm, x)).flatten(2, 3).flatten(0, 1)  # (B*T, H*W, C)
-        query, key, value = (project(h).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v))
-        y = attn.to_out[1](attn.to_out[0](ops.attention(query, key, value).flatten(2)))
+        y = attn.to_out[1](attn.to_out[0](ops.attention(*queries_keys_values(attn, h)).flatten(2)))
         return x + video(y.unflatten(1, x.shape[3:]).unflatten(0, (x.shape[0], -1)))
 
 
@@ -222,9 +221,8 @@ def refuse_sampler(sampler: Any) -> str | None:
 
 
 def refuse_attention(attn: Any) -> str | None:
-    name = type(attn.processor).__name__
-    if name != "AttnProcessor2_0":
-        return f"its processor is {name}, not AttnProcessor2_0"
+    if reason := refuse_processor(attn.processor, "AttnProcessor2_0"):
+        return reason
     if attn.spatial_norm is not None or attn.norm_q is not None or not attn.residual_connection:
         return "norms inside its attention, or no residual"
     if attn.rescale_output_factor != 1.0:

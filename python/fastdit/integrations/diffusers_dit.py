@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdit import ops
-from fastdit.integrations.diffusers_processor import Processor, queries_keys_values, shared
+from fastdit.integrations.diffusers_processor import Processor, queries_keys_values, refuse_processor, shared
 from fastdit.integrations.padding import is_lengths
 from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.structure import autocasted, has, itemsize, law
@@ -154,9 +154,8 @@ def attend(
 
 
 def refuse_attention(attn: Any, expected: str = "AttnProcessor2_0") -> str | None:
-    name = type(attn.processor).__name__
-    if name != expected:
-        return f"its processor is {name}, not {expected}"
+    if reason := refuse_processor(attn.processor, expected):
+        return reason
     if attn.spatial_norm is not None or attn.group_norm is not None or attn.norm_q is not None:
         return "norms inside the attention"
     return None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import ops
-from fastdit.integrations.diffusers_processor import Processor, refuse_choice, shared
+from fastdit.integrations.diffusers_processor import Processor, refuse_processor, refuse_weighted_rms, shared
 from fastdit.integrations.joint import refuse_plain_norms
 from fastdit.integrations.masks import valid_first
 from fastdit.integrations.registry import RECORD, Kind, register
@@ -221,15 +221,7 @@ ATTENTION = ("to_query", "to_key", "to_value", "out_layer", "query_norm", "key_n
 
 
 def refuse_attention(attn: Any) -> str | None:
-    processor = attn.processor
-    if type(processor).__name__ not in PROCESSORS:
-        return f"its processor is {type(processor).__name__}, not {' or '.join(PROCESSORS)}"
-    if chosen := refuse_choice(processor):
-        return chosen
-    norms = (attn.query_norm, attn.key_norm)
-    if any(type(norm) is not nn.RMSNorm or norm.weight is None for norm in norms) or norms[0].eps != norms[1].eps:
-        return "its norms are not nn.RMSNorm with weights and one eps"
-    return None
+    return refuse_processor(attn.processor, *PROCESSORS) or refuse_weighted_rms(attn.query_norm, attn.key_norm)
 
 
 register(

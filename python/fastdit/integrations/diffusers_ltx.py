@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdit import ops
 from fastdit.integrations.adaln_single import refuse_table, sublayers
-from fastdit.integrations.diffusers_processor import Processor, queries_keys_values, refuse_choice, shared
+from fastdit.integrations.diffusers_processor import (
+    Processor,
+    queries_keys_values,
+    refuse_processor,
+    refuse_weighted_rms,
+    shared,
+)
 from fastdit.integrations.diffusers_wan import normed
 from fastdit.integrations.joint import is_diffusers_rms
 from fastdit.integrations.padding import is_lengths
@@ -105,17 +111,10 @@ def pair_tables(rotary: tuple[Tensor, Tensor] | None, heads: int) -> tuple[Tenso
 
 
 def refuse_attention(attn: Any, *names: str) -> str | None:
-    processor = attn.processor
-    if type(processor).__name__ not in names:
-        return f"its processor is {type(processor).__name__}, not {' or '.join(names)}"
-    if chosen := refuse_choice(processor):
-        return chosen
-    norms = (attn.norm_q, attn.norm_k)
-    if any(type(norm) is not nn.RMSNorm or norm.weight is None for norm in norms) or norms[0].eps != norms[1].eps:
-        return "its norms are not nn.RMSNorm with weights and one eps"
-    if attn.inner_dim != attn.inner_kv_dim:
+    reason = refuse_processor(attn.processor, *names) or refuse_weighted_rms(attn.norm_q, attn.norm_k)
+    if reason is None and attn.inner_dim != attn.inner_kv_dim:
         return "its keys have fewer heads, which the original does not cover either"
-    return None
+    return reason
 
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out", "norm_q", "norm_k", "heads", "processor", "inner_kv_dim")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdit import ops
 from fastdit.integrations.diffusers_cogvideox_vae import Cache, cached_conv_patches, is_cached_conv, numbered
-from fastdit.integrations.diffusers_processor import Processor, shared
+from fastdit.integrations.diffusers_processor import Processor, refuse_processor, shared
 from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.structure import has, itemsize, refuse_activation, unknown
 from fastdit.integrations.vae_layers import (
@@ -182,9 +182,8 @@ def refuse_attentions(block: Any) -> str | None:
     for norm, attn in zip(block.norms, block.attentions, strict=True):
         if attn is None:
             continue
-        name = type(attn.processor).__name__
-        if name != "MochiVaeAttnProcessor2_0":
-            return f"its processor is {name}, not MochiVaeAttnProcessor2_0"
+        if reason := refuse_processor(attn.processor, "MochiVaeAttnProcessor2_0"):
+            return reason
         if not attn.is_causal or attn.residual_connection or attn.rescale_output_factor != 1.0:
             return "its attention is not causal, or scales its output"
         why = refuse_frame_norms(norm)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastdit import ops
 from fastdit.integrations import wan_block
-from fastdit.integrations.diffusers_processor import Processor, refuse_choice, shared
+from fastdit.integrations.diffusers_processor import Processor, by_head, queries_keys_values, refuse_processor, shared
 from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.structure import autocasted, has, itemsize, parameters, unknown
 from fastdit.integrations.wan_block import Rows
@@ -106,30 +106,30 @@ def attend(
     if attn.add_k_proj is not None and context is not None:
         split = context.shape[1] - TEXT_TOKENS
         image, context = context[:, :split], context[:, split:]
-    q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in projections(attn, x, context))
+    q, k, v = projections(attn, x, context)
     rope = {} if rotary_emb is None else dict(cos=rotary_emb[0][..., 0::2], sin=rotary_emb[1][..., 1::2])
     q, k = normed(q, k, attn.norm_q, attn.norm_k, **rope)
     o = ops.attention(q, k, v, **options).flatten(2)
     if image is not None:
-        k, v = (t.unflatten(-1, (attn.heads, -1)) for t in image_projections(attn, image))
+        k, v = image_projections(attn, image)
         _, k = normed(k[:, :0], k, None, attn.norm_added_k)
         o = o + ops.attention(q, k, v).flatten(2)
     return attn.to_out[1](attn.to_out[0](o))
 
 
 def projections(attn: Any, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
-    if getattr(attn, "fused_projections", False):
-        if not attn.is_cross_attention:
-            return attn.to_qkv(x).chunk(3, dim=-1)
-        return attn.to_q(x), *attn.to_kv(x if context is None else context).chunk(2, dim=-1)
-    context = x if context is None else context
-    return attn.to_q(x), attn.to_k(context), attn.to_v(context)
+    """`queries_keys_values`, also of the layers that `fuse_projections` leaves."""
+    if not getattr(attn, "fused_projections", False):
+        return queries_keys_values(attn, x, context)
+    if attn.is_cross_attention:
+        return by_head(attn, attn.to_q(x), *attn.to_kv(x if context is None else context).chunk(2, dim=-1))
+    return by_head(attn, *attn.to_qkv(x).chunk(3, dim=-1))
 
 
 def image_projections(attn: Any, image: Tensor) -> tuple[Tensor, ...]:
-    if getattr(attn, "fused_projections", False):
-        return attn.to_added_kv(image).chunk(2, dim=-1)
-    return attn.add_k_proj(image), attn.add_v_proj(image)
+    fused = getattr(attn, "fused_projections", False)
+    k, v = attn.to_added_kv(image).chunk(2, dim=-1) if fused else (attn.add_k_proj(image), attn.add_v_proj(image))
+    return by_head(attn, k, v)
 
 
 def normed(q: Tensor, k: Tensor, norm_q: Any, norm_k: Any, **rope) -> tuple[Tensor, Tensor]:
@@ -151,11 +151,8 @@ def normed(q: Tensor, k: Tensor, norm_q: Any, norm_k: Any, **rope) -> tuple[Tens
 
 
 def refuse_attention(attn: Any) -> str | None:
-    processor = attn.processor
-    if type(processor).__name__ not in PROCESSORS:
-        return f"its processor is {type(processor).__name__}, not WanAttnProcessor"
-    if chosen := refuse_choice(processor):
-        return chosen
+    if reason := refuse_processor(attn.processor, *PROCESSORS):
+        return reason
     norms = [attn.norm_q, attn.norm_k, *([attn.norm_added_k] if attn.add_k_proj is not None else [])]
     if any(type(norm) is not nn.RMSNorm for norm in norms) or attn.norm_q.eps != attn.norm_k.eps:
         return "its norms are not nn.RMSNorm with one eps"
