@@ -23,15 +23,27 @@ TEXT_TOKENS = 512  # the tokens before them in the context are the image's (I2V)
 def block_forward(
     self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor | Rows, rotary_emb: tuple[Tensor, Tensor]
 ) -> Tensor:
-    tables, index = wan_block.six(self.scale_shift_table, temb)
+    return run_block(self, hidden_states, encoder_hidden_states, temb, rotary_emb)
+
+
+def run_block(
+    block: Any,
+    x: Tensor,
+    context: Tensor,
+    temb: Tensor | Rows,
+    rotary_emb: tuple[Tensor, Tensor],
+    attention_mask: Any = None,
+) -> Tensor:
+    """What Wan's block and those with its parts (VACE, SkyReels-V2) compute; attention_mask: of self-attention."""
+    tables, index = wan_block.six(block.scale_shift_table, temb)
     return wan_block.run(
-        self,
-        hidden_states,
+        block,
+        x,
         tables,
         index,
-        (self.norm1, self.norm2, self.norm3),
-        lambda h: self.attn1(h, None, None, rotary_emb),
-        lambda h: self.attn2(h, encoder_hidden_states, None, None),
+        (block.norm1, block.norm2, block.norm3),
+        lambda h: block.attn1(h, None, attention_mask, rotary_emb),
+        lambda h: block.attn2(h, context, None, None),
     )
 
 
