@@ -8,7 +8,7 @@ from torch import nn
 
 import fastdit
 from fastdit.testing import close
-from fastdit.testing.exact import exact
+from fastdit.testing.exact import exact, no_rounding
 from fastdit.testing.zoo import ltx2
 
 WIDTHS = (6 * 44, 6 * 20, 4 * 44, 4 * 20, 44, 20)
@@ -41,6 +41,22 @@ def test_one_direction(a2v, v2a):
     truth, before = run(exact(block), [doubled(value) for value in call]), run(block, call)
     fastdit.accelerate(block)
     close.assert_close(run(block, call), truth, before)
+
+
+@pytest.mark.parametrize("cross", [True, False], ids=["sigma of the other stream", "own timestep"])
+@torch.no_grad()
+def test_a_timestep_per_token_is_embedded_once_each(cross):
+    """Also those of the attention between the streams, whose rows then stand beside rows of the whole sample."""
+    entry = ltx2.entry("", ltx2.LTX23, newer=True, use_cross_timestep=cross)
+    model, rows = entry.build(), []
+    model.time_embed.linear.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    model.av_cross_attn_video_a2v_gate.linear.register_forward_hook(lambda module, inputs, y: rows.append(len(y)))
+    with no_rounding():
+        truth = entry.call(exact(model), entry.given(torch.float64))
+    before = entry.call(model, entry.given(torch.float32))
+    fastdit.accelerate(model)
+    close.assert_close(entry.call(model, entry.given(torch.float32)), truth, before)
+    assert rows == [60, 2 if cross else 60] * 2 + [3, 2 if cross else 3]
 
 
 def test_what_stays():

@@ -20,6 +20,7 @@ from fastdit.integrations.joint import is_diffusers_rms
 from fastdit.integrations.padding import is_lengths
 from fastdit.integrations.registry import Kind, register
 from fastdit.integrations.structure import has, itemsize, parameters, unknown
+from fastdit.integrations.timestep_rows import PerToken, register_model
 
 # The block --------------------------------------------------------------------------------------------------------
 
@@ -28,7 +29,7 @@ def block_forward(
     self,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
-    temb: Tensor,
+    temb: Tensor | PerToken,
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     encoder_attention_mask: Tensor | None = None,
 ) -> Tensor:
@@ -56,14 +57,16 @@ def refuse_rms_norms(*norms: Any) -> str | None:
     return None
 
 
+def refuse_block(block: Any) -> str | None:
+    return refuse_rms_norms(block.norm1, block.norm2) or refuse_table(block) or unknown(block, *BLOCK)
+
+
 register(
     Kind(
         name="LTX block",
         ops=("norm_modulate", "gate_residual", "gate_residual_norm_modulate"),
         match=lambda m: has(m, *BLOCK) and parameters(m) == CALL,
-        refuse=lambda block: (
-            refuse_rms_norms(block.norm1, block.norm2) or refuse_table(block) or unknown(block, *BLOCK)
-        ),
+        refuse=refuse_block,
         patches=lambda block: [(block, "forward", block_forward)],
         absorbs=lambda block: [block.norm1, block.norm2],
         # passes over (tokens, C) in 2 bytes: 2 norms (to fp32 3, square 4, mean 2, product 3, rounding 3); scales,
@@ -72,6 +75,7 @@ register(
         block=True,
     )
 )
+register_model("a timestep per token (LTX)", CALL, refuse_block)
 
 
 # Attention --------------------------------------------------------------------------------------------------------
