@@ -9,16 +9,9 @@ from fastdit.integrations.diffusers_processor import Processor
 from fastdit.integrations.masks import valid_first
 from fastdit.integrations.timestep_rows import PerToken
 from fastdit.testing import close
+from fastdit.testing.accelerated import check_autocast, layers, reasons
 from fastdit.testing.exact import exact
 from fastdit.testing.zoo import ltx
-
-
-def layers(report):
-    return {row.layer: row.count for row in report.rows if row.replaced}
-
-
-def reasons(report):
-    return {row.why for row in report.rows if not row.replaced}
 
 
 def forbidden(*args, **kwargs):
@@ -61,12 +54,7 @@ def test_one_block_excluded():
 def test_autocast(dtype):
     model, given = ltx.ltx(), ltx.inputs()
     truth = exact(model)(**ltx.MODELS[0].given(torch.float64)).sample
-    with torch.autocast("cpu", dtype):
-        before = model(**given).sample
-        fastdit.accelerate(model)
-        after = model(**given).sample
-    assert after.dtype == before.dtype
-    close.assert_close(after, truth, before)
+    check_autocast(model, lambda m: m(**given).sample, truth, dtype)
 
 
 @torch.no_grad()

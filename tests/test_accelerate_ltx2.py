@@ -8,6 +8,7 @@ from torch import nn
 
 import fastdit
 from fastdit.testing import close
+from fastdit.testing.accelerated import layers, reasons
 from fastdit.testing.exact import exact, no_rounding
 from fastdit.testing.zoo import ltx2
 
@@ -65,12 +66,12 @@ def test_what_stays():
     first.audio_norm3 = nn.RMSNorm(20)
     second.attn2.norm_k = nn.LayerNorm(44)
     report = fastdit.accelerate(model)
-    replaced = {row.layer: row.count for row in report.rows if row.replaced}
+    replaced = layers(report)
     assert replaced["LTX-2 block"] == 1 and replaced["attention (LTX2Attention)"] == 5
     assert {
         "its norm is a RMSNorm, not diffusers' RMSNorm without weights",
         "its norms are not nn.RMSNorm with weights and one eps",
-    } <= {row.why for row in report.rows}
+    } <= reasons(report)
 
 
 @torch.no_grad()
