@@ -1,4 +1,4 @@
-"""data.detect: right on rendered truth in at least 98 of 100, also when it is noisy or blurred; nothing seen in nothing."""
+"""data.detect: right on rendered truth in at least 98 of 100, noisy or blurred too; nothing seen in nothing."""
 
 import numpy as np
 import pytest

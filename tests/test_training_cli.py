@@ -50,7 +50,7 @@ def small(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("command", ["vae", "dit"])
+@pytest.mark.parametrize("command", ["vae", "dit", "decoder"])
 def test_help_teaches(command):
     done = call(command, "--help")
     assert done.exit_code == 0 and f"fastdit train {command} " in done.output and "--resume" in done.output
@@ -88,6 +88,23 @@ def test_from_pixels_to_a_checkpoint(data, small, tmp_path, request):
     with torch.no_grad():
         v = models.dit(torch.randn(1, 8, 2, 4, 4), torch.tensor([500.0]), text)
     assert v.shape == (1, 8, 2, 4, 4) and bool(v.isfinite().all())
+
+
+def test_a_decoder_trained_on_keeps_latents_and_dit(small, tmp_path):
+    out = tmp_path / "out"
+    assert call("vae", "--config", small, "--out", out).exit_code == 0
+    assert call("dit", "--config", small, "--vae", out, "--out", out, "--steps", 1).exit_code == 0
+    before, document = load(out), (out / "config.json").read_text()
+    same = ("--config", small, "--vae", out, "--out", out)
+    done = call("decoder", *same, "--steps", 2)
+    assert done.exit_code == 0 and "decoder step 2/2" in done.output, done.output
+    done = call("decoder", *same, "--resume")
+    assert done.exit_code == 0 and "going on from step 2" in done.output, done.output
+    after = load(out)
+    assert (out / "config.json").read_text() == document
+    changed = {n for n, t in after.vae.state_dict().items() if not torch.equal(t, before.vae.state_dict()[n])}
+    assert changed == {n for n, _ in after.vae.named_parameters() if n.startswith("decoder.")}
+    assert all(torch.equal(t, before.dit.state_dict()[n]) for n, t in after.dit.state_dict().items())
 
 
 def test_ddpm(small, tmp_path):

@@ -1,4 +1,4 @@
-"""`fastdit train vae | dit`."""
+"""`fastdit train vae | dit | decoder`."""
 
 from __future__ import annotations
 
@@ -49,6 +49,27 @@ def vae(
 
 
 @app.command()
+def decoder(
+    vae: Annotated[Path, typer.Option(help="Folder of a trained VAE; may be --out.")],
+    out: Out,
+    data: Data = "shapes",
+    config: ConfigName = "shapes",
+    steps: Steps = None,
+    resume: Resume = False,
+    backend: Backend = None,
+    device: Device = None,
+    parallel: Parallel = "ddp",
+) -> None:
+    """Train the decoder of a VAE on; the encoder, and so every latent and a DiT trained on them, stays as it is.
+
+    Uses the [vae] section of the configuration. Losses are in OUT/state/decoder.
+
+    Example: `fastdit train decoder --vae out/shapes --out out/shapes --steps 6000`
+    """
+    _run("decoder", out, data, config, steps, resume, backend, device, parallel, vae=vae)
+
+
+@app.command()
 def dit(
     vae: Annotated[Path, typer.Option(help="Folder of a trained VAE; may be --out.")],
     out: Out,
@@ -83,16 +104,17 @@ def _run(
     console = Console()
     try:
         chosen = settings.load(config)
-        training: Any = getattr(chosen, name)
+        section = "dit" if name == "dit" else "vae"
+        training: Any = getattr(chosen, section)
         if steps is not None:
             training = dataclasses.replace(training, loop=dataclasses.replace(training.loop, steps=steps))
-            chosen = dataclasses.replace(chosen, **{name: training})
+            chosen = dataclasses.replace(chosen, **{section: training})
         with processes.join(parallel, device) as world, fastdit.use_backend(backend) if backend else nullcontext():
             task: Any
-            if vae is None:
-                task = VAETask(chosen, data, out)
-            else:
+            if name == "dit" and vae is not None:
                 task = DiTTask(chosen, data, out, vae, world, console=console)
+            else:
+                task = VAETask(chosen, data, out, vae)
             folder = out / "state" / name
             loop.fit(task, training.optimizer, training.loop, folder, world, resume=resume, console=console)
     except (ValueError, FileNotFoundError, ImportError, fastdit.NoBackend) as error:

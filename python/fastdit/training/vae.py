@@ -33,15 +33,19 @@ class Crops:
 class Reconstruction(nn.Module):
     """loss = l1 * |x - y| + l2 * (x - y)^2 + kl * KL, y decoded from a sample of x's posterior."""
 
-    def __init__(self, vae: VideoVAE, training: VAETraining):
+    def __init__(self, vae: VideoVAE, training: VAETraining, frozen: bool = False):
         super().__init__()
         self.vae, self.scales = vae, {"l1": training.l1, "l2": training.l2, "kl": training.kl}
+        self.frozen = frozen
+        if frozen:
+            vae.encoder.requires_grad_(False)
 
     def forward(self, crops: Crops) -> dict[str, Tensor]:
         kind = crops.video.device.type
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else crops.video.dtype
-        posterior = self.vae.encode(crops.video.to(low))  # convolutions take the dtype of what they are given
-        posterior = Posterior(posterior.mean.to(crops.noise), posterior.logvar.to(crops.noise))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            posterior = self.vae.encode(crops.video.to(low))  # convolutions take the dtype of what they are given
+            posterior = Posterior(posterior.mean.to(crops.noise), posterior.logvar.to(crops.noise))
         sample = posterior.mean + (0.5 * posterior.logvar).exp() * crops.noise
         error = self.vae.decode(sample.to(low)).to(crops.video) - crops.video
         share = len(crops.video) / crops.total
@@ -57,18 +61,20 @@ class Reconstruction(nn.Module):
 
 
 class VAETask:
-    """What `loop.fit` trains; see `loop.Task`."""
+    """What `loop.fit` trains; see `trainer.Task`. With `start`, the folder of a trained VAE, its decoder alone: the
+    latents, and a DiT trained on them, stay valid."""
 
-    name = "vae"
     figures = ("loss", "l1", "l2", "kl")
     evaluations = ("eval_psnr",)
     methods = ("reconstruct", "latent")
 
-    def __init__(self, config: Config, data: str, out: Path):
+    def __init__(self, config: Config, data: str, out: Path, start: Path | None = None):
         self.config, self.training, self.out = config, config.vae, out
+        self.name = "decoder" if start else "vae"
         torch.manual_seed(self.training.loop.seed)
-        self.vae = VideoVAE(self.training.model)
-        self.model = Reconstruction(self.vae, self.training)
+        self.vae = checkpoint.load_vae(start) if start else VideoVAE(self.training.model)
+        self.frozen = {n: t.detach().clone() for n, t in self.vae.state_dict().items() if start and "decoder" not in n}
+        self.model = Reconstruction(self.vae, self.training, frozen=start is not None)
         self.blocks = [*self.vae.encoder.blocks, *self.vae.decoder.blocks]
         training, seed = self.training, self.training.loop.seed
         self.pool = [c.frames for c in source.clips(data, training.sizes, training.clips, fps=config.fps, seed=seed)]
@@ -113,23 +119,28 @@ class VAETask:
 
     def prepare(self) -> None:
         """Mean and deviation of the latents, per channel."""
+        if self.frozen:
+            return
         latents = [self.model.latent(self._whole(f)) for f in self.pool[:STATISTICS]]
         values = torch.cat([z.transpose(0, 1).flatten(1) for z in latents], dim=1).double()
         self.vae.latent_mean.copy_(values.mean(1))
         self.vae.latent_std.copy_(values.std(1))
 
     def export(self, weights: Mapping[str, Tensor]) -> None:
-        document = {"format": checkpoint.FORMAT, "fps": self.config.fps, "vae": settings.table(self.training.model)}
-        checkpoint.write_tensors(self.out / checkpoint.VAE, {n.removeprefix("vae."): t for n, t in weights.items()})
+        document = {"format": checkpoint.FORMAT, "fps": self.config.fps, "vae": settings.table(self.vae.config)}
+        if self.frozen and (self.out / "config.json").exists():  # a DiT may stand there
+            document = {**checkpoint.read_config(self.out), **document}
+        tensors = {n.removeprefix("vae."): t for n, t in weights.items()} | self.frozen
+        checkpoint.write_tensors(self.out / checkpoint.VAE, tensors)
         checkpoint.write_json(self.out / "config.json", document)
 
     def facts(self) -> dict[str, Any]:
-        return {"config": {"vae": settings.table(self.training)}, "model": settings.table(self.training.model)}
+        return {"config": {"vae": settings.table(self.training)}, "model": settings.table(self.vae.config)}
 
     def _whole(self, frames: Tensor) -> Tensor:
         """A clip as a batch, cut to what the VAE takes."""
         t, h, w, _ = frames.shape
-        multiple = 2 * self.training.model.patch_size
+        multiple = 2 * self.vae.config.patch_size
         like = next(self.model.parameters())
         t, h, w = (t - 1) // FRAMES * FRAMES + 1, h // multiple * multiple, w // multiple * multiple
         return to_video(frames[:t, :h, :w])[None].to(like.device, like.dtype)
