@@ -128,6 +128,15 @@ def test_vlb_is_a_divergence_of_normals(prediction, schedule):
     assert_bitwise(parts.vlb, vlb)
 
 
+def test_the_bound_weighs_as_much_as_the_steps_it_stands_for():
+    """L_simple + 0.001 L_vlb, and L_vlb is T times the mean term."""
+    diffusion = GaussianDiffusion(learn_sigma=True, num_timesteps=100)
+    x0, t, out = torch.randn(2, 2, 4), torch.tensor([0, 60]), torch.randn(2, 4, 4)
+    options = dict(t=t, noise=torch.randn(2, 2, 4))
+    simple, vlb = diffusion.losses(lambda x, t: out, x0, **options)
+    assert_bitwise(diffusion.loss(lambda x, t: out, x0, **options), simple + vlb * 0.1)
+
+
 def test_pixels_have_a_probability():
     """The 256 levels share out the whole normal, whatever its mean and width."""
     levels = torch.linspace(-1, 1, 256, dtype=torch.float64)

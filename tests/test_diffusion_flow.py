@@ -123,6 +123,25 @@ def test_weights_leave_out_what_was_dropped():
     assert nothing.tolist() == [0]
 
 
+def test_weights_and_known_frames_together():
+    flow, noise = RectifiedFlow(), torch.zeros(1, 1, 3, 1, 1)
+    out = torch.tensor([1e9, 2.0, 1e9]).view(1, 1, 3, 1, 1)
+    weight = torch.tensor([1.0, 1.0, 0.0]).view(1, 1, 3, 1, 1)
+    options = dict(t=torch.tensor([5.0]), noise=noise, weight=weight, known_frames=1)
+    assert flow.loss(lambda x, t: out, noise, **options).tolist() == [4.0]
+
+
+def test_bf16_is_rounded_once():
+    """Noising rounds at the end; the loss of a bf16 model is computed in fp32."""
+    flow, t = RectifiedFlow(), torch.tensor([300.0, 700.0])
+    x0, eps, out = (torch.randn(2, 64, dtype=torch.bfloat16) for _ in range(3))
+    s = (t / 1000)[:, None]
+    assert_bitwise(flow.add_noise(x0, eps, t), ((1 - s) * x0.float() + s * eps.float()).bfloat16())
+    loss = flow.loss(lambda x, t: out, x0, t=t, noise=eps)
+    v = (eps.float() - x0.float()).bfloat16()
+    assert_bitwise(loss, (out.float() - v.float()).square().mean(1))
+
+
 def test_draws_are_those_of_the_generator():
     flow, x0 = RectifiedFlow(), torch.zeros(3, 2, 2, 2)
 
@@ -233,6 +252,7 @@ def test_known_frames_stay_and_lists_equal_batches(method):
     parts = flow.sample(model, list(noise), 5, method=method, known=list(known))
     assert_bitwise(whole, torch.stack(parts))
     assert_bitwise(whole[:, :, :1], known)
+    assert flow.sample(model, noise, 2, method=method, known=known.double()).dtype == torch.float32
     assert all(torch.equal(frame, known[i]) for frames in seen for i, frame in enumerate(frames))
     assert not torch.equal(whole[:, :, 1:], flow.sample(model, noise, 5, method=method)[:, :, 1:])
 
