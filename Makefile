@@ -28,12 +28,11 @@ setup: $(VENV)/installed  ## make .venv: pinned dependencies, then the package b
 demo: setup  ## accelerate a real DiT and a real video VAE, write out/demo/report.html (under 4 minutes)
 	$(BIN)/fastdit demo $(ARGS)
 
-# Threads that wait asleep: spinning ones fight for the cores when the machine has other work.
-test: setup  ## the tests that CI runs (under 20 minutes), with a ledger of where the time went
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not full and not gpu" $(ARGS)
+test: setup  ## the tests that CI runs (under 15 minutes on two cores), with a ledger of where the time went
+	.ci/test $(BIN)/python "not full and not gpu" $(ARGS)
 
 test-full: setup  ## every test that needs no GPU, slow rows too
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	.ci/test $(BIN)/python "not gpu" $(ARGS)
 
 lint: setup  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

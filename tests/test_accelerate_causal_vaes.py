@@ -14,6 +14,7 @@ import fastdit
 from fastdit.integrations.vae_layers import WIDEST, frame_causal_attention, group_norm, nearest
 from fastdit.reference import attention as reference
 from fastdit.testing import close
+from fastdit.testing.accelerated import reasons
 from fastdit.testing.exact import exact
 from fastdit.testing.models import randomize
 from fastdit.testing.zoo import vae_cogvideox, vae_hunyuan, vae_hunyuan15, vae_qwen
@@ -23,10 +24,6 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], i
 
 def replaced(report):
     return {row.layer.split(" (")[0]: row.count for row in report.rows if row.replaced}
-
-
-def reasons(report):
-    return {row.why for row in report.rows if not row.replaced}
 
 
 def video(*shape, dtype=torch.float32, seed=1):

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 
 import fastdit
 from fastdit.testing import close, zoo
+from fastdit.testing.accelerated import check_autocast
 from fastdit.testing.exact import exact, no_rounding
 from fastdit.testing.models import diffusers_wan
 
@@ -94,12 +95,7 @@ def test_autocast(name):
     entry = entry_of(name)
     model = entry.build()
     truth = truth_of(entry, model)
-    with torch.autocast("cpu", BF16):
-        before = run(entry, model)
-        fastdit.accelerate(model)
-        after = run(entry, model)
-    assert after.dtype == before.dtype
-    close.assert_close(after, truth, before)
+    check_autocast(model, lambda m: run(entry, m), truth)
 
 
 @each_model

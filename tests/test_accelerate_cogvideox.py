@@ -6,14 +6,11 @@ from torch import nn
 
 import fastdit
 from fastdit.testing import close
+from fastdit.testing.accelerated import check_autocast, layers, reasons
 from fastdit.testing.exact import exact, no_rounding
 from fastdit.testing.zoo import call_model, cogvideox, randn
 
 GRID, ROTARY = cogvideox.GRID, cogvideox.ROTARY
-
-
-def replaced(report):
-    return {row.layer: row.count for row in report.rows if row.replaced}
 
 
 @pytest.mark.parametrize("early", [True, False], ids=["before", "after"])
@@ -27,7 +24,7 @@ def test_fused_projections(early):
     if early:
         model.fuse_qkv_projections()
     report = fastdit.accelerate(model)
-    assert replaced(report) == cogvideox.PATCHED
+    assert layers(report) == cogvideox.PATCHED
     if not early:
         model.fuse_qkv_projections()
     close.assert_close(call_model(model, given), truth, before)
@@ -50,12 +47,7 @@ def test_autocast(config, frames):
     model, given = cogvideox.cogvideox(**ROTARY, **config), cogvideox.inputs(frames=frames)
     with no_rounding():
         truth = call_model(exact(model), {k: v.double() if k.endswith("states") else v for k, v in given.items()})
-    with torch.autocast("cpu", torch.bfloat16):
-        before = call_model(model, given)
-        fastdit.accelerate(model)
-        after = call_model(model, given)
-    assert after.dtype == before.dtype
-    close.assert_close(after, truth, before)
+    check_autocast(model, lambda m: call_model(m, given), truth)
 
 
 def test_what_stays():
@@ -66,16 +58,15 @@ def test_what_stays():
     blocks[2].attn1.norm_q = nn.RMSNorm(32, eps=1e-6)
     model.norm_out.chunk_dim = 0
     report = fastdit.accelerate(model)
-    assert replaced(report) == {
+    assert layers(report) == {
         "CogVideoX block": 2,
         "attention (CogVideoXAttnProcessor2_0)": 1,
         "feed-forward activation": 2,
         "patch embedding (Conv2d, kernel = stride)": 1,
     }
-    reasons = {row.why for row in report.rows}
-    assert "its norm is a RMSNorm, not a LayerNorm" in reasons
-    assert "has adapter, which the CogVideoXBlock that is known does not have" in reasons
-    assert "its query and key norms differ" in reasons
+    assert "its norm is a RMSNorm, not a LayerNorm" in reasons(report)
+    assert "has adapter, which the CogVideoXBlock that is known does not have" in reasons(report)
+    assert "its query and key norms differ" in reasons(report)
     assert not any(row.layer == "attention (AttnProcessor2_0)" for row in report.rows)
 
 

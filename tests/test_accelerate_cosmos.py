@@ -5,6 +5,7 @@ from torch import nn
 
 import fastdit
 from fastdit.testing import close
+from fastdit.testing.accelerated import check_autocast, reasons
 from fastdit.testing.exact import exact, no_rounding
 from fastdit.testing.models import randomize
 from fastdit.testing.zoo import cosmos
@@ -52,12 +53,7 @@ def test_autocast():
     model, given = entry.build(), entry.given(torch.float32)
     with no_rounding():
         truth = entry.call(exact(model), entry.given(torch.float64))
-    with torch.autocast("cpu", torch.bfloat16):
-        before = entry.call(model, given)
-        fastdit.accelerate(model)
-        after = entry.call(model, given)
-    assert after.dtype is before.dtype
-    close.assert_close(after, truth, before)
+    check_autocast(model, lambda m: entry.call(m, given), truth)
 
 
 def test_what_stays():
@@ -65,12 +61,12 @@ def test_what_stays():
     first, second = model.transformer_blocks
     first.norm2.norm = nn.LayerNorm(60)
     second.attn1.norm_k = nn.LayerNorm(20)
-    reasons = {row.why for row in fastdit.accelerate(model).rows}
+    report = fastdit.accelerate(model)
     assert {
         "its norm is a LayerNorm, not a LayerNorm without parameters",
         "its query and key norms differ",
         "inside a block that is left",
-    } <= reasons
+    } <= reasons(report)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from torch import nn
 
 import fastdit
 from fastdit.testing import close
+from fastdit.testing.accelerated import check_autocast, layers, reasons
 from fastdit.testing.exact import exact
 from fastdit.testing.zoo import dit_native
 from fastdit.testing.zoo.dit_native import DiTBlock, dit, inputs, modulate
@@ -76,7 +77,7 @@ def test_the_same_formula_in_other_words_is_known():
     model = fork(Inlined)
     truth, before = truth_of(model), run(model)
     report = fastdit.accelerate(model)
-    assert {row.layer: row.count for row in report.rows if row.replaced} == dit_native.LAYERS
+    assert layers(report) == dit_native.LAYERS
     close.assert_close(run(model), truth, before)
 
 
@@ -99,12 +100,7 @@ def test_masks_and_dropout_go_to_the_original():
 def test_autocast():
     model, given = dit(), inputs()
     truth = truth_of(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        before = dit_native.call(model, given)
-        fastdit.accelerate(model)
-        after = dit_native.call(model, given)
-    assert after.dtype == before.dtype
-    close.assert_close(after, truth, before)
+    check_autocast(model, lambda m: dit_native.call(m, given), truth)
 
 
 @torch.no_grad()
@@ -123,6 +119,5 @@ def test_what_stays():
     model.blocks[0].norm1 = nn.RMSNorm(48)
     model.blocks[1].attn.q_norm = nn.GroupNorm(1, 16)
     report = fastdit.accelerate(model)
-    reasons = {row.why for row in report.rows}
-    assert {"its norm is not nn.LayerNorm", "its norm of the heads is a GroupNorm"} <= reasons
+    assert {"its norm is not nn.LayerNorm", "its norm of the heads is a GroupNorm"} <= reasons(report)
     assert "forward" in model.blocks[1].__dict__ and "forward" not in model.blocks[1].attn.__dict__

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdit
 from fastdit.testing import close
+from fastdit.testing.accelerated import check_one_graph, layers, reasons
 from fastdit.testing.exact import exact, no_rounding
 from fastdit.testing.zoo import cast_tree, flux, flux_kin, randn
 
@@ -30,10 +30,6 @@ def assert_as_before(model, given, dtype=torch.float32):
         report = fastdit.accelerate(model)
         close.assert_close(run(model, given, dtype), truth, before)
     return report
-
-
-def reasons(report):
-    return {row.why for row in report.rows if not row.replaced}
 
 
 @each_dtype
@@ -107,18 +103,14 @@ def test_compiled_blocks():
     """One graph for all lengths of text and image."""
     model = flux.flux()
     fastdit.accelerate(model)
+
+    def call(image, text):
+        angle = randn(image + text, 24)
+        x, context, temb = randn(2, image, 72), randn(2, text, 72, seed=2), randn(2, 72, seed=3)
+        return x, context, temb, (angle.cos(), angle.sin())
+
     for block in (model.transformer_blocks[0], model.single_transformer_blocks[0]):
-        torch._dynamo.reset()
-        counter, counts = CompileCounterWithBackend("eager"), set()
-        compiled = torch.compile(block, backend=counter, fullgraph=True, dynamic=True)
-        for image, text in ((15, 7), (12, 9), (20, 4)):
-            x, context, temb = randn(2, image, 72), randn(2, text, 72, seed=2), randn(2, 72, seed=3)
-            angle = randn(image + text, 24)
-            args = x, context, temb, (angle.cos(), angle.sin())
-            for mine, eager in zip(compiled(*args), block(*args), strict=True):
-                close.assert_bitwise(mine, eager)
-            counts.add(counter.frame_count)
-        assert len(counts) == 1
+        check_one_graph(block, (call(*lengths) for lengths in ((15, 7), (12, 9), (20, 4))))
 
 
 def test_what_stays():
@@ -132,7 +124,7 @@ def test_what_stays():
     model.single_transformer_blocks[0].act_mlp = nn.GELU()
     model.single_transformer_blocks[1].norm.linear = nn.Linear(72, 2 * 72)
     report = fastdit.accelerate(model)
-    assert {row.layer: row.count for row in report.rows if row.replaced} == {
+    assert layers(report) == {
         "Flux double block": 2,
         "feed-forward activation": 4,
         "output norm (AdaLayerNormContinuous)": 1,

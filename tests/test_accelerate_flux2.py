@@ -5,10 +5,10 @@ import contextlib
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdit
 from fastdit.testing import close
+from fastdit.testing.accelerated import check_one_graph, layers, reasons
 from fastdit.testing.exact import exact, no_rounding
 from fastdit.testing.zoo import cast_tree, flux, flux2, randn
 
@@ -19,10 +19,6 @@ def run(model, dtype=torch.float32, **more):
     given = {k: v if k in flux.KEEPS else cast_tree(v, dtype) for k, v in flux2.inputs(**more).items()}
     with no_rounding() if dtype == torch.float64 else contextlib.nullcontext():
         return model(**given, return_dict=False)[0]
-
-
-def layers(report, replaced=True):
-    return {row.layer: row.count for row in report.rows if row.replaced is replaced}
 
 
 @each_dtype
@@ -60,9 +56,8 @@ def test_reference_tokens():
     report = fastdit.accelerate(model)
     left = {k: n for k, n in flux2.LAYERS.items() if not k.startswith("attention")}
     assert layers(report) == {**left, "feed-forward activation (SwiGLU)": 6}
-    reasons = {row.why for row in report.rows if not row.replaced}
-    assert "its processor is Flux2KVAttnProcessor, not Flux2AttnProcessor" in reasons
-    assert "its processor is Flux2KVParallelSelfAttnProcessor, not Flux2ParallelSelfAttnProcessor" in reasons
+    assert "its processor is Flux2KVAttnProcessor, not Flux2AttnProcessor" in reasons(report)
+    assert "its processor is Flux2KVParallelSelfAttnProcessor, not Flux2ParallelSelfAttnProcessor" in reasons(report)
     close.assert_close(run(model, **options), truth, before)
 
 
@@ -83,14 +78,12 @@ def test_compiled_block():
     """One graph for all lengths."""
     model = flux2.flux2()
     fastdit.accelerate(model)
-    counter, counts = CompileCounterWithBackend("eager"), set()
-    compiled = torch.compile(model.single_transformer_blocks[0], backend=counter, fullgraph=True, dynamic=True)
-    for tokens in (15, 12, 20):
+
+    def call(tokens):
         angle = randn(tokens, 24)
-        args = randn(2, tokens, 72), None, randn(2, 3 * 72), (angle.cos(), angle.sin())
-        close.assert_bitwise(compiled(*args), model.single_transformer_blocks[0](*args))
-        counts.add(counter.frame_count)
-    assert len(counts) == 1
+        return randn(2, tokens, 72), None, randn(2, 3 * 72), (angle.cos(), angle.sin())
+
+    check_one_graph(model.single_transformer_blocks[0], map(call, (15, 12, 20)))
 
 
 def test_what_stays():
@@ -108,7 +101,7 @@ def test_what_stays():
         "feed-forward activation (SwiGLU)": 1,
         "output norm (AdaLayerNormContinuous)": 1,
     }
-    assert {row.why for row in report.rows if not row.replaced} >= {
+    assert reasons(report) >= {
         "its norm is a RMSNorm, not a LayerNorm without parameters",
         "its MLP is not SwiGLU",
         "has adapter, which the Flux2SingleTransformerBlock that is known does not have",

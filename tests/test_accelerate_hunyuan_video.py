@@ -6,16 +6,13 @@ from torch import nn
 
 import fastdit
 from fastdit.testing import close
+from fastdit.testing.accelerated import check_autocast, layers, reasons
 from fastdit.testing.exact import exact, no_rounding
 from fastdit.testing.zoo import call_model, hunyuan_video as zoo, randn
 
 C, TEXT = 48, zoo.TEXT
 TOKENS = 45
 OTHERS = {"norm_modulate", "gate_residual_norm_modulate", "gate_residual", "activation", "unpatchify3d"}
-
-
-def replaced(report):
-    return {row.layer: row.count for row in report.rows if row.replaced}
 
 
 def outputs(model, given):
@@ -64,8 +61,8 @@ def test_blocks_around_a_left_attention(build, given):
     model = build()
     truth, before = outputs(model, given())
     report = fastdit.accelerate(model, ops=OTHERS)
-    assert "HunyuanVideo dual block" in replaced(report)
-    assert not any("attention" in layer for layer in replaced(report))
+    assert "HunyuanVideo dual block" in layers(report)
+    assert not any("attention" in layer for layer in layers(report))
     close.assert_close(call_model(model, given()), truth, before)
 
 
@@ -96,12 +93,7 @@ def test_masks_of_hunyuan15_need_no_host():
 def test_autocast(build, given):
     model = build()
     truth, _ = outputs(model, given)
-    with torch.autocast("cpu", torch.bfloat16):
-        before = call_model(model, given)
-        fastdit.accelerate(model)
-        after = call_model(model, given)
-    assert after.dtype == before.dtype
-    close.assert_close(after, truth, before)
+    check_autocast(model, lambda m: call_model(m, given), truth)
 
 
 def test_what_stays():
@@ -114,7 +106,7 @@ def test_what_stays():
     single[1].attn.norm_k.eps = 1e-5
     model.x_embedder.proj = nn.Conv3d(4, C, (1, 2, 2), stride=(1, 2, 2), padding=(0, 1, 1))
     report = fastdit.accelerate(model)
-    found = replaced(report)
+    found = layers(report)
     assert found["HunyuanVideo dual block"] == found["HunyuanVideo single block"] == 1
     assert "attention (HunyuanVideoAttnProcessor2_0)" not in found
     assert "patch embedding (Conv3d, kernel = stride)" not in found
@@ -125,7 +117,7 @@ def test_what_stays():
         "its activation is not GELU (tanh)",
         "its query and key norms differ",
         "its convolution is not a plain nn.Conv3d",
-    } <= {row.why for row in report.rows}
+    } <= reasons(report)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from torch import nn
 
 import fastdit
 from fastdit.testing import close
+from fastdit.testing.accelerated import layers, reasons
 from fastdit.testing.zoo import kandinsky
 
 
@@ -16,12 +17,12 @@ def test_what_stays():
     second.video_dec_block.adapter = nn.Linear(60, 60)
     model.video_text_transformer_blocks[0].attn.processor._attention_backend = "native"
     report = fastdit.accelerate(model)
-    assert {row.layer: row.count for row in report.rows if row.replaced}["attention (Kandinsky)"] == 1
+    assert layers(report)["attention (Kandinsky)"] == 1
     assert {
         "its norm is a LayerNorm, not a LayerNorm without parameters",
         "has adapter, which the Kandinsky6TransformerDecoderBlock that is known does not have",
         "another attention backend was chosen for it",
-    } <= {row.why for row in report.rows}
+    } <= reasons(report)
 
 
 @torch.no_grad()

@@ -7,17 +7,11 @@ from torch import nn
 import fastdit
 from fastdit.integrations.diffusers_processor import Processor
 from fastdit.integrations.masks import valid_first
+from fastdit.integrations.timestep_rows import PerToken
 from fastdit.testing import close
+from fastdit.testing.accelerated import check_autocast, layers, reasons
 from fastdit.testing.exact import exact
 from fastdit.testing.zoo import ltx
-
-
-def layers(report):
-    return {row.layer: row.count for row in report.rows if row.replaced}
-
-
-def reasons(report):
-    return {row.why for row in report.rows if not row.replaced}
 
 
 def forbidden(*args, **kwargs):
@@ -60,12 +54,38 @@ def test_one_block_excluded():
 def test_autocast(dtype):
     model, given = ltx.ltx(), ltx.inputs()
     truth = exact(model)(**ltx.MODELS[0].given(torch.float64)).sample
-    with torch.autocast("cpu", dtype):
-        before = model(**given).sample
-        fastdit.accelerate(model)
-        after = model(**given).sample
-    assert after.dtype == before.dtype
-    close.assert_close(after, truth, before)
+    check_autocast(model, lambda m: m(**given).sample, truth, dtype)
+
+
+@torch.no_grad()
+def test_a_timestep_per_token_is_embedded_once_each():
+    """Three timesteps in 60 tokens are three rows, also where a block that is left makes them dense."""
+    model, given = ltx.ltx(), ltx.inputs(per_token=True, coordinates=True)
+    rows, taken = [], []
+    model.time_embed.linear.register_forward_hook(lambda module, inputs, output: rows.append(tuple(output.shape)))
+    truth, before = exact(model)(**ltx.MODELS[1].given(torch.float64)).sample, model(**given).sample
+    fastdit.accelerate(model)
+    for block in model.transformer_blocks:
+        block.register_forward_pre_hook(lambda m, args, kwargs: taken.append(kwargs["temb"]), with_kwargs=True)
+    close.assert_close(model(**given).sample, truth, before)
+    assert rows == [(60, 6 * 44)] * 2 + [(3, 6 * 44)]
+    assert [(type(temb), temb.shape) for temb in taken] == [(PerToken, (2, 30, 6 * 44))] * 2
+    fastdit.accelerate(model, exclude=["transformer_blocks.1"])
+    close.assert_close(model(**given).sample, truth, before)
+    assert rows[3:] == [(3, 6 * 44)]
+    model(**{**given, "timestep": torch.rand(2, 30)})  # all different
+    model(**{**given, "timestep": torch.rand(2)})
+    assert rows[4:] == [(60, 6 * 44), (2, 6 * 44)]
+
+
+def test_rows_are_a_tensor_to_anybody_else():
+    rows = PerToken(torch.randn(3, 8), torch.tensor([0, 2, 2, 1, 0, 1])).view(2, -1, 8)
+    dense = rows.dense()
+    assert rows.shape == dense.shape and rows.size(-1) == 8 and rows.size() == dense.size()
+    close.assert_bitwise(rows.reshape(2, rows.size(1), 4, -1), dense.reshape(2, 3, 4, 2))
+    close.assert_bitwise(rows.view(2, 3, 4, 2), dense.view(2, 3, 4, 2))
+    close.assert_bitwise(torch.ones(8) + rows, dense + 1)
+    close.assert_bitwise(torch.cat([rows, dense]), torch.cat([dense, dense]))
 
 
 def test_what_stays():
@@ -98,8 +118,9 @@ def test_what_stays():
     } <= reasons(fastdit.accelerate(model))
 
 
+@pytest.mark.parametrize("rows", [False, True], ids=["", "rows"])
 @torch.no_grad()
-def test_compiled_block():
+def test_compiled_block(rows):
     model = ltx.ltx(num_layers=1)
     fastdit.accelerate(model)
     block = model.transformer_blocks[0]
@@ -108,6 +129,8 @@ def test_compiled_block():
         for grid, text, lengths in (((2, 3, 5), 7, [3, 5]), ((2, 4, 6), 9, [9, 2])):
             tokens = grid[0] * grid[1] * grid[2]
             x, context, temb = torch.randn(2, tokens, 44), torch.randn(2, text, 44), torch.randn(2, 1, 6 * 44)
+            if rows:
+                temb = PerToken(torch.randn(3, 6 * 44), torch.arange(2 * tokens).remainder(3).view(2, tokens))
             call = x, context, temb, model.rope(x, *grid), torch.tensor(lengths, dtype=torch.int32)
             close.assert_bitwise(compiled(*call), block(*call))
 
@@ -119,3 +142,14 @@ def test_compiled_model():
     fastdit.accelerate(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     close.assert_bitwise(compiled(**given).sample, model(**given).sample)
+
+
+@torch.no_grad()
+def test_compiled_model_keeps_a_row_per_token():
+    """Counting timesteps would stop the graph."""
+    model, entry = ltx.ltx(num_layers=1), ltx.MODELS[1]
+    given = entry.given(torch.float32)
+    truth, before = exact(model)(**entry.given(torch.float64)).sample, model(**given).sample
+    fastdit.accelerate(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    close.assert_close(compiled(**given).sample, truth, before)

@@ -8,7 +8,8 @@ from torch import nn
 
 import fastdit
 from fastdit.testing import close
-from fastdit.testing.exact import exact
+from fastdit.testing.accelerated import layers, reasons
+from fastdit.testing.exact import exact, no_rounding
 from fastdit.testing.zoo import ltx2
 
 WIDTHS = (6 * 44, 6 * 20, 4 * 44, 4 * 20, 44, 20)
@@ -43,18 +44,34 @@ def test_one_direction(a2v, v2a):
     close.assert_close(run(block, call), truth, before)
 
 
+@pytest.mark.parametrize("cross", [True, False], ids=["sigma of the other stream", "own timestep"])
+@torch.no_grad()
+def test_a_timestep_per_token_is_embedded_once_each(cross):
+    """Also those of the attention between the streams, whose rows then stand beside rows of the whole sample."""
+    entry = ltx2.entry("", ltx2.LTX23, newer=True, use_cross_timestep=cross)
+    model, rows = entry.build(), []
+    model.time_embed.linear.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    model.av_cross_attn_video_a2v_gate.linear.register_forward_hook(lambda module, inputs, y: rows.append(len(y)))
+    with no_rounding():
+        truth = entry.call(exact(model), entry.given(torch.float64))
+    before = entry.call(model, entry.given(torch.float32))
+    fastdit.accelerate(model)
+    close.assert_close(entry.call(model, entry.given(torch.float32)), truth, before)
+    assert rows == [60, 2 if cross else 60] * 2 + [3, 2 if cross else 3]
+
+
 def test_what_stays():
     model = ltx2.ltx2()
     first, second = model.transformer_blocks
     first.audio_norm3 = nn.RMSNorm(20)
     second.attn2.norm_k = nn.LayerNorm(44)
     report = fastdit.accelerate(model)
-    replaced = {row.layer: row.count for row in report.rows if row.replaced}
+    replaced = layers(report)
     assert replaced["LTX-2 block"] == 1 and replaced["attention (LTX2Attention)"] == 5
     assert {
         "its norm is a RMSNorm, not diffusers' RMSNorm without weights",
         "its norms are not nn.RMSNorm with weights and one eps",
-    } <= {row.why for row in report.rows}
+    } <= reasons(report)
 
 
 @torch.no_grad()

@@ -3,19 +3,15 @@
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdit
 from fastdit.testing import close
+from fastdit.testing.accelerated import check_one_graph, layers, reasons
 from fastdit.testing.exact import exact
 from fastdit.testing.zoo import lumina2, randn
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 HOLES = torch.tensor([[0, 1, 1, 0, 1, 0, 1], [1, 1, 0, 0, 0, 0, 0]])
-
-
-def layers(report, replaced=True):
-    return {row.layer: row.count for row in report.rows if row.replaced is replaced}
 
 
 def rotations(*shape):
@@ -48,14 +44,12 @@ def test_compiled_block():
     """One graph for all lengths, with padding."""
     block = lumina2.lumina2().layers[0]
     fastdit.accelerate(block)
-    counter, counts = CompileCounterWithBackend("eager"), set()
-    compiled = torch.compile(block, backend=counter, fullgraph=True, dynamic=True)
-    for tokens in (15, 12, 20):
+
+    def call(tokens):
         mask = torch.arange(tokens) < torch.tensor([[tokens], [7]])
-        args = randn(2, tokens, 96), mask, rotations(2, tokens, 12), randn(2, 96)
-        close.assert_bitwise(compiled(*args), block(*args))
-        counts.add(counter.frame_count)
-    assert len(counts) == 1
+        return randn(2, tokens, 96), mask, rotations(2, tokens, 12), randn(2, 96)
+
+    check_one_graph(block, map(call, (15, 12, 20)))
 
 
 def test_what_stays():
@@ -70,7 +64,7 @@ def test_what_stays():
         "feed-forward (Lumina)": 2,
         "output norm (LuminaLayerNormContinuous)": 1,
     }
-    assert {row.why for row in report.rows if not row.replaced} >= {
+    assert reasons(report) >= {
         "its norm is a LayerNorm, not an RMSNorm with a weight",
         "its scale is not that of its head",
         "its modulation is a LuminaRMSNormZero, not SiLU, linear layer and norm",

@@ -6,14 +6,11 @@ from torch import nn
 
 import fastdit
 from fastdit.testing import close
+from fastdit.testing.accelerated import check_autocast, layers, reasons
 from fastdit.testing.exact import exact, no_rounding
 from fastdit.testing.zoo import call_model, mochi as zoo, randn
 
 C, TEXT = 48, 40
-
-
-def replaced(report):
-    return {row.layer: row.count for row in report.rows if row.replaced}
 
 
 def outputs(model, given):
@@ -48,7 +45,7 @@ def test_blocks_around_a_left_attention():
     model, given = zoo.mochi(), zoo.inputs(holes=True)
     truth, before = outputs(model, given)
     report = fastdit.accelerate(model, ops={"norm_modulate", "gate_residual_norm_modulate", "gate_residual"})
-    assert replaced(report) == {"Mochi block": 3, "output norm (AdaLayerNormContinuous)": 1}
+    assert layers(report) == {"Mochi block": 3, "output norm (AdaLayerNormContinuous)": 1}
     close.assert_close(call_model(model, given), truth, before)
 
 
@@ -56,12 +53,7 @@ def test_blocks_around_a_left_attention():
 def test_autocast():
     model, given = zoo.mochi(), zoo.inputs()
     truth, _ = outputs(model, given)
-    with torch.autocast("cpu", torch.bfloat16):
-        before = call_model(model, given)
-        fastdit.accelerate(model)
-        after = call_model(model, given)
-    assert after.dtype == before.dtype
-    close.assert_close(after, truth, before)
+    check_autocast(model, lambda m: call_model(m, given), truth)
 
 
 def test_what_stays():
@@ -71,7 +63,7 @@ def test_what_stays():
     blocks[1].attn1.norm_added_q.eps = 1e-6
     blocks[2].norm2.register_forward_hook(lambda *_: None)
     report = fastdit.accelerate(model)
-    assert replaced(report) == {
+    assert layers(report) == {
         "Mochi block": 1,
         "attention (MochiAttnProcessor2_0)": 1,
         "feed-forward activation": 3,
@@ -82,7 +74,7 @@ def test_what_stays():
         "its norm is a MochiModulatedRMSNorm, not an RMSNorm without parameters",
         "its norms are not MochiRMSNorm with one eps",
         "MochiModulatedRMSNorm carries a hook, which would no longer run",
-    } <= {row.why for row in report.rows}
+    } <= reasons(report)
 
 
 @torch.no_grad()

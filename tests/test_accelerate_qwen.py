@@ -5,18 +5,14 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdit
 from fastdit.testing import close
+from fastdit.testing.accelerated import check_one_graph, layers, reasons
 from fastdit.testing.exact import exact, no_rounding
 from fastdit.testing.zoo import cast_tree, qwen, randn
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-
-
-def layers(report, replaced=True):
-    return {row.layer: row.count for row in report.rows if row.replaced is replaced}
 
 
 @each_dtype
@@ -41,19 +37,15 @@ def test_compiled_block():
     """One graph for all lengths, with a mask and rows by index."""
     model = qwen.qwen(**qwen.EDIT)
     fastdit.accelerate(model)
-    block = model.transformer_blocks[0]
-    counter, counts = CompileCounterWithBackend("eager"), set()
-    compiled = torch.compile(block, backend=counter, fullgraph=True, dynamic=True)
-    for image, text in ((15, 7), (12, 9), (20, 5)):
+
+    def call(image, text):
         x, context, temb = randn(2, image, 72), randn(2, text, 72, seed=2), randn(4, 72, seed=3)
         mask = torch.arange(text) < torch.tensor([[3], [text]])
         rope = [torch.polar(torch.ones(n, 12), randn(n, 12)) for n in (image, text)]
         index = (torch.arange(image) > 8).int().expand(2, image)
-        args = x, context, mask, temb, rope, None, index
-        for mine, eager in zip(compiled(*args), block(*args), strict=True):
-            close.assert_bitwise(mine, eager)
-        counts.add(counter.frame_count)
-    assert len(counts) == 1
+        return x, context, mask, temb, rope, None, index
+
+    check_one_graph(model.transformer_blocks[0], (call(*lengths) for lengths in ((15, 7), (12, 9), (20, 5))))
 
 
 @torch.no_grad()
@@ -81,7 +73,7 @@ def test_what_stays():
         "feed-forward activation": 4,
         "output norm (AdaLayerNormContinuous)": 1,
     }
-    assert {row.why for row in report.rows if not row.replaced} >= {
+    assert reasons(report) >= {
         "its norm is a RMSNorm, not a LayerNorm without parameters",
         "its modulation is a Sequential, not SiLU and a linear layer",
         "another attention backend was chosen for it",

@@ -6,6 +6,7 @@ from torch import nn
 
 import fastdit
 from fastdit.testing import close
+from fastdit.testing.accelerated import layers, reasons
 from fastdit.testing.exact import exact
 from fastdit.testing.zoo import cast_tree, sd3
 
@@ -15,10 +16,6 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], i
 def run(model, dtype=torch.float32, **more):
     given = {k: v if k == "timestep" else cast_tree(v, dtype) for k, v in sd3.inputs(**more).items()}
     return model(**given, return_dict=False)[0]
-
-
-def layers(report, replaced=True):
-    return {row.layer: row.count for row in report.rows if row.replaced is replaced}
 
 
 @each_dtype
@@ -67,7 +64,7 @@ def test_what_stays():
         "patch embedding (Conv2d, kernel = stride)": 1,
         "output norm (AdaLayerNormContinuous)": 2,
     }
-    assert {row.why for row in report.rows if not row.replaced} >= {
+    assert reasons(report) >= {
         "its modulation does not make 9 tables of the tokens' width",
         "its norm is a RMSNorm, not a LayerNorm without parameters",
         "its query and key norms differ",

@@ -3,18 +3,14 @@
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdit
 from fastdit.testing import close
+from fastdit.testing.accelerated import check_one_graph, layers, reasons
 from fastdit.testing.exact import exact
 from fastdit.testing.zoo import randn, z_image
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-
-
-def layers(report, replaced=True):
-    return {row.layer: row.count for row in report.rows if row.replaced is replaced}
 
 
 def rotations(*shape):
@@ -66,15 +62,13 @@ def test_compiled_block():
     """One graph for all lengths, with padding and with clean and noisy tokens."""
     block = z_image.z_image().layers[0]
     fastdit.accelerate(block)
-    counter, counts = CompileCounterWithBackend("eager"), set()
-    compiled = torch.compile(block, backend=counter, fullgraph=True, dynamic=True)
-    for tokens in (15, 12, 20):
+
+    def call(tokens):
         mask = torch.arange(tokens) < torch.tensor([[tokens], [7]])
         noisy = (torch.arange(tokens) > 5).long().expand(2, tokens)
-        args = randn(2, tokens, 72), mask, rotations(2, tokens, 12), None, noisy, randn(2, 72), randn(2, 72, seed=2)
-        close.assert_bitwise(compiled(*args), block(*args))
-        counts.add(counter.frame_count)
-    assert len(counts) == 1
+        return randn(2, tokens, 72), mask, rotations(2, tokens, 12), None, noisy, randn(2, 72), randn(2, 72, seed=2)
+
+    check_one_graph(block, map(call, (15, 12, 20)))
 
 
 def test_what_stays():
@@ -89,7 +83,7 @@ def test_what_stays():
         "feed-forward (SwiGLU of three linear layers)": 2,
         "Z-Image output layer (norm, modulation)": 1,
     }
-    assert {row.why for row in report.rows if not row.replaced} >= {
+    assert reasons(report) >= {
         "its norm is a LayerNorm, not an RMSNorm with a weight",
         "another attention backend was chosen for it",
         "has gate, which the ZImageTransformerBlock that is known does not have",

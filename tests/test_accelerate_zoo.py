@@ -11,14 +11,11 @@ import torch
 import fastdit
 from fastdit.integrations import KINDS
 from fastdit.testing import close, models, zoo
+from fastdit.testing.accelerated import layers
 from fastdit.testing.exact import exact, no_rounding
 
 each_model = pytest.mark.parametrize("entry", zoo.models(), ids=str)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-
-
-def replaced(report):
-    return {row.layer: row.count for row in report.rows if row.replaced}
 
 
 def truth_of(entry, model, run):
@@ -41,7 +38,7 @@ def test_output(entry, dtype):
     untouched = attributes(model)
     assert truth.dtype is torch.float64 and before.isfinite().all()
     report = fastdit.accelerate(model)
-    assert replaced(report) == entry.layers, report
+    assert layers(report) == entry.layers, report
     for layer, why in entry.kept.items():
         assert any(row.layer == layer and why in row.why for row in report.rows if not row.replaced), report
     after = entry.call(model, given)

@@ -10,6 +10,8 @@ from fastdit import ops
 from fastdit.testing import bench, close
 from fastdit.testing.workloads import Maker
 
+pytestmark = pytest.mark.alone
+
 WORKLOADS = [workload for workload, _ in bench.cases(suite="smoke")]
 each_workload = pytest.mark.parametrize("workload", WORKLOADS, ids=str)
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from fastdit.data import WORDS, Clip, Shapes, captions, expand, render
+from fastdit.data import WORDS, Clip, Shapes, expand, render
 from fastdit.data.captions import Recaptioned, mixed, parse, rich, short, tokenize
 from fastdit.data.clip import ATTRIBUTES, Attributes
 from fastdit.data.shapes import combinations

@@ -438,7 +438,7 @@ def same(x, t):
         (lambda d: d.add_noise(X, X, T + 1), r"t must lie in \[0, 1000\); got \[1, 1000\]"),
         (lambda d: d.add_noise(X, X, T - 1), r"t must lie in \[0, 1000\); got \[-1, 998\]"),
         (lambda d: d.add_noise(X, X[:, :1], T), "has the wrong size"),
-        (lambda d: d.sample(same, X, 1001), "steps must be from 1 to 1000"),
+        (lambda d: d.sample(same, X, 1001), "whole number from 1 to 1000"),
         (lambda d: d.sample(same, X, 10, spacing="even"), "got 'even', expected one of linspace"),
         (lambda d: d.ddim(same, X, 10, eta=1.5), r"eta must lie in \[0, 1\]; got 1.5"),
         (lambda d: d.sample(same, X, 10, known=X), "known must be the first frames"),

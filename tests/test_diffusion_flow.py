@@ -119,6 +119,8 @@ def test_weights_leave_out_what_was_dropped():
     weight = torch.tensor([[[[[1.0, 1.0], [2.0, 0.0]]]]])
     loss = flow.loss(lambda x, t: out, x0, noise=noise, t=torch.tensor([1.0]), weight=weight)
     assert loss.tolist() == [(1 + 4 + 2 * 9) / 4]
+    nothing = flow.loss(lambda x, t: out, x0, noise=noise, t=torch.tensor([1.0]), weight=torch.zeros(1, 1, 1, 1, 1))
+    assert nothing.tolist() == [0]
 
 
 def test_draws_are_those_of_the_generator():
@@ -265,7 +267,8 @@ SAME = staticmethod(lambda x, t: x).__func__
         (lambda f: RectifiedFlow(shift=0), "shift must be positive; got 0"),
         (lambda f: RectifiedFlow(times="cosine"), "got 'cosine', expected one of logit_normal, uniform"),
         (lambda f: RectifiedFlow(std=-1), "std must be positive"),
-        (lambda f: f.sample(SAME, VIDEO, 0), "steps must be at least 1; got 0"),
+        (lambda f: f.sample(SAME, VIDEO, 0), "steps must be a whole number, at least 1; got 0"),
+        (lambda f: f.sample(SAME, VIDEO, 2.5), "whole number, at least 1; got 2.5"),
         (lambda f: f.sample(SAME, VIDEO, [1.0, 0.5, 0.7]), "must fall from at most 1 to 0"),
         (lambda f: f.sample(SAME, VIDEO, [20.0, 10.0]), "must fall from at most 1 to 0"),
         (lambda f: f.sample(SAME, VIDEO, []), "must fall from at most 1 to 0"),

@@ -1,5 +1,7 @@
 """Classifier-free guidance: its formula, one call of the model for both halves, and DiT's own."""
 
+import re
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -24,7 +26,7 @@ def model(x, t, text):
     return [v * c + s / 1000 for v, c, s in zip(x, text, t, strict=True)]
 
 
-@pytest.mark.parametrize("scale", [0.0, 2.5, 7.0])
+@pytest.mark.parametrize("scale", [0.0, 2.3, 7.0])
 def test_formula_in_one_call(scale):
     calls = []
 
@@ -37,6 +39,9 @@ def test_formula_in_one_call(scale):
     truth = null.double() + scale * (conditional.double() - null.double())
     assert calls == [4]
     assert_close(found, truth, null + scale * (conditional - null))
+    wide = (X.double(), T.double())
+    conditional, null = model(*wide, TEXT.double()), model(*wide, NULL.double())
+    assert_bitwise(guided(model, TEXT.double(), NULL.double(), scale)(*wide), null + scale * (conditional - null))
 
 
 def test_lists_of_mixed_sizes():
@@ -79,6 +84,8 @@ def test_rescale_has_the_spread_of_the_conditional():
         half = guided(model, TEXT, NULL, 7.0, rescale=0.5)(x, T)[i]
         truth = (plain[i] + full[i]) / 2
         assert_close(half.float(), truth, truth.float())
+    zeros = guided(lambda x, t, text: torch.zeros_like(x), TEXT, NULL, 7.0, rescale=0.7)(x, T)
+    assert not zeros.any()
 
 
 def test_a_learned_variance_is_the_conditional_one_as_in_dit():
@@ -102,6 +109,17 @@ def test_samples_with_guidance():
     whole, parts = flow.sample(f, noise, 4), flow.sample(f, list(noise), 4)
     assert_bitwise(whole, torch.stack(parts))
     assert not torch.equal(whole, flow.sample(guided(model, TEXT, NULL, 1.0), noise, 4))
+
+
+def test_the_examples_of_the_page_run(capsys):
+    page = (Path(__file__).resolve().parent.parent / "docs" / "diffusion.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    names = dict(torch=torch, labels=torch.tensor([3]), latents=torch.randn(2, 8, 5, 8, 8))
+    names |= dict(text=torch.ones(1), null=torch.zeros(1), model=lambda x, t, text: x * text.view(-1, 1, 1, 1, 1))
+    names |= dict(dit=lambda x, t, y: torch.cat([x, x], dim=1) * 0.1)
+    exec("\n".join(blocks), names)
+    assert len(blocks) == 2 and names["latents"].shape == (1, 8, 5, 8, 8) and names["loss"].isfinite()
+    assert capsys.readouterr().out.split("\n")[-2] == "30 30"
 
 
 class Pair(NamedTuple):
@@ -136,6 +154,7 @@ def test_conditions_that_join():
         (lambda: guided(model, TEXT, NULL, 2.0, interval=(5, 1)), ValueError, "interval must be .lo, hi."),
         (lambda: guided(model, TEXT, NULL, 2.0, rescale=1.5), ValueError, r"rescale must lie in \[0, 1\]; got 1.5"),
         (lambda: guided(model, TEXT, None, 2.0), TypeError, "one type; got Tensor and NoneType"),
+        (lambda: guided(model, TEXT, NULL[:1], 2.0), ValueError, "as many samples; got 2 and 1"),
         (lambda: guided(model, 1, 2, 2.0), TypeError, "cannot join conditions; got int"),
         (lambda: guided(model, {"a": TEXT}, {"b": NULL}, 2.0), TypeError, "cannot join conditions; got dict"),
         (lambda: guided(lambda x, t, c: x[:3], TEXT, NULL, 2.0)(X, T), ValueError, "one output per sample"),

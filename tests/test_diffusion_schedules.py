@@ -101,8 +101,9 @@ def test_a_shorter_chain_passes_the_same_levels():
         (lambda: Schedule(torch.tensor([0.1, 1.5])), "betas must be T numbers between 0 and 1"),
         (lambda: Schedule(torch.tensor([])), "betas must be T numbers"),
         (lambda: Schedule(torch.ones(2, 2) / 2), r"got \[2, 2\]"),
-        (lambda: spaced(1000, 0), "steps must be from 1 to 1000, the steps of the schedule; got 0"),
+        (lambda: spaced(1000, 0), "steps must be a whole number from 1 to 1000, the schedule's; got 0"),
         (lambda: spaced(100, 101), "got 101"),
+        (lambda: spaced(100, 2.5), "whole number .* got 2.5"),
         (lambda: spaced(100, 10, "random"), "got 'random', expected one of linspace, leading, trailing"),
     ],
 )

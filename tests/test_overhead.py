@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from fastdit import ops
 
+pytestmark = pytest.mark.alone
+
 X, T = torch.randn(1, 2, 8), torch.randn(1, 8)
 Q, W, ANGLE = torch.randn(1, 2, 1, 8), torch.randn(8), torch.randn(2, 4)
 VIDEO, FILTER = torch.randn(1, 2, 1, 4, 4), torch.randn(8, 2, 1, 2, 2)

@@ -296,6 +296,7 @@ def _at_most(bar, cost):
     raise AssertionError(f"{min(found):.1f} us, bar {bar}")
 
 
+@pytest.mark.alone
 def test_cost_of_a_launch(gpu):
     """12 pointers, 20 numbers, 11 constants: the most that a kernel here takes. Without the driver's own time."""
     x = torch.empty(64)
@@ -322,6 +323,7 @@ OVER = {
 FIRST = {s.op: s for s in reversed(samples()) if "triton" in registry.implementations(s.op)}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("grad", [False, True], ids=["", "grad"])
 @pytest.mark.parametrize("op", FIRST)
 def test_cost_of_an_op(gpu, op, grad):

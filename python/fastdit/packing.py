@@ -129,7 +129,7 @@ def packed(tokens: Tensor, grids: Sequence[Grid]) -> Packed:
     p = Packed(
         tokens,
         cu_seqlens,
-        max([0, *lengths]),
+        max([0, *lengths]),  # Dynamo has no max(..., default=) of symbolic sizes
         torch.tensor(list(grids), dtype=torch.int32, device=device).view(-1, 3),
         segment_ids,
         tuple(grids),

@@ -61,7 +61,7 @@ def first(x: Samples) -> Tensor:
 
 def each(f: Callable[..., Tensor], *args: Samples) -> Samples:
     """f(*args) over batches; over a list sample by sample, as batches of one. Tensors among lists are cut with them."""
-    listed = [a for a in args if isinstance(a, list)]
+    listed = [a for a in args if not isinstance(a, Tensor)]
     if not listed:
         return f(*args)
     return [f(*(a[i : i + 1] if isinstance(a, Tensor) else a[i][None] for a in args))[0] for i in range(len(listed[0]))]
@@ -89,10 +89,10 @@ def combine(a: Coefficient, x: Samples, b: Coefficient, y: Samples) -> Samples:
     return each(batch, x, y, *(c for c in (a, b) if isinstance(c, Tensor)))
 
 
-def full_time(t: float, x: Samples) -> Tensor:
-    """One time for all samples, as a model is told it: (S,) in fp32, for fp64 samples in fp64."""
+def per_sample_value(value: float, x: Samples) -> Tensor:
+    """One value for all samples, such as a time: (S,) in fp32, for fp64 samples in fp64."""
     like = first(x)
-    return torch.full((len(x),), t, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    return torch.full((len(x),), value, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
 def gaussian_noise(
@@ -207,7 +207,8 @@ def weighted_mean(x: Samples, *weights: Samples) -> Tensor:
         weight = torch.ones_like(x)
         for w in ws:
             weight = weight * w
-        return (x * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
+        total = weight.flatten(1).sum(1).clamp(min=torch.finfo(x.dtype).tiny)  # nothing counts: 0
+        return (x * weight).flatten(1).sum(1) / total
 
     found = each(batch, x, *weights)
     return found if isinstance(found, Tensor) else torch.stack(found)

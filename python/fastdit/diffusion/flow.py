@@ -11,7 +11,7 @@ Shapes: samples are a batch (S, C, ...) or a list of S tensors (C, ...) of any s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -28,13 +28,13 @@ from ._samples import (
     combine,
     first,
     first_generator,
-    full_time,
     keep_known,
     known_counts,
     known_frames_of,
     mean_square,
     noise_like,
     per_sample,
+    per_sample_value,
     put_known,
     same_sizes,
     unknown,
@@ -83,7 +83,7 @@ class RectifiedFlow:
             s = torch.rand(count, generator=generator, device=where)
         else:
             s = torch.sigmoid(self.mean + self.std * torch.randn(count, generator=generator, device=where))
-        return (TIME * self.shifted(s)).to(device)
+        return (TIME * self.shifted(s)).clamp(max=TIME).to(device)
 
     def shifted(self, s: Tensor) -> Tensor:
         """The resolution shift of noise levels in [0, 1]; 0 and 1 stay."""
@@ -148,9 +148,9 @@ class RectifiedFlow:
 
     def levels(self, steps: int | Sequence[float]) -> list[float]:
         """Noise levels s from 1 to 0 for that many steps, shifted; or those given, as they are, ending in 0."""
-        if isinstance(steps, int):
-            if steps < 1:
-                raise ValueError(f"RectifiedFlow: steps must be at least 1; got {steps}.")
+        if not isinstance(steps, Iterable):
+            if not isinstance(steps, int) or steps < 1:
+                raise ValueError(f"RectifiedFlow: steps must be a whole number, at least 1; got {steps}.")
             return self.shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64)).tolist()
         levels = [float(s) for s in steps]
         levels += [0.0] if levels and levels[-1] != 0 else []
@@ -191,7 +191,7 @@ class RectifiedFlow:
         known = known_frames_of(name, known, x)
 
         def velocity(x: Samples, s: float) -> Samples:
-            v = model_fn(x, full_time(TIME * s, x))
+            v = model_fn(x, per_sample_value(TIME * s, x))
             same_sizes(name, "the model's output", v, x)
             return v
 

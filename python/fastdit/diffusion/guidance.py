@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._samples import TIME, ModelFn, Samples, each, sizes, spread, wide
+from ._samples import TIME, ModelFn, Samples, each, per_sample_value, sizes, spread, wide
 
 
 def guided(
@@ -62,7 +62,7 @@ def guided(
                 f"guided: the model must return one output per sample; got {sizes(out)} for {2 * len(x)} samples."
             )
         conditional, unconditional = out[: len(x)], out[len(x) :]
-        factor = torch.where(inside, scale, 1.0)
+        factor = torch.where(inside, per_sample_value(scale, x), 1.0)
         return each(lambda x, c, u, f: _guide(x, c, u, f, rescale), x, conditional, unconditional, factor)
 
     return guided_model_fn
@@ -74,7 +74,8 @@ def _guide(x: Tensor, conditional: Tensor, null: Tensor, scale: Tensor, rescale:
     c, u = wide(conditional[:, :channels]), wide(null[:, :channels])
     out = u + spread(scale, u) * (c - u)
     if rescale:
-        ratio = c.flatten(1).std(1) / out.flatten(1).std(1)
+        c_std, out_std = (v.flatten(1).std(1, correction=0) for v in (c, out))
+        ratio = c_std / out_std.clamp(min=torch.finfo(out.dtype).tiny)  # an output of zeros stays
         out = out * spread(1 - rescale + rescale * ratio, out)
     return torch.cat([out.to(conditional.dtype), conditional[:, channels:]], dim=1)
 
@@ -90,6 +91,11 @@ def joined(text: Any, null: Any) -> Any:
         raise TypeError(
             f"guided: text and null must be of one type; got {type(text).__name__} and {type(null).__name__}; "
             'encode both with the same encoder, null from as many "".'
+        )
+    if not isinstance(text, (tuple, dict)) and hasattr(text, "__len__") and len(text) != len(null):
+        raise ValueError(
+            f"guided: text and null must condition as many samples; got {len(text)} and {len(null)}; "
+            "repeat the null condition."
         )
     if isinstance(text, Tensor):
         return torch.cat([text, null])

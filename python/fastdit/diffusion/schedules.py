@@ -106,8 +106,10 @@ def spaced(num_timesteps: int, steps: int, spacing: str = "linspace") -> list[in
     """
     if spacing not in SPACINGS:
         raise ValueError(f"spaced: unknown spacing; got {spacing!r}, expected one of {', '.join(SPACINGS)}.")
-    if not 1 <= steps <= num_timesteps:
-        raise ValueError(f"spaced: steps must be from 1 to {num_timesteps}, the steps of the schedule; got {steps}.")
+    if not isinstance(steps, int) or not 1 <= steps <= num_timesteps:
+        raise ValueError(
+            f"spaced: steps must be a whole number from 1 to {num_timesteps}, the schedule's; got {steps}."
+        )
     if spacing == "leading":
         return [i * (num_timesteps // steps) for i in range(steps)]
     if spacing == "trailing":

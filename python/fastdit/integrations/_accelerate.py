@@ -59,8 +59,10 @@ def accelerate(
                 if kind.block:
                     inside[name] = unknown is None
                 patches = list(kind.patches(module)) if unknown is None else []
-                why = outside(kind, name, inside) or refusal(kind, module, name, patches, allowed, patterns) or unknown
                 absorbed = list(kind.absorbs(module)) if unknown is None else []
+                why = (
+                    outside(kind, name, inside) or refusal(kind, name, patches, absorbed, allowed, patterns) or unknown
+                )
                 if why is None:
                     read = readers(patches, absorbed)
                     for owner, attribute, replacement in patches:
@@ -163,7 +165,12 @@ def outside(kind: Kind, name: str, inside: dict[str, bool]) -> str | None:
 
 
 def refusal(
-    kind: Kind, module: nn.Module, name: str, patches: list, allowed: set[str] | None, patterns: list[str]
+    kind: Kind,
+    name: str,
+    patches: list,
+    absorbed: list[nn.Module],
+    allowed: set[str] | None,
+    patterns: list[str],
 ) -> str | None:
     """Why a block whose structure is known stays as it is, or None."""
     if is_excluded(name, patterns):
@@ -173,5 +180,5 @@ def refusal(
     for owner, attribute, _ in patches:
         if registry.foreign_forward(owner, attribute):
             return f"{type(owner).__name__}.{attribute} is wrapped already (a hook?): accelerate first, add hooks later"
-    hooked = registry.has_hooks(kind.absorbs(module)) if patches else None
+    hooked = registry.has_hooks(absorbed) if patches else None
     return None if hooked is None else f"{hooked} carries a hook, which would no longer run"

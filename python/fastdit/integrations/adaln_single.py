@@ -10,12 +10,13 @@ from torch import Tensor
 
 from fastdit import ops
 from fastdit.integrations.structure import law
+from fastdit.integrations.timestep_rows import PerToken, with_index
 
 
 def sublayers(
     block: Any,
     x: Tensor,
-    temb: Tensor,
+    temb: Tensor | PerToken,
     attention: Callable[[Tensor], Tensor],
     cross: Callable[[Tensor], Tensor] | None = None,
     feed_forward: Callable[[Tensor], Tensor] | None = None,
@@ -23,26 +24,43 @@ def sublayers(
 ) -> Tensor:
     """Self-attention, cross-attention (without norm and gate) and feed-forward of a block with `scale_shift_table`.
 
-    x (B, N, C); temb (B, 6C), (B, 1, 6C), or (B, N, 6C) with a timestep per token.
+    x (B, N, C); temb (B, 6C), (B, 1, 6C), or (B, N, 6C) with a timestep per token, of which few may differ.
     """
+    rows, index = with_index(temb)
+    if index is None:
+        rows = rows.reshape(x.shape[0], -1, rows.shape[-1])
     table = block.scale_shift_table
-    tables = table.to(temb.device) + temb.reshape(x.shape[0], -1, *table.shape)  # (B, 1 or N, 6, C)
-    shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = tables.unbind(2)
+    tables = table.to(rows.device) + rows.unflatten(-1, table.shape)  # (B, 1 or N, 6, C), or (R, 6, C)
+    shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = tables.unbind(-2)
     x = x.contiguous()  # the first block's comes transposed from an eager patch embedding
     x = x.to(torch.promote_types(x.dtype, tables.dtype))  # autocast: the table is fp32, and widens the stream
 
     h = ops.norm_modulate(
-        x, shift=shift_msa, scale=scale_msa, norm=norm, eps=block.norm1.eps, precision=law(block, x, tables)
+        x,
+        shift=shift_msa,
+        scale=scale_msa,
+        norm=norm,
+        eps=block.norm1.eps,
+        row_index=index,
+        precision=law(block, x, tables),
     )
     y, gate = attention(h), gate_msa
     precision = law(block, y, tables)
     if cross is not None:
-        x = ops.gate_residual(x, y, gate, precision=precision)
+        x = ops.gate_residual(x, y, gate, row_index=index, precision=precision)
         y, gate = cross(x), None
     x, h = ops.gate_residual_norm_modulate(
-        x, y, gate, shift=shift_mlp, scale=scale_mlp, norm=norm, eps=block.norm2.eps, precision=precision
+        x,
+        y,
+        gate,
+        shift=shift_mlp,
+        scale=scale_mlp,
+        norm=norm,
+        eps=block.norm2.eps,
+        row_index=index,
+        precision=precision,
     )
-    return ops.gate_residual(x, (feed_forward or block.ff)(h), gate_mlp, precision=precision)
+    return ops.gate_residual(x, (feed_forward or block.ff)(h), gate_mlp, row_index=index, precision=precision)
 
 
 def refuse_table(block: Any) -> str | None:

@@ -14,7 +14,7 @@ from fastdit.integrations.diffusers_dit import attend, matches_attention, refuse
 from fastdit.integrations.diffusers_processor import Processor, shared
 from fastdit.integrations.joint import refuse_plain_norms
 from fastdit.integrations.padding import is_lengths
-from fastdit.integrations.registry import RECORD, Kind, register
+from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.structure import has, itemsize, parameters, unknown
 
 # The block --------------------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ def block_forward(
     image_rotary_emb: tuple | None = None,
 ) -> Tensor:
     if hidden_states.ndim != 3 or temb is None:
-        return getattr(self, RECORD).original(
+        return original(
             self, hidden_states, encoder_hidden_states, temb, attention_mask, encoder_attention_mask, image_rotary_emb
         )
 

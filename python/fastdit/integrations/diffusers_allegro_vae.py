@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import ops
-from fastdit.integrations.diffusers_processor import Processor, shared
-from fastdit.integrations.registry import Kind, register
+from fastdit.integrations.diffusers_processor import Processor, queries_keys_values, refuse_processor, shared
+from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.structure import has, itemsize, refuse_activation, unknown
 from fastdit.integrations.vae_layers import (
     checkpointed,
@@ -34,7 +34,7 @@ from fastdit.nn import channels_last, upsampled
 
 def residual_block_forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args, **kwargs) -> Tensor:
     if input_tensor.ndim != 5:
-        return type(self).forward(self, input_tensor, temb, *args, **kwargs)
+        return original(self, input_tensor, temb, *args, **kwargs)
     shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
     y = self.conv1(of_frames(group_norm_silu, self.norm1, input_tensor))
     return self.conv2(of_frames(group_norm_silu, self.norm2, y), residual=shortcut)
@@ -44,7 +44,7 @@ def temporal_layer_forward(self, hidden_states: Tensor, batch_size: int) -> Tens
     """x + four times conv(silu(GroupNorm(x and its first and last frame again))); may halve or double the frames."""
     x = hidden_states
     if x.ndim != 5:
-        return type(self).forward(self, x, batch_size)
+        return original(self, x, batch_size)
     if self.down_sample:
         identity, y = x[:, :, ::2], step(self.conv1, x)
     elif self.up_sample:
@@ -67,13 +67,13 @@ def with_ends(x: Tensor) -> Tensor:
 
 def downsample_forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
     if hidden_states.ndim != 5:
-        return type(self).forward(self, hidden_states, *args, **kwargs)
+        return original(self, hidden_states, *args, **kwargs)
     return self.conv(hidden_states, padding=AFTER)
 
 
 def upsample_forward(self, hidden_states: Tensor, output_size: int | None = None, *args, **kwargs) -> Tensor:
     if hidden_states.ndim != 5:
-        return type(self).forward(self, hidden_states, output_size, *args, **kwargs)
+        return original(self, hidden_states, output_size, *args, **kwargs)
     return upsampled(self.conv, hidden_states)
 
 
@@ -99,8 +99,7 @@ class FastditFrameAttnProcessor(Processor):
         if x.ndim != 5:
             return self.original(attn, x, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         h = pixels(of_frames(group_norm, attn.group_norm, x)).flatten(2, 3).flatten(0, 1)  # (B*T, H*W, C)
-        query, key, value = (project(h).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v))
-        y = attn.to_out[1](attn.to_out[0](ops.attention(query, key, value).flatten(2)))
+        y = attn.to_out[1](attn.to_out[0](ops.attention(*queries_keys_values(attn, h)).flatten(2)))
         return x + video(y.unflatten(1, x.shape[3:]).unflatten(0, (x.shape[0], -1)))
 
 
@@ -111,7 +110,7 @@ def block_forward(self, hidden_states: Tensor) -> Tensor:
     attentions = getattr(self, "attentions", ())
     ours = all(isinstance(attn.processor, FastditFrameAttnProcessor) for attn in attentions)
     if not ours or (self.training and drops(self)):
-        return type(self).forward(self, hidden_states)
+        return original(self, hidden_states)
     x, batch = hidden_states, hidden_states.shape[0]
     for i, (resnet, temp_conv) in enumerate(zip(self.resnets, self.temp_convs, strict=True)):
         if i > 0 and attentions:
@@ -222,9 +221,8 @@ def refuse_sampler(sampler: Any) -> str | None:
 
 
 def refuse_attention(attn: Any) -> str | None:
-    name = type(attn.processor).__name__
-    if name != "AttnProcessor2_0":
-        return f"its processor is {name}, not AttnProcessor2_0"
+    if reason := refuse_processor(attn.processor, "AttnProcessor2_0"):
+        return reason
     if attn.spatial_norm is not None or attn.norm_q is not None or not attn.residual_connection:
         return "norms inside its attention, or no residual"
     if attn.rescale_output_factor != 1.0:

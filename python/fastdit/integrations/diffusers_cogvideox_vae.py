@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdit.integrations.registry import Kind, register
+from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.structure import has, itemsize, refuse_activation, unknown
 from fastdit.integrations.vae_layers import (
     checkpointed,
@@ -86,7 +86,7 @@ def residual_block_forward(
     self, inputs: Tensor, temb: Tensor | None = None, zq: Tensor | None = None, conv_cache: Cache = None
 ):
     if temb is not None or (zq is None) != isinstance(self.norm1, nn.GroupNorm):
-        return type(self).forward(self, inputs, temb, zq, conv_cache)
+        return original(self, inputs, temb, zq, conv_cache)
     old, new = conv_cache or {}, {}
     shortcut = inputs
     if self.in_channels != self.out_channels:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastdit import ops
 from fastdit.integrations.diffusers_processor import Processor, shared
 from fastdit.integrations.joint import Stream, joint_attention, refuse_plain_norms, refuse_qk_norms
-from fastdit.integrations.registry import RECORD, Kind, record_of, register
+from fastdit.integrations.registry import Kind, original, record_of, register
 from fastdit.integrations.structure import has, itemsize, law, parameters, unknown
 
 # Modulation -------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def model_forward(self, hidden_states: Tensor, timestep: Tensor, *args, **kwargs
     if timestep.shape == frames and self.config.patch_size[0] == 1:
         if all(record_of(module) is not None for module in (*self.transformer_blocks, self.norm_out)):
             timestep = timestep.flatten()  # the model repeats no rows of 1-D timesteps
-    return getattr(self, RECORD).original(self, hidden_states, timestep, *args, **kwargs)
+    return original(self, hidden_states, timestep, *args, **kwargs)
 
 
 norm_out_forward.__name__ = model_forward.__name__ = "forward"

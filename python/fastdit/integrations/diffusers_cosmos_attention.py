@@ -17,7 +17,7 @@ from fastdit.integrations.diffusers_cosmos_vae import (
     refuse_frame_norms,
 )
 from fastdit.integrations.diffusers_processor import Processor, shared
-from fastdit.integrations.registry import Kind, register
+from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.structure import has, itemsize, unknown
 from fastdit.integrations.vae_layers import frame_causal_attention, group_norm
 from fastdit.integrations.vae_moves import pixels, video
@@ -89,7 +89,7 @@ PROCESSORS = {kind.original_name: kind for kind in (FastditCosmosSpatialProcesso
 def block_forward(self, hidden_states: Tensor) -> Tensor:
     """Residual blocks, each followed by attention in each frame and then over frames; resampling at the end."""
     if not all(isinstance(attn.processor, FastditCosmosProcessor) for attn in attentions_of(self)):
-        return type(self).forward(self, hidden_states)
+        return original(self, hidden_states)
     x, middle = hidden_states, len(self.resnets) > len(self.attentions)
     for i, resnet in enumerate(self.resnets):
         x = resnet(x)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdit import ops
+from fastdit.integrations.registry import original
 from fastdit.integrations.structure import unknown
 from fastdit.integrations.vae_layers import nearest
 from fastdit.integrations.vae_moves import grid_of, space_to_depth, tokens, video
@@ -22,7 +23,7 @@ def patch_forward(self, hidden_states: Tensor) -> Tensor:
     """(B, C, 1 + T, H, W) -> (B, C*p^3, 1 + T/p, H/p, W/p), channels_last_3d; the first frame fills a patch."""
     p, size = self.patch_size, hidden_states.shape
     if any(n % p for n in (size[2] - 1, *size[3:])):
-        return type(self).forward(self, hidden_states)
+        return original(self, hidden_states)
     first = nearest(hidden_states[:, :, :1], (p, 1, 1), first_apart=False)
     x = video(space_to_depth(torch.cat([first, hidden_states[:, :, 1:]], dim=2), (p, p, p)))
     return x if self.patch_method == "rearrange" else transformed(x, patch_matrix(self, size[1]))

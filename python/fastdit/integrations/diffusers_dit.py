@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdit import ops
-from fastdit.integrations.diffusers_processor import Processor, queries_keys_values, shared
+from fastdit.integrations.diffusers_processor import Processor, queries_keys_values, refuse_processor, shared
 from fastdit.integrations.padding import is_lengths
-from fastdit.integrations.registry import Kind, register
+from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.structure import autocasted, has, itemsize, law
 
 # The adaLN-Zero block ---------------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ def block_forward(
     added_cond_kwargs: dict[str, Tensor] | None = None,
 ) -> Tensor:
     if hidden_states.ndim != 3 or self._chunk_size is not None or cross_attention_kwargs:
-        return type(self).forward(
+        return original(
             self,
             hidden_states,
             attention_mask,
@@ -154,9 +154,8 @@ def attend(
 
 
 def refuse_attention(attn: Any, expected: str = "AttnProcessor2_0") -> str | None:
-    name = type(attn.processor).__name__
-    if name != expected:
-        return f"its processor is {name}, not {expected}"
+    if reason := refuse_processor(attn.processor, expected):
+        return reason
     if attn.spatial_norm is not None or attn.group_norm is not None or attn.norm_q is not None:
         return "norms inside the attention"
     return None
@@ -190,7 +189,7 @@ register(
 def patch_conv_forward(self, input: Tensor) -> Tensor:
     """nn.Conv2d with kernel = stride, (B, C, H, W) -> (B, D, H/p, W/p), as one GEMM; channels last in memory."""
     if input.ndim != 4:
-        return type(self).forward(self, input)
+        return original(self, input)
     (p_h, p_w), (height, width) = self.kernel_size, input.shape[2:]
     grid = (height // p_h, width // p_w)
     frames = autocasted(input[:, :, : grid[0] * p_h, : grid[1] * p_w].unsqueeze(2))

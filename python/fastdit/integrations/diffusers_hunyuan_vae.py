@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdit.integrations.diffusers_processor import Processor, shared
+from fastdit.integrations.diffusers_processor import Processor, queries_keys_values, refuse_processor, shared
 from fastdit.integrations.registry import Kind, register
 from fastdit.integrations.structure import has, itemsize, refuse_activation, refuse_norms, unknown
 from fastdit.integrations.vae_layers import (
@@ -75,8 +75,8 @@ class FastditFrameCausalAttnProcessor(Processor):
         if frame_tokens is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         x = group_norm(attn.group_norm, hidden_states.transpose(1, 2)).transpose(1, 2)
-        q, k, v = (linear(x).unflatten(-1, (attn.heads, -1)) for linear in (attn.to_q, attn.to_k, attn.to_v))
-        x = attn.to_out[1](attn.to_out[0](frame_causal_attention(q, k, v, frame_tokens).flatten(2)))
+        o = frame_causal_attention(*queries_keys_values(attn, x), frame_tokens).flatten(2)
+        x = attn.to_out[1](attn.to_out[0](o))
         return (x + hidden_states) / attn.rescale_output_factor
 
 
@@ -157,9 +157,8 @@ register_residual_block("GroupNorm", lambda norm: isinstance(norm, nn.GroupNorm)
 
 def refuse_mid_block(block: Any) -> str | None:
     for attn in (attn for attn in block.attentions if attn is not None):
-        name = type(attn.processor).__name__
-        if name != "AttnProcessor2_0":
-            return f"its processor is {name}, not AttnProcessor2_0"
+        if reason := refuse_processor(attn.processor, "AttnProcessor2_0"):
+            return reason
         if attn.spatial_norm is not None or attn.norm_q is not None or not attn.residual_connection:
             return "its attention has other norms, or no residual"
         why = refuse_group_norms(attn.group_norm)

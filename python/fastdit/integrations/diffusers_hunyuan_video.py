@@ -67,8 +67,7 @@ def image_dual_forward(
     *args,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
-    image = adaln_zero(self.norm1, temb)
-    return dual(self, hidden_states, encoder_hidden_states, temb, image, None, attention_mask, image_rotary_emb)
+    return dual_forward(self, hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb)
 
 
 def token_replace_dual_forward(

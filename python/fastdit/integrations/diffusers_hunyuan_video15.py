@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdit import ops
 from fastdit.integrations.masks import valid_first
-from fastdit.integrations.registry import Kind, register
+from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.structure import has, parameters, unknown
 
 
@@ -33,7 +33,7 @@ def model_forward(
     glyphs, glyph_mask = encoder_hidden_states_2, encoder_attention_mask_2
     lora_scale = attention_kwargs  # the class sets it around its forward
     if lora_scale or glyphs is None or glyph_mask is None or image_embeds is None:
-        return type(self).forward(
+        return original(
             self,
             hidden_states,
             timestep,

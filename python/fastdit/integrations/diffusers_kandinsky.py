@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import ops
-from fastdit.integrations.diffusers_processor import Processor, refuse_choice, shared
+from fastdit.integrations.diffusers_processor import Processor, refuse_processor, refuse_weighted_rms, shared
 from fastdit.integrations.joint import refuse_plain_norms
 from fastdit.integrations.masks import valid_first
 from fastdit.integrations.registry import RECORD, Kind, register
@@ -125,6 +125,44 @@ register(
 )
 
 
+# The output layers of 5 and 6 -------------------------------------------------------------------------------------
+
+
+def output_forward(self, visual_embed: Tensor, time_embed: Tensor) -> Tensor:
+    """(B, T, H, W, C) -> (B, T * p_t, H * p_h, W * p_w, visual_dim)."""
+    x = opened(self, self.norm, visual_embed.flatten(1, 3), self.modulation(time_embed).chunk(2, dim=-1))
+    x = self.out_layer(x).unflatten(1, visual_embed.shape[1:4])
+    x = x.unflatten(-1, (-1, *self.patch_size)).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return x.flatten(1, 2).flatten(2, 3).flatten(3, 4)
+
+
+def output5_forward(self, visual_embed: Tensor, text_embed: Tensor, time_embed: Tensor) -> Tensor:
+    return output_forward(self, visual_embed, time_embed)
+
+
+output5_forward.__name__ = output_forward.__name__ = "forward"
+
+OUTPUT = ("modulation", "norm", "out_layer", "patch_size")
+OUTPUTS = {
+    ("visual_embed", "text_embed", "time_embed"): output5_forward,
+    ("visual_embed", "time_embed"): output_forward,
+}
+
+register(
+    Kind(
+        name="output layer (Kandinsky)",
+        ops=("norm_modulate",),
+        match=lambda m: has(m, *OUTPUT) and tuple(parameters(m)) in OUTPUTS,
+        refuse=lambda m: refuse_plain_norms(m.norm) or unknown(m, *OUTPUT),
+        patches=lambda m: [(m, "forward", OUTPUTS[tuple(parameters(m))])],
+        absorbs=lambda m: [m.norm],
+        # passes over (tokens, C) in 2 bytes: cast 3, norm 4, scale 4, shift 4, cast 3 against 2
+        saving=lambda m: 16 * m.norm.normalized_shape[0] * itemsize(m),
+        precision="fp32",
+    )
+)
+
+
 # Attention --------------------------------------------------------------------------------------------------------
 
 
@@ -221,15 +259,7 @@ ATTENTION = ("to_query", "to_key", "to_value", "out_layer", "query_norm", "key_n
 
 
 def refuse_attention(attn: Any) -> str | None:
-    processor = attn.processor
-    if type(processor).__name__ not in PROCESSORS:
-        return f"its processor is {type(processor).__name__}, not {' or '.join(PROCESSORS)}"
-    if chosen := refuse_choice(processor):
-        return chosen
-    norms = (attn.query_norm, attn.key_norm)
-    if any(type(norm) is not nn.RMSNorm or norm.weight is None for norm in norms) or norms[0].eps != norms[1].eps:
-        return "its norms are not nn.RMSNorm with weights and one eps"
-    return None
+    return refuse_processor(attn.processor, *PROCESSORS) or refuse_weighted_rms(attn.query_norm, attn.key_norm)
 
 
 register(

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdit import ops
 from fastdit.integrations.adaln_single import refuse_table, sublayers
-from fastdit.integrations.diffusers_processor import Processor, queries_keys_values, refuse_choice, shared
+from fastdit.integrations.diffusers_processor import (
+    Processor,
+    queries_keys_values,
+    refuse_processor,
+    refuse_weighted_rms,
+    shared,
+)
 from fastdit.integrations.diffusers_wan import normed
 from fastdit.integrations.joint import is_diffusers_rms
 from fastdit.integrations.padding import is_lengths
 from fastdit.integrations.registry import Kind, register
 from fastdit.integrations.structure import has, itemsize, parameters, unknown
+from fastdit.integrations.timestep_rows import PerToken, register_model
 
 # The block --------------------------------------------------------------------------------------------------------
 
@@ -22,7 +29,7 @@ def block_forward(
     self,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
-    temb: Tensor,
+    temb: Tensor | PerToken,
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     encoder_attention_mask: Tensor | None = None,
 ) -> Tensor:
@@ -50,14 +57,16 @@ def refuse_rms_norms(*norms: Any) -> str | None:
     return None
 
 
+def refuse_block(block: Any) -> str | None:
+    return refuse_rms_norms(block.norm1, block.norm2) or refuse_table(block) or unknown(block, *BLOCK)
+
+
 register(
     Kind(
         name="LTX block",
         ops=("norm_modulate", "gate_residual", "gate_residual_norm_modulate"),
         match=lambda m: has(m, *BLOCK) and parameters(m) == CALL,
-        refuse=lambda block: (
-            refuse_rms_norms(block.norm1, block.norm2) or refuse_table(block) or unknown(block, *BLOCK)
-        ),
+        refuse=refuse_block,
         patches=lambda block: [(block, "forward", block_forward)],
         absorbs=lambda block: [block.norm1, block.norm2],
         # passes over (tokens, C) in 2 bytes: 2 norms (to fp32 3, square 4, mean 2, product 3, rounding 3); scales,
@@ -66,6 +75,7 @@ register(
         block=True,
     )
 )
+register_model("a timestep per token (LTX)", CALL, refuse_block)
 
 
 # Attention --------------------------------------------------------------------------------------------------------
@@ -105,17 +115,10 @@ def pair_tables(rotary: tuple[Tensor, Tensor] | None, heads: int) -> tuple[Tenso
 
 
 def refuse_attention(attn: Any, *names: str) -> str | None:
-    processor = attn.processor
-    if type(processor).__name__ not in names:
-        return f"its processor is {type(processor).__name__}, not {' or '.join(names)}"
-    if chosen := refuse_choice(processor):
-        return chosen
-    norms = (attn.norm_q, attn.norm_k)
-    if any(type(norm) is not nn.RMSNorm or norm.weight is None for norm in norms) or norms[0].eps != norms[1].eps:
-        return "its norms are not nn.RMSNorm with weights and one eps"
-    if attn.inner_dim != attn.inner_kv_dim:
+    reason = refuse_processor(attn.processor, *names) or refuse_weighted_rms(attn.norm_q, attn.norm_k)
+    if reason is None and attn.inner_dim != attn.inner_kv_dim:
         return "its keys have fewer heads, which the original does not cover either"
-    return None
+    return reason
 
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out", "norm_q", "norm_k", "heads", "processor", "inner_kv_dim")

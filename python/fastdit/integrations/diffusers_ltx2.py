@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,33 +14,69 @@ from fastdit.integrations.diffusers_wan import normed
 from fastdit.integrations.padding import is_lengths
 from fastdit.integrations.registry import Kind, register
 from fastdit.integrations.structure import has, itemsize, law, parameters, unknown
+from fastdit.integrations.timestep_rows import PerToken, register_model, with_index
 
 # The block --------------------------------------------------------------------------------------------------------
 
 
-def rows(table: Tensor, temb: Tensor) -> tuple[Tensor, ...]:
-    """table (n, C) + temb (B, M, n * C) -> n tables (B, M, C); M is 1 or the number of tokens."""
-    return (table.to(temb.device) + temb.unflatten(-1, (table.shape[0], -1))).unbind(2)
+class Table(NamedTuple):
+    """A shift, scale or gate: (B, M, C), where M is 1 or the number of tokens, or rows (R, C) by index (B, N)."""
+
+    values: Tensor
+    index: Tensor | None = None
 
 
-def opened(block: Any, norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def rows(table: Tensor, temb: Tensor | PerToken) -> list[Table]:
+    """table (n, C) + temb (B, M, n * C), or its few rows: n tables."""
+    few, index = with_index(temb)
+    tables = table.to(few.device) + few.unflatten(-1, (table.shape[0], -1))
+    return [Table(values, index) for values in tables.unbind(-2)]
+
+
+def opened(block: Any, norm: Any, x: Tensor, shift: Table, scale: Table) -> Tensor:
     """What enters a sublayer."""
-    return ops.norm_modulate(x, shift=shift, scale=scale, norm="rms", eps=norm.eps, precision=law(block, x, shift))
-
-
-def seam(
-    block: Any, norm: Any, x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """x + gate * y, and what enters the next sublayer."""
-    return ops.gate_residual_norm_modulate(
-        x, y, gate, shift=shift, scale=scale, norm="rms", eps=norm.eps, precision=law(block, y, x)
+    return ops.norm_modulate(
+        x,
+        shift=shift.values,
+        scale=scale.values,
+        norm="rms",
+        eps=norm.eps,
+        row_index=shift.index,
+        precision=law(block, x, shift.values),
     )
 
 
+def seam(
+    block: Any, norm: Any, x: Tensor, y: Tensor, gate: Table | None, shift: Table | None, scale: Table | None
+) -> tuple[Tensor, Tensor]:
+    """x + gate * y, and what enters the next sublayer."""
+    if gate is not None and gate.index is None and shift is not None and shift.index is not None:
+        gate = indexed(gate.values, x)
+    return ops.gate_residual_norm_modulate(
+        x,
+        y,
+        None if gate is None else gate.values,
+        shift=None if shift is None else shift.values,
+        scale=None if scale is None else scale.values,
+        norm="rms",
+        eps=norm.eps,
+        gate_row_index=None if gate is None else gate.index,
+        row_index=None if shift is None else shift.index,
+        precision=law(block, y, x),
+    )
+
+
+def indexed(values: Tensor, x: Tensor) -> Table:
+    """(B, M, C) for x (B, N, C) in rows by index, as the tables beside it."""
+    batch, count, channels = values.shape
+    index = torch.arange(batch * count, device=x.device).view(batch, count)
+    return Table(values.reshape(-1, channels), index.repeat_interleave(x.shape[1] // count, dim=1))
+
+
 def text_attention(
-    block: Any, name: str, x: Tensor, y: Tensor, tables: tuple[Tensor, ...], text: Tensor, mask: Tensor | None,
+    block: Any, name: str, x: Tensor, y: Tensor, tables: list[Table], text: Tensor, mask: Tensor | None,
     temb: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Table | None]:  # fmt: skip
     """Closes self-attention y, then reads the text: x, the attention's output and its gate."""
     shift, scale, gate = tables[6:9] if getattr(block, f"{name or 'video_'}cross_attn_adaln") else (None, None, None)
     x, h = seam(block, getattr(block, f"{name}norm2"), x, y, tables[2], shift, scale)
@@ -49,7 +85,7 @@ def text_attention(
         if temb is None:  # the same for all samples and timesteps
             shift_text, scale_text = table[None, None].to(device=x.device, dtype=x.dtype).unbind(2)
         else:
-            shift_text, scale_text = rows(table, temb)
+            shift_text, scale_text = (t.values for t in rows(table, temb))
         text = text * (1 + scale_text) + shift_text  # a few hundred tokens, without a norm
     return x, getattr(block, f"{name}attn2")(h, text, mask, None), gate
 
@@ -60,12 +96,12 @@ def block_forward(
     audio_hidden_states: Tensor,
     encoder_hidden_states: Tensor,
     audio_encoder_hidden_states: Tensor,
-    temb: Tensor,
-    temb_audio: Tensor,
-    temb_ca_scale_shift: Tensor,
-    temb_ca_audio_scale_shift: Tensor,
-    temb_ca_gate: Tensor,
-    temb_ca_audio_gate: Tensor,
+    temb: Tensor | PerToken,
+    temb_audio: Tensor | PerToken,
+    temb_ca_scale_shift: Tensor | PerToken,
+    temb_ca_audio_scale_shift: Tensor | PerToken,
+    temb_ca_gate: Tensor | PerToken,
+    temb_ca_audio_gate: Tensor | PerToken,
     temb_prompt: Tensor | None = None,
     temb_prompt_audio: Tensor | None = None,
     video_rotary_emb: tuple[Tensor, Tensor] | None = None,
@@ -85,8 +121,8 @@ def block_forward(
 ) -> tuple[Tensor, Tensor]:
     video, audio = rows(self.scale_shift_table, temb), rows(self.audio_scale_shift_table, temb_audio)
     # autocast: the tables are fp32, and widen the streams
-    x = hidden_states.to(torch.promote_types(hidden_states.dtype, video[0].dtype))
-    a = audio_hidden_states.to(torch.promote_types(audio_hidden_states.dtype, audio[0].dtype))
+    x = hidden_states.to(torch.promote_types(hidden_states.dtype, video[0].values.dtype))
+    a = audio_hidden_states.to(torch.promote_types(audio_hidden_states.dtype, audio[0].values.dtype))
     perturbed = dict(perturbation_mask=perturbation_mask, all_perturbed=all_perturbed) if self.perturbed_attn else {}
 
     h = opened(self, self.norm1, x, *video[:2])
@@ -125,9 +161,7 @@ def block_forward(
     )
 
 
-def feed_forward(
-    block: Any, name: str, x: Tensor, y: Tensor | None, gate: Tensor | None, tables: tuple[Tensor, ...]
-) -> Tensor:
+def feed_forward(block: Any, name: str, x: Tensor, y: Tensor | None, gate: Table | None, tables: list[Table]) -> Tensor:
     """Closes the sublayer y, if there is one left open, and runs the last."""
     norm, (shift, scale, last) = getattr(block, f"{name}norm3"), tables[3:6]
     if y is None:
@@ -135,7 +169,7 @@ def feed_forward(
     else:
         x, h = seam(block, norm, x, y, gate, shift, scale)
     y = getattr(block, f"{name}ff")(h)
-    return ops.gate_residual(x, y, last, precision=law(block, y, x))
+    return ops.gate_residual(x, y, last.values, row_index=last.index, precision=law(block, y, x))
 
 
 block_forward.__name__ = "forward"
@@ -154,14 +188,17 @@ SETTINGS = ("perturbed_attn", "cross_attn_adaln", "video_cross_attn_adaln", "aud
 PROMPT = ("prompt_scale_shift_table", "audio_prompt_scale_shift_table")
 CALL = list(block_forward.__code__.co_varnames[1 : block_forward.__code__.co_argcount])
 
+
+def refuse_block(block: Any) -> str | None:
+    return refuse_rms_norms(*(getattr(block, name) for name in NORMS)) or unknown(block, *BLOCK, *SETTINGS, *PROMPT)
+
+
 register(
     Kind(
         name="LTX-2 block",
         ops=("norm_modulate", "gate_residual", "gate_residual_norm_modulate"),
         match=lambda m: has(m, *BLOCK, *SETTINGS) and parameters(m) == CALL,
-        refuse=lambda block: (
-            refuse_rms_norms(*(getattr(block, name) for name in NORMS)) or unknown(block, *BLOCK, *SETTINGS, *PROMPT)
-        ),
+        refuse=refuse_block,
         patches=lambda block: [(block, "forward", block_forward)],
         absorbs=lambda block: [getattr(block, name) for name in NORMS],
         # passes over the video's (tokens, C) in 2 bytes: 4 norms 15 each (diffusers_ltx), 4 modulations 4 each, 3 gates
@@ -170,6 +207,7 @@ register(
         block=True,
     )
 )
+register_model("a timestep per token (LTX-2)", CALL, refuse_block)
 
 
 # Attention --------------------------------------------------------------------------------------------------------

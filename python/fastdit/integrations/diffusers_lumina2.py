@@ -18,7 +18,7 @@ from fastdit.integrations.joint import (
     refuse_plain_norms,
     refuse_qk_norms,
 )
-from fastdit.integrations.registry import Kind, register
+from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.sandwich import refuse_norms, sandwich_block, saving
 from fastdit.integrations.structure import has, itemsize, law, parameters, reads, unknown
 
@@ -33,7 +33,7 @@ def block_forward(
     temb: Tensor | None = None,
 ) -> Tensor:
     if hidden_states.dtype != self.norm2.weight.dtype:
-        return type(self).forward(self, hidden_states, attention_mask, image_rotary_emb, temb)
+        return original(self, hidden_states, attention_mask, image_rotary_emb, temb)
     tables = self.norm1.linear(self.norm1.silu(temb)) if self.modulation else None
 
     def attend(h: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastdit import ops
 from fastdit.integrations.diffusers_cogvideox_vae import Cache, cached_conv_patches, is_cached_conv, numbered
-from fastdit.integrations.diffusers_processor import Processor, shared
-from fastdit.integrations.registry import Kind, register
+from fastdit.integrations.diffusers_processor import Processor, refuse_processor, shared
+from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.structure import has, itemsize, refuse_activation, unknown
 from fastdit.integrations.vae_layers import (
     checkpointed,
@@ -76,7 +76,7 @@ class FastditMochiVaeProcessor(Processor):
 def blocks_forward(self, hidden_states: Tensor, conv_cache: Cache = None, chunk_size: int = 2**15):
     """Residual blocks, each followed by attention; a downsampling block begins with its convolution."""
     if not all(isinstance(attn.processor, FastditMochiVaeProcessor) for attn in self.attentions if attn is not None):
-        return type(self).forward(self, hidden_states, conv_cache)
+        return original(self, hidden_states, conv_cache)
     x, old, new = hidden_states, conv_cache or {}, {}
     if hasattr(self, "conv_in"):
         x, new["conv_in"] = self.conv_in(x)
@@ -182,9 +182,8 @@ def refuse_attentions(block: Any) -> str | None:
     for norm, attn in zip(block.norms, block.attentions, strict=True):
         if attn is None:
             continue
-        name = type(attn.processor).__name__
-        if name != "MochiVaeAttnProcessor2_0":
-            return f"its processor is {name}, not MochiVaeAttnProcessor2_0"
+        if reason := refuse_processor(attn.processor, "MochiVaeAttnProcessor2_0"):
+            return reason
         if not attn.is_causal or attn.residual_connection or attn.rescale_output_factor != 1.0:
             return "its attention is not causal, or scales its output"
         why = refuse_frame_norms(norm)

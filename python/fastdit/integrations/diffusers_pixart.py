@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdit.integrations.adaln_single import refuse_table, sublayers
 from fastdit.integrations.joint import refuse_plain_norms
-from fastdit.integrations.registry import RECORD, Kind, register
+from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.structure import has, itemsize, unknown
 
 
@@ -27,7 +27,7 @@ def block_forward(
     added_cond_kwargs: dict[str, Tensor] | None = None,
 ) -> Tensor:
     if hidden_states.ndim != 3 or self._chunk_size is not None or cross_attention_kwargs or timestep is None:
-        return getattr(self, RECORD).original(
+        return original(
             self,
             hidden_states,
             attention_mask,

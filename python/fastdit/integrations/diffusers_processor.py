@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdit.integrations.absorbed import between_hooks
 from fastdit.integrations.registry import RECORD
@@ -70,6 +70,24 @@ def refuse_choice(processor: Any) -> str | None:
     return None
 
 
+def refuse_processor(processor: Any, *known: str) -> str | None:
+    """Is it of none of the known classes, or has somebody chosen another attention for it?"""
+    name = type(processor).__name__
+    if name not in known:
+        return f"its processor is {name}, not {' or '.join(known)}"
+    return refuse_choice(processor)
+
+
+def refuse_weighted_rms(norm_q: Any, norm_k: Any) -> str | None:
+    """Of the norms of queries and keys that `qk_norm_rope` computes with one eps."""
+    if (
+        any(type(norm) is not nn.RMSNorm or norm.weight is None for norm in (norm_q, norm_k))
+        or norm_q.eps != norm_k.eps
+    ):
+        return "its norms are not nn.RMSNorm with weights and one eps"
+    return None
+
+
 @functools.cache
 def shared(kind: type) -> Any:
     """The pattern of a processor; `accelerate` places one copy of it per model."""
@@ -88,6 +106,10 @@ def per_model(replacement: Any, placed: dict[Any, Any]) -> Any:
 def queries_keys_values(attn: Any, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(B, N, H, D) of x, and twice (B, M, H, D) of context, or of x without one; the layers are called."""
     context = x if context is None else context
-    heads = (attn.heads, -1)
-    q, k, v = (t.unflatten(-1, heads) for t in (attn.to_q(x), attn.to_k(context), attn.to_v(context)))
+    q, k, v = by_head(attn, attn.to_q(x), attn.to_k(context), attn.to_v(context))
     return q, k, v
+
+
+def by_head(attn: Any, *projected: Tensor) -> tuple[Tensor, ...]:
+    """Each (B, N, C) -> (B, N, H, D)."""
+    return tuple(t.unflatten(-1, (attn.heads, -1)) for t in projected)

@@ -22,7 +22,7 @@ from fastdit.integrations.joint import (
     refuse_qk_norms,
     text_projections,
 )
-from fastdit.integrations.registry import Kind, register
+from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.structure import has, itemsize, law, parameters, unknown
 
 # The blocks --------------------------------------------------------------------------------------------------------
@@ -36,7 +36,7 @@ def block_forward(
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     if self._chunk_size is not None:
-        return type(self).forward(self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
+        return original(self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
     options, x = joint_attention_kwargs or {}, hidden_states
     tables = self.norm1.linear(self.norm1.silu(temb)).chunk(9 if self.use_dual_attention else 6, dim=1)
     image, norm = Tables(*tables[:6]), self.norm1.norm

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdit.integrations import wan_block
 from fastdit.integrations.diffusers_lora import lora_scaled
 from fastdit.integrations.diffusers_processor import Processor
-from fastdit.integrations.diffusers_wan import PROCESSORS, attend, register_block
+from fastdit.integrations.diffusers_wan import PROCESSORS, attend, register_block, run_block
 from fastdit.integrations.diffusers_wan_model import caller, embedded, output, register_model
 from fastdit.integrations.wan_block import Rows, per_block
 
@@ -76,16 +75,7 @@ def block_forward(
 ) -> Tensor:
     if isinstance(temb, Tensor) and temb.ndim == 4:
         temb = temb.transpose(1, 2)  # the original's (B, 6, N, C)
-    tables, index = wan_block.six(self.scale_shift_table, temb)
-    return wan_block.run(
-        self,
-        hidden_states,
-        tables,
-        index,
-        (self.norm1, self.norm2, self.norm3),
-        lambda h: self.attn1(h, None, attention_mask, rotary_emb),
-        lambda h: self.attn2(h, encoder_hidden_states, None, None),
-    )
+    return run_block(self, hidden_states, encoder_hidden_states, temb, rotary_emb, attention_mask)
 
 
 block_forward.__name__ = "forward"

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fastdit import ops
 from fastdit.integrations import wan_block
-from fastdit.integrations.diffusers_processor import Processor, refuse_choice, shared
-from fastdit.integrations.registry import Kind, register
+from fastdit.integrations.diffusers_processor import Processor, by_head, queries_keys_values, refuse_processor, shared
+from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.structure import autocasted, has, itemsize, parameters, unknown
 from fastdit.integrations.wan_block import Rows
 
@@ -23,15 +23,27 @@ TEXT_TOKENS = 512  # the tokens before them in the context are the image's (I2V)
 def block_forward(
     self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor | Rows, rotary_emb: tuple[Tensor, Tensor]
 ) -> Tensor:
-    tables, index = wan_block.six(self.scale_shift_table, temb)
+    return run_block(self, hidden_states, encoder_hidden_states, temb, rotary_emb)
+
+
+def run_block(
+    block: Any,
+    x: Tensor,
+    context: Tensor,
+    temb: Tensor | Rows,
+    rotary_emb: tuple[Tensor, Tensor],
+    attention_mask: Any = None,
+) -> Tensor:
+    """What Wan's block and those with its parts (VACE, SkyReels-V2) compute; attention_mask: of self-attention."""
+    tables, index = wan_block.six(block.scale_shift_table, temb)
     return wan_block.run(
-        self,
-        hidden_states,
+        block,
+        x,
         tables,
         index,
-        (self.norm1, self.norm2, self.norm3),
-        lambda h: self.attn1(h, None, None, rotary_emb),
-        lambda h: self.attn2(h, encoder_hidden_states, None, None),
+        (block.norm1, block.norm2, block.norm3),
+        lambda h: block.attn1(h, None, attention_mask, rotary_emb),
+        lambda h: block.attn2(h, context, None, None),
     )
 
 
@@ -106,30 +118,30 @@ def attend(
     if attn.add_k_proj is not None and context is not None:
         split = context.shape[1] - TEXT_TOKENS
         image, context = context[:, :split], context[:, split:]
-    q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in projections(attn, x, context))
+    q, k, v = projections(attn, x, context)
     rope = {} if rotary_emb is None else dict(cos=rotary_emb[0][..., 0::2], sin=rotary_emb[1][..., 1::2])
     q, k = normed(q, k, attn.norm_q, attn.norm_k, **rope)
     o = ops.attention(q, k, v, **options).flatten(2)
     if image is not None:
-        k, v = (t.unflatten(-1, (attn.heads, -1)) for t in image_projections(attn, image))
+        k, v = image_projections(attn, image)
         _, k = normed(k[:, :0], k, None, attn.norm_added_k)
         o = o + ops.attention(q, k, v).flatten(2)
     return attn.to_out[1](attn.to_out[0](o))
 
 
 def projections(attn: Any, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
-    if getattr(attn, "fused_projections", False):
-        if not attn.is_cross_attention:
-            return attn.to_qkv(x).chunk(3, dim=-1)
-        return attn.to_q(x), *attn.to_kv(x if context is None else context).chunk(2, dim=-1)
-    context = x if context is None else context
-    return attn.to_q(x), attn.to_k(context), attn.to_v(context)
+    """`queries_keys_values`, also of the layers that `fuse_projections` leaves."""
+    if not getattr(attn, "fused_projections", False):
+        return queries_keys_values(attn, x, context)
+    if attn.is_cross_attention:
+        return by_head(attn, attn.to_q(x), *attn.to_kv(x if context is None else context).chunk(2, dim=-1))
+    return by_head(attn, *attn.to_qkv(x).chunk(3, dim=-1))
 
 
 def image_projections(attn: Any, image: Tensor) -> tuple[Tensor, ...]:
-    if getattr(attn, "fused_projections", False):
-        return attn.to_added_kv(image).chunk(2, dim=-1)
-    return attn.add_k_proj(image), attn.add_v_proj(image)
+    fused = getattr(attn, "fused_projections", False)
+    k, v = attn.to_added_kv(image).chunk(2, dim=-1) if fused else (attn.add_k_proj(image), attn.add_v_proj(image))
+    return by_head(attn, k, v)
 
 
 def normed(q: Tensor, k: Tensor, norm_q: Any, norm_k: Any, **rope) -> tuple[Tensor, Tensor]:
@@ -151,11 +163,8 @@ def normed(q: Tensor, k: Tensor, norm_q: Any, norm_k: Any, **rope) -> tuple[Tens
 
 
 def refuse_attention(attn: Any) -> str | None:
-    processor = attn.processor
-    if type(processor).__name__ not in PROCESSORS:
-        return f"its processor is {type(processor).__name__}, not WanAttnProcessor"
-    if chosen := refuse_choice(processor):
-        return chosen
+    if reason := refuse_processor(attn.processor, *PROCESSORS):
+        return reason
     norms = [attn.norm_q, attn.norm_k, *([attn.norm_added_k] if attn.add_k_proj is not None else [])]
     if any(type(norm) is not nn.RMSNorm for norm in norms) or attn.norm_q.eps != attn.norm_k.eps:
         return "its norms are not nn.RMSNorm with one eps"
@@ -183,7 +192,7 @@ register(
 def patch_conv_forward(self, input: Tensor) -> Tensor:
     """nn.Conv3d with kernel = stride, (B, C, T, H, W) -> (B, D, t, h, w), as one GEMM; channels last in memory."""
     if input.ndim != 5:
-        return type(self).forward(self, input)
+        return original(self, input)
     grid = tuple(size // p for size, p in zip(input.shape[2:], self.kernel_size, strict=True))
     t, h, w = (n * p for n, p in zip(grid, self.kernel_size, strict=True))
     tokens = ops.patch_embed3d(autocasted(input[:, :, :t, :h, :w]), self.weight, self.bias)

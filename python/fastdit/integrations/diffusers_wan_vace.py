@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastdit.integrations import wan_block
-from fastdit.integrations.diffusers_wan import register_block
+from fastdit.integrations.diffusers_wan import register_block, run_block
 
 
 def block_forward(
@@ -20,16 +19,7 @@ def block_forward(
     control = control_hidden_states
     if self.proj_in is not None:
         control = self.proj_in(control) + hidden_states
-    tables, index = wan_block.six(self.scale_shift_table.to(temb.device), temb)
-    control = wan_block.run(
-        self,
-        control,
-        tables,
-        index,
-        (self.norm1, self.norm2, self.norm3),
-        lambda h: self.attn1(h, None, None, rotary_emb),
-        lambda h: self.attn2(h, encoder_hidden_states, None, None),
-    )
+    control = run_block(self, control, encoder_hidden_states, temb, rotary_emb)
     return None if self.proj_out is None else self.proj_out(control), control
 
 

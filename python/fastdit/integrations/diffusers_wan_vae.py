@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastdit import ops
-from fastdit.integrations.registry import Kind, register
+from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.structure import (
     has,
     is_causal_conv,
@@ -36,7 +36,7 @@ def causal_conv_forward(self, x: Tensor, cache_x: Tensor | None = None, *, paddi
     """
     if self.weight.ndim == 4:
         if cache_x is not None or x.shape[2] != 1:
-            return type(self).forward(self, x, cache_x)
+            return original(self, x, cache_x)
         w0, w1, h0, h1 = self._padding
         return conv_forward(self, x, padding=(0, 0, h0, h1, w0, w1), **fused)
     if padding is None:

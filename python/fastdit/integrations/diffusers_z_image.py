@@ -22,7 +22,7 @@ from fastdit.integrations.joint import (
     refuse_plain_norms,
     refuse_qk_norms,
 )
-from fastdit.integrations.registry import Kind, register
+from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.sandwich import refuse_norms, sandwich_block, saving
 from fastdit.integrations.structure import has, itemsize, law, parameters, reads, unknown
 
@@ -40,7 +40,7 @@ def block_forward(
     adaln_clean: Tensor | None = None,
 ) -> Tensor:
     if x.dtype != self.attention_norm1.weight.dtype:
-        return type(self).forward(self, x, attn_mask, freqs_cis, adaln_input, noise_mask, adaln_noisy, adaln_clean)
+        return original(self, x, attn_mask, freqs_cis, adaln_input, noise_mask, adaln_noisy, adaln_clean)
     tables = rows = None
     if self.modulation:
         tables, rows = modulation(self.adaLN_modulation, adaln_input, noise_mask, adaln_noisy, adaln_clean)

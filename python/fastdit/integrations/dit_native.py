@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastdit import ops
 from fastdit.integrations.probe import follows, numbers
-from fastdit.integrations.registry import Kind, register
+from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.structure import has, itemsize, law, parameters, unknown
 
 # The adaLN-Zero block ---------------------------------------------------------------------------------------------
@@ -21,7 +21,7 @@ from fastdit.integrations.structure import has, itemsize, law, parameters, unkno
 
 def block_forward(self, x: Tensor, c: Tensor) -> Tensor:
     if x.ndim != 3 or c.ndim != 2:
-        return type(self).forward(self, x, c)
+        return original(self, x, c)
     shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
     norm1, norm2, precision = self.norm1, self.norm2, law(self, x, gate_msa)
     h = ops.norm_modulate(
@@ -92,7 +92,7 @@ def attention_forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causa
     """timm's Attention: qkv, norms of each head, softmax(q k^T scale) v, norm of the output, projection."""
     if attn_mask is not None or is_causal or x.ndim != 3 or (self.training and self.attn_drop.p > 0):
         options = {} if attn_mask is None and not is_causal else dict(attn_mask=attn_mask, is_causal=is_causal)
-        return type(self).forward(self, x, **options)
+        return original(self, x, **options)
     q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (B, N, H, D) each
     if hasattr(self, "q_norm"):
         q, k = self.q_norm(q), self.k_norm(k)
@@ -165,7 +165,7 @@ register(
 
 def final_forward(self, x: Tensor, c: Tensor) -> Tensor:
     if x.ndim != 3 or c.ndim != 2:
-        return type(self).forward(self, x, c)
+        return original(self, x, c)
     shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
     norm, precision = self.norm_final, law(self, x, scale)
     h = ops.norm_modulate(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastdit.integrations.diffusers_processor import Processor
 from fastdit.integrations.masks import valid_first
-from fastdit.integrations.registry import RECORD, Kind, register
+from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.structure import has, unknown
 
 
@@ -44,7 +44,7 @@ def model_forward(self, *args, **kwargs):
             if all(isinstance(getattr(block, attention).processor, Processor) for block in self.transformer_blocks):
                 lengths, kwargs[states] = valid_first(bits, tokens)
                 kwargs[mask] = torch.where(lengths == 0, bits.shape[1], lengths)  # a constant bias changes no softmax
-    return getattr(self, RECORD).original(self, *args, **kwargs)
+    return original(self, *args, **kwargs)
 
 
 model_forward.__name__ = "forward"

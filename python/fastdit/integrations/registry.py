@@ -66,7 +66,7 @@ class Record:
 
     kind: str
     precision: str
-    original: Callable  # the class's forward: Dynamo traces no `type(self).forward` of classes allowed in its graph
+    original: Callable  # the class's forward
     placed: dict[str, Any] = field(default_factory=dict)
     saved: dict[str, Any] = field(default_factory=dict)  # instance attributes that were there before
     absorbed: list[nn.Module] = field(default_factory=list)  # read by what was placed, no longer called
@@ -74,6 +74,14 @@ class Record:
 
 def record_of(module: nn.Module) -> Record | None:
     return module.__dict__.get(RECORD)
+
+
+def original(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward that a module's class has, for the calls that its replacement does not cover.
+
+    Kept in the record: Dynamo cannot trace `type(self).forward` of classes that it allows in its graph.
+    """
+    return getattr(self, RECORD).original(self, *args, **kwargs)
 
 
 def is_intact(module: nn.Module) -> bool:

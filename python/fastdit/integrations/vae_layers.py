@@ -12,51 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import ops
+from fastdit.integrations.registry import original
 from fastdit.integrations.structure import has
 
 # Convolutions -----------------------------------------------------------------------------------------------------
 
 
-def conv_forward(
-    self,
-    input: Tensor,
-    *,
-    padding: tuple[int, int, int, int, int, int] | None = None,
-    time_pad: str = "zeros",
-    space_pad: str = "zeros",
-    cache: Tensor | None = None,
-    norm: str | None = None,
-    norm_weight: Tensor | None = None,
-    norm_eps: float | None = None,
-    act: str | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
+def conv_forward(self, input: Tensor, *, padding: tuple[int, ...] | None = None, **fused) -> Tensor:
     """nn.Conv3d, or nn.Conv2d over each frame of a video: `ops.causal_conv3d`; padding None is the layer's own, zeros.
 
+    fused: more of the op's keywords (time_pad, space_pad, cache, norm, norm_weight, norm_eps, act, residual).
     Images (a Conv2d called with four dims) go to the layer as it was.
     """
     if input.ndim != 5:
-        return type(self).forward(self, input)
-    over_frames = self.weight.ndim == 4
+        return original(self, input)
+    weight, stride, dilation, own = self.weight, self.stride, self.dilation, self.padding
+    if weight.ndim == 4:  # over frames
+        weight, stride, dilation, own = weight.unsqueeze(2), (1, *stride), (1, *dilation), (0, *own)
     if padding is None:
-        p_t, p_h, p_w = (0, *self.padding) if over_frames else self.padding
-        padding = (p_t, p_t, p_h, p_h, p_w, p_w)
-    return ops.causal_conv3d(
-        input,
-        self.weight.unsqueeze(2) if over_frames else self.weight,
-        self.bias,
-        stride=(1, *self.stride) if over_frames else self.stride,
-        dilation=(1, *self.dilation) if over_frames else self.dilation,
-        padding=padding,
-        time_pad=time_pad,
-        space_pad=space_pad,
-        cache=cache,
-        norm=norm,
-        norm_weight=norm_weight,
-        norm_eps=norm_eps,
-        act=act,
-        residual=residual,
-    )
+        padding = tuple(p for p in own for _ in range(2))
+    return ops.causal_conv3d(input, weight, self.bias, stride=stride, dilation=dilation, padding=padding, **fused)
 
 
 def padded_conv_forward(self, hidden_states: Tensor, **fused) -> Tensor:

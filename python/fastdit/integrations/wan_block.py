@@ -66,7 +66,7 @@ def per_block(
 def six(table: Tensor, temb: Tensor | Rows) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """(1, 6, C) + temb (B, 6, C), (B, N, 6, C) or rows: shift, scale, gate of both halves; the row of each token."""
     temb, index = temb if isinstance(temb, Rows) else (temb, None)
-    return (table + temb.float()).unbind(dim=-2), index
+    return (table.to(temb.device) + temb.float()).unbind(dim=-2), index
 
 
 def run(

@@ -33,6 +33,8 @@ class Stream(dict):
     first = True  # the chunk is the first frame
 
     def __call__(self, conv: CausalConv3d, x: Tensor, **fused) -> Tensor:
+        if conv.kernel_size[0] == 1:
+            return conv(x, **fused)
         cache = self.get(conv)
         y = conv(x, cache, **fused)
         self[conv] = last_frames(x, cache, conv.kernel_size[0])
@@ -42,12 +44,12 @@ class Stream(dict):
 class ResidualBlock(nn.Module):
     """shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x)))))): two fused calls."""
 
-    def __init__(self, in_dim: int, out_dim: int):
+    def __init__(self, in_dim: int, out_dim: int, kernel: int | tuple[int, int, int] = 3):
         super().__init__()
         self.norm1 = ChannelNorm(in_dim)
-        self.conv1 = CausalConv3d(in_dim, out_dim, 3)
+        self.conv1 = CausalConv3d(in_dim, out_dim, kernel)
         self.norm2 = ChannelNorm(out_dim)
-        self.conv2 = CausalConv3d(out_dim, out_dim, 3)
+        self.conv2 = CausalConv3d(out_dim, out_dim, kernel)
         self.conv_shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:

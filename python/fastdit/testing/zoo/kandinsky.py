@@ -18,12 +18,14 @@ K5 = {
     "Kandinsky 5 block": 2,
     "attention (Kandinsky)": 5,
     "feed-forward (Kandinsky 5)": 3,
+    "output layer (Kandinsky)": 1,
 }
 K6 = {
     "Kandinsky 6 text block": 2,
     "Kandinsky 6 block": 2,
     "attention (Kandinsky)": 14,
     "feed-forward activation": 6,
+    "output layer (Kandinsky)": 1,
 }
 
 

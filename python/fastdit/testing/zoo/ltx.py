@@ -17,6 +17,7 @@ LAYERS = {
     "attention (LTXVideoAttnProcessor)": 4,
     "feed-forward activation": 2,
     "text padding (a 0/1 mask over the keys)": 1,
+    "a timestep per token (LTX)": 1,
 }
 
 
