@@ -96,12 +96,18 @@ def _run(
     device: str | None, parallel: str, vae: Path | None = None,
 ) -> None:  # fmt: skip
     """Runs a training; exit status 2 for a request that cannot be served, 1 for a training that cannot go on."""
-    import fastdit
-    from fastdit.training import CheckpointError, config as settings, loop, parallel as processes
-    from fastdit.training.dit import DiTTask
-    from fastdit.training.vae import VAETask
-
     console = Console()
+    import fastdit
+
+    try:
+        from fastdit.training import CheckpointError, config as settings, loop, parallel as processes
+        from fastdit.training.dit import DiTTask
+        from fastdit.training.vae import VAETask
+    except ImportError as error:
+        console.print(
+            f"train: {error.name} is missing; expected fastdit[train]; pip install 'fastdit[train]'", style="red"
+        )
+        raise typer.Exit(2) from None
     try:
         chosen = settings.load(config)
         section = "dit" if name == "dit" else "vae"

@@ -53,7 +53,8 @@ class Loop:
     """seed alone decides every draw: step n is the same in every run. bf16: autocast, with fp32 weights.
 
     accumulate: parts that a step's batch is worked through in. checkpointing: activations are computed again in the
-    backward pass. Every `..._every` counts steps, 0 for never; a checkpoint is also written every `save_minutes`.
+    backward pass. Every `..._every` counts steps, 0 for never; with a log line, a checkpoint is also written when the
+    last is `save_minutes` old.
     """
 
     steps: int = 10_000

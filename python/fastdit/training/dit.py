@@ -58,7 +58,7 @@ class Denoising(nn.Module):
     def forward(self, batch: Noised) -> dict[str, Tensor]:
         text = None if self.text is None else self.text(batch.captions)
 
-        def model(x: list[Tensor], t: Tensor) -> list[Tensor]:
+        def model(x: Any, t: Tensor) -> Any:
             return self.dit(x, t, text, known_frames=batch.known)
 
         losses = self.diffusion.loss(model, batch.latents, t=batch.t, noise=batch.noise, known_frames=batch.known)

@@ -35,7 +35,7 @@ class Log:
         if step and path.exists():
             with path.open(newline="", encoding="utf-8") as file:  # a kill may have torn the last row
                 every = [row for row in csv.DictReader(file) if (row["step"] or "").isdigit()]
-            rows = [row for row in every if int(row["step"]) <= step]
+            rows = [row for row in every if int(row["step"]) <= step and None not in row.values()]
         checkpoint.write(path, lambda part: self._write(part, rows))
 
     def _write(self, path: Path, rows: list[dict[str, Any]]) -> None:
@@ -75,7 +75,8 @@ def fit(
     columns = ["step", *names, "steps_per_second", *task.evaluations]
     log = Log(folder / "loss.csv", columns, step) if world.first else None
     # Steps and figures since the last row; their sums over the processes are the step's.
-    sums = torch.tensor([window.get(name, 0.0) * world.first for name in ("steps", *names)], dtype=torch.float64)
+    begun = [window.get(name, 0.0) * world.first for name in ("steps", *names)]
+    sums = torch.tensor(begun, dtype=torch.float64, device=world.device)
     row: dict[str, float] = {}
     saved = since = time.monotonic()
     since_step = step
@@ -83,14 +84,14 @@ def fit(
         stop = stack.enter_context(_Stop())
         progress = stack.enter_context(_progress(console))
         bar = progress.add_task(task.name, total=loop.steps, completed=step, figures="")
-        while step < loop.steps and not stop.asked(world):
+        while step < loop.steps:
             figures = trainer.step(step)
             step += 1
-            sums += torch.stack([torch.tensor(1 / world.size), *(figures[name].cpu() for name in names)]).double()
+            sums += torch.stack([sums.new_tensor(1 / world.size), *(figures[name].double() for name in names)])
             progress.update(bar, completed=step)
-            logs = step == loop.steps or (loop.log_every and step % loop.log_every == 0)
-            evaluates = step == loop.steps or (loop.evaluate_every and step % loop.evaluate_every == 0)
-            if logs or evaluates:
+            evaluates = _due(step, loop.evaluate_every, loop)
+            logs = evaluates or _due(step, loop.log_every, loop)
+            if logs:
                 count, *totals = world.sum(sums).tolist()
                 row = {name: total / count for name, total in zip(names, totals, strict=True)}
                 sums.zero_()
@@ -110,14 +111,20 @@ def fit(
                 progress.console.print(f"{task.name} step {step}/{loop.steps}  {text}", highlight=False, soft_wrap=True)
                 if log is not None:
                     log.add({"step": step, **row})
-            late = world.agree(logs and time.monotonic() - saved > 60 * loop.save_minutes > 0) if logs else False
-            if late or (loop.save_every and step % loop.save_every == 0 and step < loop.steps):
+            if step == loop.steps or stop.asked(world, logs):
+                break
+            late = logs and world.any(world.first and time.monotonic() - saved > 60 * loop.save_minutes > 0)
+            if late or _due(step, loop.save_every, loop):
                 save(trainer, folder, step, names, sums)
                 saved = time.monotonic()
         save(trainer, folder, step, names, sums)
     how = "done" if step == loop.steps else "stopped, go on with --resume"
     console.print(f"{task.name} {how}: step {step}, {path}", highlight=False, soft_wrap=True)
     return row
+
+
+def _due(step: int, every: int, loop: Loop) -> bool:
+    return step == loop.steps or (every > 0 and step % every == 0)
 
 
 def evaluated(task: Task) -> dict[str, float]:
@@ -165,7 +172,7 @@ def _resume(trainer: Trainer, path: Path, console: Console) -> tuple[int, dict[s
                 f"train: {path} is of another {name}; got {facts.get(name)}, expected {value}; pass the same as "
                 "before, or another --out."
             )
-    trainer.load(tensors, facts["step"], path)
+    trainer.load(tensors, path)
     for change in settings.changes(facts.get("config", {}), task.facts().get("config", {})):
         console.print(f"{task.name}: changed since the checkpoint: {change}", highlight=False)
     console.print(f"{task.name}: going on from step {facts['step']} of {path}", highlight=False)
@@ -200,5 +207,6 @@ class _Stop:
         self.wanted = True
         signal.signal(number, self.before[number])
 
-    def asked(self, world: parallel.World) -> bool:
-        return self.wanted if world.size == 1 else False
+    def asked(self, world: parallel.World, together: bool) -> bool:
+        """Whether to stop; several processes look when they are `together`."""
+        return world.any(self.wanted) if world.size == 1 or together else False

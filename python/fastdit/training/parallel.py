@@ -45,9 +45,9 @@ class World:
         dist.all_reduce(there)
         return there.to(value.device)
 
-    def agree(self, answer: bool) -> bool:
-        """The first process's answer."""
-        return bool(self.sum(torch.tensor(int(answer and self.first))))
+    def any(self, answer: bool) -> bool:
+        """Whether a process says yes."""
+        return bool(self.sum(torch.tensor(int(answer))))
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -80,8 +80,7 @@ def wrap(model: nn.Module, blocks: Sequence[nn.Module], methods: Sequence[str], 
     methods: what else of the model is called; sharded weights must be gathered for them too.
     """
     if world.mode == "ddp":
-        # A prompt or a first frame need not occur in a process's part of a step.
-        return DistributedDataParallel(model, find_unused_parameters=True)
+        return DistributedDataParallel(model)
     if world.mode == "fsdp":
         mesh = dist.init_device_mesh(world.device.type, (world.size,))
         for block in blocks:

@@ -18,6 +18,7 @@ from fastdit.training.config import Loop, Optimizer
 from fastdit.training.ema import EMA
 
 Figures = dict[str, Tensor]
+KINDS = ("model", "ema", "exp_avg", "exp_avg_sq", "step")  # what is kept of each parameter
 
 
 class Task(Protocol):
@@ -116,20 +117,18 @@ class Trainer:
         self.adamw.step()
         self.ema.update(step)
         # Every process sees the norm and the rate of all: their sum over the processes is to be the value.
-        return sums | {"grad_norm": norm / self.world.size, "lr": torch.tensor(lr / self.world.size)}
+        return sums | {"grad_norm": norm / self.world.size, "lr": norm.new_tensor(lr / self.world.size)}
 
     def state(self) -> dict[str, Tensor]:
         """Weights, averages and moments by name, whole; every process must ask."""
         found = {f"buffer.{name}": b for name, b in self.model.named_buffers()}
-        for name, p in self.named.items():
-            moments = self.adamw.state[p]
-            kept = {"model": p, "ema": self.ema.shadow[name], **{k: moments[k] for k in ("exp_avg", "exp_avg_sq")}}
-            found |= {f"{kind}.{name}": parallel.whole(t.detach()) for kind, t in kept.items()}
+        for name in self.named:
+            found |= {f"{kind}.{name}": parallel.whole(t.detach()) for kind, t in self._kept(name).items()}
         return found
 
-    def load(self, tensors: Mapping[str, Tensor], step: int, path: Path) -> None:
-        """Go on from a `state` after `step` steps."""
-        wanted = {f"{kind}.{name}" for name in self.named for kind in ("model", "ema", "exp_avg", "exp_avg_sq")}
+    def load(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        """Go on from a `state`, read from `path`."""
+        wanted = {f"{kind}.{name}" for name in self.named for kind in KINDS}
         wanted |= {f"buffer.{name}" for name, _ in self.model.named_buffers()}
         shapes = {f"model.{name}": p.shape for name, p in self.named.items()}
         if wanted != tensors.keys() or any(tensors[name].shape != shape for name, shape in shapes.items()):
@@ -139,12 +138,18 @@ class Trainer:
             )
         for name, b in self.model.named_buffers():
             parallel.assign(b, tensors[f"buffer.{name}"])
-        for name, p in self.named.items():
-            count = torch.tensor(float(step), device=p.device)
-            moments = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
-            for target, kind in ((p, "model"), (self.ema.shadow[name], "ema"), *((m, k) for k, m in moments.items())):
+        for name in self.named:
+            for kind, target in self._kept(name).items():
                 parallel.assign(target, tensors[f"{kind}.{name}"])
-            self.adamw.state[p] = {"step": count, **moments}
+
+    def _kept(self, name: str) -> dict[str, Tensor]:
+        """All that is known of a parameter, by KINDS; before its first gradient the moments are zero."""
+        p = self.named[name]
+        moments = self.adamw.state[p]
+        if not moments:
+            moments["step"] = torch.zeros((), device=p.device)
+            moments |= {kind: torch.zeros_like(p) for kind in ("exp_avg", "exp_avg_sq")}
+        return {"model": p, "ema": self.ema.shadow[name], **{kind: moments[kind] for kind in KINDS[2:]}}
 
     def weights(self) -> dict[str, Tensor]:
         """What is kept for generation: the averages, and the buffers; every process must ask."""

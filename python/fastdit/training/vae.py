@@ -124,7 +124,7 @@ class VAETask:
         latents = [self.model.latent(self._whole(f)) for f in self.pool[:STATISTICS]]
         values = torch.cat([z.transpose(0, 1).flatten(1) for z in latents], dim=1).double()
         self.vae.latent_mean.copy_(values.mean(1))
-        self.vae.latent_std.copy_(values.std(1))
+        self.vae.latent_std.copy_(values.std(1).clamp(min=1e-6))  # a channel may be unused
 
     def export(self, weights: Mapping[str, Tensor]) -> None:
         document = {"format": checkpoint.FORMAT, "fps": self.config.fps, "vae": settings.table(self.vae.config)}
