@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from fastdit.data import WORDS, Clip, Shapes, captions, expand, render
+from fastdit.data import WORDS, Clip, Shapes, expand, render
 from fastdit.data.captions import Recaptioned, mixed, parse, rich, short, tokenize
 from fastdit.data.clip import ATTRIBUTES, Attributes
 from fastdit.data.shapes import combinations
@@ -125,7 +125,10 @@ def test_expand_does_not_change():
     assert expand("a red circle moving right on a blue background") == PINNED
 
 
-PINNED = ""
+PINNED = (
+    "a large red circle is sliding rightwards in front of a plain blue background. the light is even and the edges are "
+    "sharp. the colours are flat and clear. the motion is smooth and even, and the path is straight."
+)
 
 
 class Fixed:
