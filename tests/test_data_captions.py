@@ -125,7 +125,10 @@ def test_expand_does_not_change():
     assert expand("a red circle moving right on a blue background") == PINNED
 
 
-PINNED = ""
+PINNED = (
+    "a large red circle is sliding rightwards in front of a plain blue background. the light is even and the edges are "
+    "sharp. the colours are flat and clear. the motion is smooth and even, and the path is straight."
+)
 
 
 class Fixed:

@@ -133,7 +133,7 @@ def parse(prompt: str) -> Attributes:
             f"parse: unknown words; got {unknown}, expected words of {' '.join(WORDS)}; rephrase the prompt."
         )
     found = dict.fromkeys(ATTRIBUTES, "")
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         if word in ATTRIBUTES["colour"]:
             attribute, value = ("background" if following == "background" else "colour"), word
         elif word in _MEANS:

@@ -26,7 +26,7 @@ WORKING = 48  # pixels along the shorter side that are enough; larger pictures a
 
 @dataclass(frozen=True)
 class Found(Attributes):
-    """What `detect` read. shape, colour, motion and size are "" when the picture is empty, motion of a single frame."""
+    """What `detect` read; "" for what cannot be seen: a shape in an empty picture, motion in a single frame."""
 
 
 def detect(frames: Tensor) -> Found:
@@ -36,7 +36,7 @@ def detect(frames: Tensor) -> Found:
         frames: uint8 (T, H, W, 3).
     Returns:
         Found: colour and background are names of COLOURS; motion is the direction of the centre's straight line in
-        time, "still" when it crosses less than a part of the picture.
+        time, "still" when it crosses less than a small part of the picture, "" when the centre follows no line.
     Raises:
         TypeError, ValueError: `frames` is something else.
     """
@@ -51,7 +51,8 @@ def detect(frames: Tensor) -> Found:
     if np.linalg.norm(front) < CONTRAST:
         return Found("", "", "", "", background)
     centres = _centres(difference @ (front / (front @ front)))
-    shape, scale, front = _fit(_average(difference, centres), front, min(pixels.shape[1:3]))
+    seen = ~np.isnan(centres[:, 0])
+    shape, scale, front = _fit(_average(difference[seen], centres[seen]), front, min(pixels.shape[1:3]))
     ahead = np.square(palette - (palette[ground] + front)).sum(-1)
     ahead[ground] = np.inf
     size = "small" if scale < BOUNDARY else "big"
@@ -83,12 +84,14 @@ def _front(difference: np.ndarray) -> np.ndarray:
 
 
 def _centres(alpha: np.ndarray) -> np.ndarray:
-    """fp64 (T, 2): the centre of mass of each frame as x, y; alpha (T, H, W) is 0 on the background, 1 on the shape."""
+    """fp64 (T, 2): the centre of mass of each frame as x, y, NaN where there is no shape.
+
+    alpha (T, H, W) is 0 on the background and 1 on the shape.
+    """
     mass = np.where(alpha > 0.4, np.minimum(alpha, 1), 0).astype(np.float64)  # what is noise has no weight
     total = mass.sum((1, 2))
     y, x = (np.arange(n) + 0.5 for n in mass.shape[1:])
-    found = np.stack([mass.sum(1) @ x, mass.sum(2) @ y], axis=1) / np.maximum(total, 1e-9)[:, None]
-    return np.where(total[:, None] > 0, found, (x.mean(), y.mean()))  # a frame without the shape
+    return np.stack([mass.sum(1) @ x, mass.sum(2) @ y], axis=1) / np.where(total > 0, total, np.nan)[:, None]
 
 
 def _average(difference: np.ndarray, centres: np.ndarray) -> np.ndarray:
@@ -137,13 +140,18 @@ def _masks(n: int, short: int) -> np.ndarray:
 
 
 def _motion(centres: np.ndarray, size: tuple[int, ...]) -> str:
-    """The direction in which the centres move; "" for one frame."""
-    frames = len(centres)
-    if frames == 1:
+    """The direction of the centres' straight line in time; "" where one frame or a jumping shape shows none."""
+    last = len(centres) - 1
+    seen = ~np.isnan(centres[:, 0])
+    if seen.sum() < 2:
         return ""
-    time = np.arange(frames) - (frames - 1) / 2
-    crossed = (time @ centres) / (time @ time) * (frames - 1) / (size[1], size[0])  # parts of the picture: x, y
+    time = np.flatnonzero(seen) - np.flatnonzero(seen).mean()
+    places = (centres[seen] - centres[seen].mean(0)) / (size[1], size[0])  # parts of the picture: x, y
+    slope = (time @ places) / (time @ time)
+    crossed, rest = slope * last, (places - time[:, None] * slope).std(0)
     axis = int(np.abs(crossed).argmax())
-    if abs(crossed[axis]) < min(0.06, 0.4 * SPEEDS[0] / 64 * (frames - 1)):
-        return "still"
+    if abs(crossed[axis]) < min(0.06, 0.4 * SPEEDS[0] / 64 * last):
+        return "still" if rest.max() < 0.06 else ""
+    if rest[axis] > 0.25 * abs(crossed[axis]):  # a straight motion has a spread of 0.29 of its length around its mean
+        return ""
     return (("left", "right"), ("up", "down"))[axis][int(crossed[axis] > 0)]
