@@ -48,7 +48,7 @@ GFLOPS = {
     "DiT-S/8": 0.36, "DiT-S/4": 1.41, "DiT-S/2": 6.06, "DiT-B/8": 1.42, "DiT-B/4": 5.56, "DiT-B/2": 23.01,
     "DiT-L/8": 5.01, "DiT-L/4": 19.70, "DiT-L/2": 80.71, "DiT-XL/8": 7.39, "DiT-XL/4": 29.05, "DiT-XL/2": 118.64,
 }  # fmt: skip
-XL2_GFLOPS = {"in_context": 119.37, "cross_attention": 137.62, "adaln": 118.57, "adaln_zero": 118.64}
+XL2_GFLOPS = {"in_context": 119.37, "cross_attention": 137.62, "adaln": 118.57}
 
 
 @pytest.mark.parametrize(

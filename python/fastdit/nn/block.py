@@ -170,8 +170,10 @@ class DiTBlock(nn.Module):
 
 
 class AdaLNZeroBlock(DiTBlock):
-    """The paper's best block, `DiTBlock` as it is by default: the identity until its modulation is trained.
+    """The paper's best block: the identity until its modulation is trained. `DiTBlock` as it is by default.
 
-    shift1, scale1, gate1, shift2, scale2, gate2 = adaLN_modulation(c)
-    x = attn(x, shift1, scale1, gate1);   y = mlp(x, shift2, scale2, gate2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = adaLN_modulation(c)
+        x = attn(x, shift1, scale1, gate1);   y = mlp(x, shift2, scale2, gate2)
+
+    Args, shapes: of `DiTBlock`.
     """
