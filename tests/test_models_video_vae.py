@@ -82,6 +82,21 @@ def test_later_frames_do_not_matter():
 
 
 @torch.no_grad()
+def test_frames_of_long_ago_do_not_matter():
+    """How far layers look back: crops of 17 frames in training show them all that a video of any length does."""
+    model, x = vae(), clip(25)
+    past = x.clone()
+    past[:, :, 0] += 1
+    mean = model.encode(x).mean
+    assert not torch.equal(model.encode(past).mean[:, :, 1], mean[:, :, 1])
+    close.assert_bitwise(model.encode(past).mean[:, :, 2:], mean[:, :, 2:])
+    past = mean.clone()
+    past[:, :, 0] += 1
+    assert not torch.equal(model.decode(past)[:, :, 9:11], model.decode(mean)[:, :, 9:11])
+    close.assert_bitwise(model.decode(past)[:, :, 11:], model.decode(mean)[:, :, 11:])
+
+
+@torch.no_grad()
 def test_samples_of_a_batch_do_not_mix():
     model, x = vae(), clip(5, batch=3)
     for i, one in enumerate(x.split(1)):
@@ -204,7 +219,7 @@ def loss(model, x):
     return (model.decode(z) - x).square().mean() + 1e-2 * posterior.kl()
 
 
-def gradients(model, x, **options):
+def gradients(model, x):
     model.train().zero_grad()
     loss(model, x).backward()
     return {name: p.grad.double() for name, p in model.named_parameters()}
@@ -283,6 +298,11 @@ class Moments(nn.Module):
     def forward(self, x):
         posterior = self.model.encode(x)
         return posterior.mean, posterior.logvar, self.model.decode(posterior.mean)
+
+
+def test_compiles_as_one_graph():
+    model, x = vae().train(), clip(5, batch=1)
+    close.assert_bitwise(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
 
 
 # -- training -----------------------------------------------------------------------------------------------
@@ -414,6 +434,10 @@ def test_bad_parts():
         list(vae().encode_chunks(parts))
     with pytest.raises(ValueError, match=r"frames must be 1 \+ a multiple of 4; got 4"):
         list(vae().encode_chunks([clip(4)]))
+    with pytest.raises(ValueError, match="chunk must be at least 1; got 0"):
+        list(vae().encode_chunks(clip(9), chunk=0))
+    with pytest.raises(ValueError, match="cache differs from x in more than T"):
+        list(vae().encode_chunks([clip(5), clip(4, 24, 24)]))
 
 
 @pytest.mark.parametrize(

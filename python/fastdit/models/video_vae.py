@@ -271,5 +271,7 @@ def parts(whole: Tensor | Iterable[Tensor], size: int) -> Iterator[Tensor]:
     if not isinstance(whole, Tensor):
         yield from whole
         return
+    if size < 1:
+        raise ValueError(f"VideoVAE: chunk must be at least 1; got {size}, expected latent frames; pass 1 or more.")
     for start, stop in chunks(whole.shape[2], size):
         yield whole[:, :, start:stop]
