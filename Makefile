@@ -28,7 +28,7 @@ setup: $(VENV)/installed  ## make .venv: pinned dependencies, then the package b
 demo: setup  ## accelerate a real DiT and a real video VAE, write out/demo/report.html (under 4 minutes)
 	$(BIN)/fastdit demo $(ARGS)
 
-test: setup  ## the tests that CI runs (under 15 minutes on two cores), with a ledger of where the time went
+test: setup  ## the tests that CI runs, a process per core, with a ledger of where the time went
 	.ci/test $(BIN)/python "not full and not gpu" $(ARGS)
 
 test-full: setup  ## every test that needs no GPU, slow rows too

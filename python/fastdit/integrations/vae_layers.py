@@ -18,7 +18,7 @@ from fastdit.integrations.structure import has
 # Convolutions -----------------------------------------------------------------------------------------------------
 
 
-def conv_forward(self, input: Tensor, *, padding: tuple[int, ...] | None = None, **fused) -> Tensor:
+def conv_forward(self, input: Tensor, *, padding: tuple[int, int, int, int, int, int] | None = None, **fused) -> Tensor:
     """nn.Conv3d, or nn.Conv2d over each frame of a video: `ops.causal_conv3d`; padding None is the layer's own, zeros.
 
     fused: more of the op's keywords (time_pad, space_pad, cache, norm, norm_weight, norm_eps, act, residual).
@@ -30,7 +30,8 @@ def conv_forward(self, input: Tensor, *, padding: tuple[int, ...] | None = None,
     if weight.ndim == 4:  # over frames
         weight, stride, dilation, own = weight.unsqueeze(2), (1, *stride), (1, *dilation), (0, *own)
     if padding is None:
-        padding = tuple(p for p in own for _ in range(2))
+        p_t, p_h, p_w = own
+        padding = (p_t, p_t, p_h, p_h, p_w, p_w)
     return ops.causal_conv3d(input, weight, self.bias, stride=stride, dilation=dilation, padding=padding, **fused)
 
 
