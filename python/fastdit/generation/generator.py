@@ -103,10 +103,11 @@ class Generator:
             frames (int): 1 (a picture) or 1 + a multiple of 4.
             size ((height, width)): multiples of 16. Default: the image's, or 64 x 64.
             steps (int): of the sampler.
-            method: "euler" or "heun" (two calls of the model a step) of a model trained as a flow, "ddim" or "ddpm" of one
-                trained so. Default: the first.
+            method: of a flow "euler" or "heun" (two calls of the model a step), of a DDPM "ddim" or "ddpm". Default:
+                the first.
             guidance (float): 1 follows the text as the model learned it, more follows it harder.
-            image (Tensor[h, w, 3], uint8): the first frame, scaled to cover `size` and cut to it; the clip goes on from it.
+            image (Tensor[h, w, 3], uint8): the first frame, scaled to cover `size` and cut to it; the clip goes on from
+                it.
             expand (bool): rewrite a short prompt into a long one first, see `expanded`.
             progress: called with (steps done, steps in all).
         Raises:
@@ -184,7 +185,7 @@ class Generator:
         if chosen not in samplers:
             kind = type(self.diffusion).__name__
             raise ValueError(
-                f"generate: unknown method; got {method!r}, expected one of {', '.join(samplers)}: the model is trained as "
-                f"{kind}; choose one."
+                f"generate: unknown method; got {method!r}, expected one of {', '.join(samplers)}, which "
+                f"the model is trained for ({kind}); choose one."
             )
         return samplers[chosen]

@@ -31,6 +31,7 @@ from .generator import Generator
 JUDGED = ("colour", "shape", "motion")  # what has to be right
 FOLLOWING, PSNR = 0.90, 30.0  # the bars
 Step = Callable[[int, int], None]
+app = typer.Typer()
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def table(verdicts: list[Verdict]) -> Table:
     return made
 
 
+@app.command()
 def main(
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 200,
     checkpoint: Annotated[
@@ -139,4 +141,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()
