@@ -56,6 +56,8 @@ def test_starts_from_an_image(folder, tmp_path):
     "arguments, status, message",
     [
         (("--frames", 6), 2, "nearest 5 or 9"),
+        (("--frames", 0), 2, "got 0, nearest 1"),
+        (("--device", "nonsense"), 2, "no such device; got 'nonsense'"),
         (("--size", "64"), 2, "HEIGHTxWIDTH in pixels; got '64'"),
         (("--size", "60x64"), 2, "nearest: height 48 or 64, width 64"),
         (("--out", "clip.avi"), 2, "unknown suffix; got 'clip.avi'"),

@@ -60,6 +60,34 @@ def test_backends_and_batches_agree(folder, method, backend):
     close.assert_close(both[1:], truth, baseline)
 
 
+@pytest.mark.parametrize("method", [None, "ddim", "ddpm"])
+def test_a_model_trained_as_ddpm(tmp_path, method):
+    generator = Generator.load(checkpoints.untrained(tmp_path, diffusion={"kind": "ddpm"}), device="cpu")
+    image = torch.randint(0, 256, (32, 48, 3), dtype=torch.uint8)
+    first = latents(generator, method=method, image=image)
+    close.assert_bitwise(latents(generator, method=method, image=image), first)
+    with torch.no_grad():
+        close.assert_bitwise(
+            next(generator.decode(first)), to_frames(generator.vae(to_video(image[None])[None])[0])[None]
+        )
+    with pytest.raises(ValueError, match="unknown method; got 'heun', expected one of ddim, ddpm"):
+        latents(generator, method="heun")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_gpu_that_is_not_there(folder):
+    with pytest.raises(ValueError, match="expected cpu: torch sees no GPU"):
+        Generator.load(folder, device="cuda")
+
+
+@pytest.mark.gpu
+def test_devices_agree(folder):
+    with fastdit.use_backend("reference"):
+        truth = latents(Generator.load(folder, device="cpu").to(torch.float64))
+        baseline = latents(Generator.load(folder, device="cuda")).cpu()
+    close.assert_close(latents(Generator.load(folder)).cpu(), truth, baseline)
+
+
 def test_a_batch_is_as_many_clips(generator):
     clips = generator.generate([PROMPT, OTHER], frames=5, steps=1)
     assert [clip.caption for clip in clips] == [PROMPT, OTHER] and all(clip.size == (5, 64, 64) for clip in clips)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
 
 Prompt = Annotated[str, typer.Argument(help="What to show, in the words of the checkpoint's captions.")]
 Out = Annotated[Path, typer.Option(help=".mp4, .gif or .png, which is one frame.")]
@@ -59,7 +61,7 @@ def generate(
 
     console, began = Console(soft_wrap=True, highlight=False), time.perf_counter()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    length = frames or (1 if out.suffix.lower() == ".png" else 17)
+    length = frames if frames is not None else 1 if out.suffix.lower() == ".png" else 17
     try:
         with (
             fastdit.use_backend(backend) if backend else nullcontext(),
@@ -68,14 +70,18 @@ def generate(
             generator = Generator.load(checkpoint, device=device)
             if expand and (told := generator.expanded(prompt)) != prompt:
                 console.print(f"expanded: {told}", style="dim", markup=False)
-            task = bar.add_task("denoising", total=steps)
-            latents = generator.latents(
-                prompt, seed=seed, frames=length, size=_size(size), steps=steps, guidance=guidance, method=method,
-                image=None if image is None else media.read(image).frames[0], expand=expand,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
-            )  # fmt: skip
-            parts = bar.track(generator.decode(latents), latents.shape[2], description="decoding")
-            media.write(out, (part[0] for part in parts), generator.fps)
+
+            def pictures() -> Iterator[Tensor]:
+                task = bar.add_task("denoising", total=steps)
+                latents = generator.latents(
+                    prompt, seed=seed, frames=length, size=_size(size), steps=steps, guidance=guidance, method=method,
+                    image=None if image is None else media.read(image).frames[0], expand=expand,
+                    progress=lambda done, total: bar.update(task, completed=done, total=total),
+                )  # fmt: skip
+                for part in bar.track(generator.decode(latents), latents.shape[2], description="decoding"):
+                    yield part[0]
+
+            media.write(out, pictures(), generator.fps)  # refuses a suffix before it asks for pictures
     except (ValueError, TypeError, fastdit.NoBackend) as error:
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(2) from None

@@ -54,7 +54,7 @@ class Generator:
     @classmethod
     def load(cls, path: str | Path | None = None, *, device: str | torch.device | None = None) -> Generator:
         """A folder of `fastdit train`, or the shipped checkpoint, on `device` (default: cuda where there is one)."""
-        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        chosen = request.device(device)
         return cls(checkpoint.load(SHIPPED if path is None else path)).to(chosen)
 
     def to(self, *where: Any) -> Generator:

@@ -1,9 +1,10 @@
-"""What can be asked for: legal lengths and sizes, words that the model knows. Every refusal names what is near."""
+"""What can be asked for: lengths, sizes and devices. Every refusal names what is near."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+
+import torch
 
 
 def prompts(prompt: str | Sequence[str]) -> list[str]:
@@ -14,9 +15,17 @@ def prompts(prompt: str | Sequence[str]) -> list[str]:
     return listed
 
 
-def nearest_words(words: Sequence[str], known: Collection[str]) -> str:
-    """ "crimsn" (near: crimson), ..."""
-    return ", ".join(f"{w!r} (near: {', '.join(difflib.get_close_matches(w, known, 3, 0.0))})" for w in words)
+def device(name: str | torch.device | None) -> torch.device:
+    """The device of this name; None is cuda where there is one."""
+    there = torch.cuda.is_available()
+    try:
+        chosen = torch.device(name or ("cuda" if there else "cpu"))
+    except RuntimeError:
+        chosen = None
+    if chosen is None or (chosen.type == "cuda" and not there):
+        expected = "cpu or cuda" if there else "cpu: torch sees no GPU here"
+        raise ValueError(f"generate: no such device; got {name!r}, expected {expected}; leave it out.")
+    return chosen
 
 
 def latent_frames(frames: int, group: int) -> int:
