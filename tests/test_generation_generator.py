@@ -67,9 +67,8 @@ def test_a_model_trained_as_ddpm(tmp_path, method):
     first = latents(generator, method=method, image=image)
     close.assert_bitwise(latents(generator, method=method, image=image), first)
     with torch.no_grad():
-        close.assert_bitwise(
-            next(generator.decode(first)), to_frames(generator.vae(to_video(image[None])[None])[0])[None]
-        )
+        coded = generator.vae(to_video(image[None])[None])
+    assert torch.equal(next(generator.decode(first))[0], to_frames(coded[0]))
     with pytest.raises(ValueError, match="unknown method; got 'heun', expected one of ddim, ddpm"):
         latents(generator, method="heun")
 
@@ -182,7 +181,7 @@ def test_short_prompts_are_expanded(generator):
         (dict(prompt=[PROMPT, 3]), r"prompt must be a string or a list"),
         (dict(image=torch.zeros(40, 48, 3, dtype=torch.uint8)), r"multiples of 16 .* got \(40, 48\)"),
         (dict(image=torch.zeros(32, 48, 3)), r"bytes"),
-        (dict(image=torch.zeros(32, 48, 3, dtype=torch.uint8), frames=1), r"frames >= 5"),
+        (dict(image=torch.zeros(32, 48, 3, dtype=torch.uint8), frames=1), r"got frames=1, expected 5 or more"),
     ],
 )
 def test_errors(generator, options, message):

@@ -54,7 +54,9 @@ def test_contents(wheel):
     sources = {f"fastdit/{p.relative_to(ROOT / 'python/fastdit')}" for p in (ROOT / "python/fastdit").rglob("*.py")}
     assert packed == {s for s in sources if not s.startswith("fastdit/kernels/")}
     package = ROOT / "python/fastdit"
-    data = [p for suffix in ("toml", "json", "safetensors") for p in package.rglob(f"*.{suffix}")]  # configs, checkpoint
+    data = [
+        p for suffix in ("toml", "json", "safetensors") for p in package.rglob(f"*.{suffix}")
+    ]  # configs, checkpoint
     assert data and {f"fastdit/{p.relative_to(package)}" for p in data} <= set(names)
 
 
