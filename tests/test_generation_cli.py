@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from fastdit.cli import app
 from fastdit.data import Shapes, media
 from fastdit.data.detect import Found
-from fastdit.generation import Generator, judge
+from fastdit.generation import Generator, judge, ship
 from fastdit.testing import checkpoints
 
 PROMPT = "a red circle moving right on a blue background"
@@ -129,3 +129,20 @@ def test_the_judge_fails_an_untrained_checkpoint(folder, tmp_path):
     document = json.loads(out.read_text())
     assert len(document["verdicts"]) == 3 and len(document["psnr"]) == 2 and max(document["psnr"]) < judge.PSNR
     assert set(document["verdicts"][0]["found"]) == set(Found.__dataclass_fields__)
+
+
+def test_shipping_halves_the_bytes(folder, tmp_path, monkeypatch):
+    size = ship.ship(folder, tmp_path)
+    assert (
+        size
+        == sum(p.stat().st_size for p in tmp_path.iterdir())
+        < 0.6 * sum(p.stat().st_size for p in folder.iterdir())
+    )
+    large, small = Generator.load(folder, device="cpu"), Generator.load(tmp_path, device="cpu")
+    for (name, a), b in zip(large.dit.named_parameters(), small.dit.parameters(), strict=True):
+        assert b.dtype == torch.float32 and torch.equal(a.half().float() if a.ndim > 1 else a, b), name
+    assert torch.equal(large.vae.latent_std, small.vae.latent_std)
+    monkeypatch.setattr(ship, "LIMIT", size // 2)
+    with pytest.raises(ValueError, match="too large"):
+        ship.ship(folder, tmp_path / "more")
+    assert not (tmp_path / "more").exists()
