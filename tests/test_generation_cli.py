@@ -146,3 +146,9 @@ def test_shipping_halves_the_bytes(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="too large"):
         ship.ship(folder, tmp_path / "more")
     assert not (tmp_path / "more").exists()
+
+
+@pytest.mark.parametrize("command, arguments", [(judge.app, ("--checkpoint", "nowhere")), (ship.app, ("nowhere",))])
+def test_tools_say_what_is_wrong(command, arguments):
+    done = CliRunner().invoke(command, arguments)
+    assert done.exit_code in (1, 2) and "no config.json" in done.output and isinstance(done.exception, SystemExit)

@@ -73,6 +73,16 @@ def test_a_model_trained_as_ddpm(tmp_path, method):
         latents(generator, method="heun")
 
 
+@pytest.mark.parametrize("method", ["ddim", "ddpm"])
+def test_ddpm_draws_for_each_prompt_alone(tmp_path, method):
+    generator = Generator.load(checkpoints.untrained(tmp_path, diffusion={"kind": "ddpm"}), device="cpu")
+    generator.to(torch.float64)  # in which packing makes no pixel another one
+    options = dict(method=method, frames=5, size=(32, 48), steps=3)
+    both = generator.generate([OTHER, PROMPT], seed=1, **options)
+    alone = generator.generate(PROMPT, seed=2, **options)
+    assert torch.equal(both[1].frames, alone.frames) and not torch.equal(both[0].frames, alone.frames)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_a_gpu_that_is_not_there(folder):
     with pytest.raises(ValueError, match="expected cpu: torch sees no GPU"):
@@ -163,6 +173,8 @@ def test_short_prompts_are_expanded(generator):
     assert generator.expanded(long) == long
     close.assert_bitwise(latents(generator, PROMPT), latents(generator, long, expand=False))
     assert not torch.equal(latents(generator, PROMPT, expand=False), latents(generator, PROMPT))
+    image = torch.zeros(32, 48, 3, dtype=torch.uint8)
+    close.assert_bitwise(latents(generator, image=image, expand=False), latents(generator, image=image))
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def generate(
             Progress(*columns, console=console, transient=True) as bar,
         ):
             generator = Generator.load(checkpoint, device=device)
-            if expand and (told := generator.expanded(prompt)) != prompt:
+            if expand and image is None and (told := generator.expanded(prompt)) != prompt:
                 console.print(f"expanded: {told}", style="dim", markup=False)
 
             def pictures() -> Iterator[Tensor]:
@@ -82,10 +82,10 @@ def generate(
                     yield part[0]
 
             media.write(out, pictures(), generator.fps)  # refuses a suffix before it asks for pictures
-    except (ValueError, TypeError, fastdit.NoBackend) as error:
+    except (ValueError, fastdit.NoBackend) as error:
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(2) from None
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, OSError, ImportError) as error:
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
     console.print(f"wrote {out}: {length} frames in {time.perf_counter() - began:.1f} s", markup=False)

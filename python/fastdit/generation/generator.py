@@ -108,7 +108,8 @@ class Generator:
             guidance (float): 1 follows the text as the model learned it, more follows it harder.
             image (Tensor[h, w, 3], uint8): the first frame, scaled to cover `size` and cut to it; the clip goes on from
                 it.
-            expand (bool): rewrite a short prompt into a long one first, see `expanded`.
+            expand (bool): rewrite a short prompt into a long one first, see `expanded`. Not beside an image, which may
+                show something else than what the long one says more.
             progress: called with (steps done, steps in all).
         Raises:
             ValueError: a length or size that no whole latents make, words that the model does not know, a bad image.
@@ -119,14 +120,15 @@ class Generator:
         known = None if image is None else self._first_frame(image, (height, width), length, len(prompts))
         model = guided(
             lambda x, t, text: self.dit(x, t, text, known_frames=0 if known is None else 1),
-            *self._conditions([self.expanded(p) if expand else p for p in prompts]),
+            *self._conditions([self.expanded(p) if expand and image is None else p for p in prompts]),
             guidance if self.text is not None else 1.0,
         )
         side = 2 * self.vae.config.patch_size
         shape = (self.dit.config.in_channels, length, height // side, width // side)
-        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(prompts))]
-        noise = torch.stack(drawn).to(next(self.dit.parameters()))
-        sample = self._sampler(method, seed)
+        drawers = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+        noise = torch.stack([torch.randn(shape, generator=drawer) for drawer in drawers])
+        noise = noise.to(next(self.dit.parameters()))
+        sample = self._sampler(method, drawers)
         return cast(Tensor, sample(model, noise, steps, known=known, progress=progress))
 
     @torch.no_grad()
@@ -173,14 +175,13 @@ class Generator:
         latent = self.vae.normalize(self.vae.encode(video[None].to(self.vae.latent_mean)).mean)
         return latent.expand(count, -1, -1, -1, -1)
 
-    def _sampler(self, method: str | None, seed: int) -> Callable[..., Any]:
+    def _sampler(self, method: str | None, drawers: list[torch.Generator]) -> Callable[..., Any]:
         """(model_fn, noise, steps, known=, progress=) -> latents."""
         samplers: dict[str, Callable[..., Any]]
         if isinstance(self.diffusion, RectifiedFlow):
             samplers = {name: partial(self.diffusion.sample, method=name) for name in ("euler", "heun")}
         else:
-            ancestral = partial(self.diffusion.sample, generator=torch.Generator().manual_seed(seed))
-            samplers = {"ddim": self.diffusion.ddim, "ddpm": ancestral}
+            samplers = {"ddim": self.diffusion.ddim, "ddpm": partial(self.diffusion.sample, generator=drawers)}
         chosen = method or next(iter(samplers))
         if chosen not in samplers:
             kind = type(self.diffusion).__name__

@@ -25,6 +25,7 @@ from fastdit.data import Shapes, captions, to_frames, to_video
 from fastdit.data.detect import Found, detect
 from fastdit.data.shapes import Scene
 from fastdit.models import VideoVAE
+from fastdit.training import CheckpointError
 
 from .generator import Generator
 
@@ -115,9 +116,13 @@ def main(
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every verdict here.")] = None,
 ) -> None:
-    """Judge a checkpoint; exit status 1 when it misses a bar: 90 % of the clips right, 30 dB."""
+    """Judge a checkpoint; exit status 1 when it misses a bar (90 % of the clips right, 30 dB), 2 when there is none."""
     console = Console()
-    generator = Generator.load(checkpoint, device=device)
+    try:
+        generator = Generator.load(checkpoint, device=device)
+    except (CheckpointError, ValueError) as error:
+        console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(2) from None
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("generating", total=prompts)
         verdicts = following(

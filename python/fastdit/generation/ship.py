@@ -51,7 +51,11 @@ def main(
     target: Annotated[Path, typer.Argument(help="Folder to write. Default: the package's own.")] = SHIPPED,
 ) -> None:
     """Store a trained checkpoint in half the bytes."""
-    typer.echo(f"{target}: {ship(source, target):,} bytes")
+    try:
+        typer.echo(f"{target}: {ship(source, target):,} bytes")
+    except (checkpoint.CheckpointError, ValueError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":
