@@ -159,7 +159,7 @@ def test_bad_file_is_named(tmp_path, name):
     break_some(fill(tmp_path))
     for other in {"x.mp4", "y.png", "z.mp4"} - {name}:
         (tmp_path / other).unlink()
-    with pytest.raises(BrokenMedia, match=rf"{name}: (cannot be opened|cannot be decoded|lasts 0\.62 seconds)"):
+    with pytest.raises(BrokenMedia, match=rf"{name}: (cannot be decoded|lasts 0\.62 seconds)"):
         list(VideoFolder(tmp_path))
 
 
@@ -167,7 +167,7 @@ def test_bad_files_are_left_out_and_counted(tmp_path):
     break_some(fill(tmp_path))
     with pytest.warns(UserWarning, match="left out: .*[xyz]"):
         data = VideoFolder(tmp_path, on_error="skip")
-    assert {c.caption for c in data} == {"one", "two", "three", "four"} and data.skipped == 3
+        assert {c.caption for c in data} == {"one", "two", "three", "four"} and data.skipped == 3
 
 
 @pytest.mark.filterwarnings("ignore:VideoFolder. left out")

@@ -190,9 +190,7 @@ def _json(path: Path, number: int, line: str) -> object:
 
 def fit(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Scale uint8 (h, w, 3) to cover (height, width), then cut the middle out; bicubic, antialiased."""
-    media.need("PIL")
-    from PIL import Image
-
+    Image = media.need("PIL.Image")
     (h, w), (height, width) = picture.shape[:2], size
     if (h, w) == (height, width):
         return picture

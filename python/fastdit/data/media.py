@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdit.data import encode
 from fastdit.data.clip import Clip, check_frames
 
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv", ".3gp")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".apng")
-WRITABLE = (".mp4", ".gif", ".png")
+WRITABLE = {".mp4": ("av", encode.mp4), ".gif": ("PIL", encode.gif), ".png": ("PIL", encode.png)}
 SLACK = 0.006  # seconds by which the times that files hold are off: GIF counts in hundredths
 GIF_FPS = 50.0  # players show faster ones slowly
 GIF_DELAY = 0.1  # seconds that players give to frames without a time
@@ -66,39 +65,42 @@ def decode(path: str | Path, start: float = 0.0) -> Iterator[Shown]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"media: no such file; got {path}, expected a video or an image.")
-    opened = _decode_image(path) if path.suffix.lower() in IMAGES else _decode_video(path, start)
-    count = 0
-    try:
-        for shown in opened:
-            count += 1
+    shown = None
+    with _blamed(path):
+        for shown in _decode_image(path) if path.suffix.lower() in IMAGES else _decode_video(path, start):
             yield shown
-    except (BrokenMedia, ImportError, GeneratorExit):
-        raise
-    except Exception as error:  # decoders raise anything on broken bytes
-        raise broken(path, f"cannot be decoded after {count} frames ({type(error).__name__}: {error})") from error
-    if count == 0:
+    if shown is None:
         raise broken(path, "holds no picture")
 
 
-def _decode_image(path: Path) -> Iterator[Shown]:
-    need("PIL")
-    from PIL import Image, ImageSequence
+@contextlib.contextmanager
+def _blamed(path: Path) -> Iterator[None]:
+    """What goes wrong here is the file's fault: on broken bytes decoders raise anything, MemoryError too."""
+    try:
+        yield
+    except (BrokenMedia, ImportError):
+        raise
+    except Exception as error:
+        raise broken(path, f"cannot be decoded ({type(error).__name__}: {error})") from error
 
-    with Image.open(path) as image:
-        if getattr(image, "n_frames", 1) == 1:
-            yield Shown(0.0, image.info.get("duration", 0) / 1000 or math.inf, _rgb(image))
-            return
-        begin = 0.0
-        for frame in ImageSequence.Iterator(image):
-            end = begin + (frame.info.get("duration", 0) / 1000 or GIF_DELAY)
+
+def _decode_image(path: Path) -> Iterator[Shown]:
+    with need("PIL.Image").open(path) as image:
+        end = 0.0
+        for frame in need("PIL.ImageSequence").Iterator(image):
+            begin, end = end, end + _delay(frame)
             yield Shown(begin, end, _rgb(frame))
-            begin = end
+
+
+def _delay(image: Any) -> float:
+    """Seconds that an opened picture of a file is shown."""
+    alone = getattr(image, "n_frames", 1) == 1
+    return image.info.get("duration", 0) / 1000 or (math.inf if alone else GIF_DELAY)
 
 
 def _rgb(image: Any) -> np.ndarray:
-    from PIL import Image, ImageOps
-
-    image = ImageOps.exif_transpose(image)
+    Image = need("PIL.Image")
+    image = need("PIL.ImageOps").exif_transpose(image)
     if image.mode.startswith("I"):  # grey of 16 bits; pillow would cut it off at 255
         return np.repeat((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)[..., None], 3, -1)
     if image.has_transparency_data:
@@ -121,9 +123,9 @@ def _decode_video(path: Path, start: float) -> Iterator[Shown]:
         ratio = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1
         end = 0.0
         for frame in container.decode(stream):
-            if frame.is_corrupt:
-                raise broken(path, f"is damaged {end:.2f} seconds after its start")
             begin = end if frame.pts is None else (frame.pts - first) * tick
+            if frame.is_corrupt and begin >= start:  # before it, frames may lack those that the seek left out
+                raise broken(path, f"is damaged {begin:.2f} seconds after its start")
             end = begin + (frame.duration * tick if frame.duration else step)
             yield Shown(begin, end, _upright(frame, float(ratio)))
         promised = _header_duration(container)
@@ -140,18 +142,14 @@ def _upright(frame: Any, ratio: float) -> np.ndarray:
 def duration(path: str | Path) -> float:
     """Seconds that a file lasts, infinite for a still picture; the header's word, where it has one."""
     path = Path(path)
-    if path.suffix.lower() not in IMAGES:
-        av = need("av")
-        try:
-            with av.open(str(path)) as container:
-                if container.streams.video and (known := _header_duration(container)):
-                    return known
-        except av.error.FFmpegError as error:
-            raise broken(path, f"cannot be opened ({type(error).__name__}: {error})") from error
-    end = 0.0
-    for shown in decode(path):
-        end = shown.end
-    return end
+    with _blamed(path):
+        if path.suffix.lower() in IMAGES:
+            with need("PIL.Image").open(path) as image:
+                return sum(map(_delay, need("PIL.ImageSequence").Iterator(image)))
+        with need("av").open(str(path)) as container:
+            if container.streams.video and (known := _header_duration(container)):
+                return known
+    return max(shown.end for shown in decode(path))
 
 
 def _header_duration(container: Any) -> float:
@@ -203,12 +201,13 @@ def write(path: str | Path, frames: Tensor | Iterable[Tensor], fps: float = 8.0)
     """Write a clip as what the suffix says: .mp4 (H.264), .gif, or .png (one frame). All of it, or nothing.
 
     Args:
-        frames: uint8 (T, H, W, 3), or an iterable of such chunks, so that a long video need not be in memory. MP4
-            holds even heights and widths: odd ones are written with their last row or column twice.
+        frames: uint8 (T, H, W, 3), or an iterable of such chunks: a long MP4 is encoded as they come. MP4 holds even
+            heights and widths: odd ones are written with their last row or column twice.
         fps: frames per second.
     Raises:
         ValueError: unknown suffix, no frames, several in a PNG, chunks of different sizes.   TypeError: not uint8.
-        OSError: a full disk, or a folder without permission; a file that was there before is as it was.
+        ImportError: PyAV or pillow is missing.   OSError: a full disk, or a folder without permission; a file that
+            was there before is as it was.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -220,9 +219,10 @@ def write(path: str | Path, frames: Tensor | Iterable[Tensor], fps: float = 8.0)
         raise ValueError(f"write: fps is frames per second; got {fps}, expected a positive number; use e.g. 8.")
     if suffix == ".gif" and fps > GIF_FPS:
         raise ValueError(f"write: a GIF shows {GIF_FPS:g} frames a second at most; got {fps}; write an .mp4.")
-    pictures = _pictures([frames] if isinstance(frames, Tensor) else frames)
+    package, encoder = WRITABLE[suffix]
+    need(package)
     encoded = io.BytesIO()  # a full disk is seen by plain writing, not somewhere inside a muxer
-    {".mp4": _encode_mp4, ".gif": _encode_gif, ".png": _encode_png}[suffix](encoded, pictures, fps)
+    encoder(encoded, _pictures([frames] if isinstance(frames, Tensor) else frames), fps)
     with atomic(path) as part:
         part.write_bytes(encoded.getbuffer())
 
@@ -237,50 +237,6 @@ def _pictures(chunks: Iterable[Tensor]) -> Iterator[np.ndarray]:
         yield from chunk.cpu().numpy()
     if size is None:
         raise ValueError("write: no frames; got an empty iterable, expected at least one chunk (T, H, W, 3).")
-
-
-def _encode_mp4(out: io.BytesIO, pictures: Iterator[np.ndarray], fps: float) -> None:
-    av = need("av")
-    rate = Fraction(fps).limit_denominator(1001)
-    x264 = "libx264" in av.codecs_available
-    with av.open(out, mode="w", format="mp4") as container:
-        stream = container.add_stream("libx264" if x264 else "mpeg4", rate=rate)
-        stream.pix_fmt = "yuv420p"
-        if x264:
-            stream.options = {"crf": "12"}
-        else:
-            stream.codec_context.bit_rate = 8_000_000
-        for i, picture in enumerate(pictures):
-            height, width = picture.shape[:2]
-            even = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-            if i == 0:
-                stream.height, stream.width = even.shape[:2]
-            for packet in stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-
-
-def _encode_gif(out: io.BytesIO, pictures: Iterator[np.ndarray], fps: float) -> None:
-    need("PIL")
-    from PIL import Image
-
-    images = [Image.fromarray(p) for p in pictures]
-    edges = [10 * round(100 * k / fps) for k in range(len(images) + 1)]  # ms; rounded so that errors do not add up
-    times = {"duration": [b - a for a, b in itertools.pairwise(edges)]} if len(images) > 1 else {}
-    images[0].save(out, format="GIF", save_all=True, append_images=images[1:], loop=0, **times)
-
-
-def _encode_png(out: io.BytesIO, pictures: Iterator[np.ndarray], fps: float) -> None:
-    need("PIL")
-    from PIL import Image
-
-    first, *others = pictures
-    if others:
-        raise ValueError(
-            f"write: a PNG holds one frame; got {len(others) + 1}; pass frames[:1], or write .mp4 or .gif."
-        )
-    Image.fromarray(first).save(out, format="PNG")
 
 
 @contextlib.contextmanager
@@ -301,12 +257,11 @@ def atomic(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
         was = "the file that was there is as it was" if path.exists() else "nothing was written"
         raise OSError(
             error.errno,
             f"{path} cannot be saved: {error.strerror or error}; {was}; free space or choose another folder",
         ) from error
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
