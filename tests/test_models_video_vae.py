@@ -251,7 +251,8 @@ def test_checkpointing_changes_no_gradient(backend):
 
 
 def test_checkpointing_keeps_less():
-    model, x = vae().train(), clip(17, 32, 32)
+    deep = dataclasses.replace(SMALL, encoder_blocks=(3, 1), decoder_blocks=(3, 1))
+    model, x = vae(deep).train(), clip(17, 32, 32)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
 
     def kept():
@@ -371,7 +372,7 @@ def test_normalized_latents():
 def test_parameters_and_cost():
     """The counts of the class docstring, and its formula against what the layers do."""
     model = VideoVAE().eval()
-    assert sum(p.numel() for p in model.parameters()) == 423_776
+    assert sum(p.numel() for p in model.parameters()) == 682_336
     flops = {"encoder": 0, "decoder": 0}
     for part in flops:
         for module in getattr(model, part).modules():
@@ -383,11 +384,13 @@ def test_parameters_and_cost():
                 module.register_forward_hook(count)
     with torch.no_grad():
         model(torch.zeros(1, 3, 17, 64, 64))
-    p, z, f, c, n, m = 4, 8, 32, 64, 1, 1
+    p, z, (f, c), (n, m) = 4, 8, model.config.widths, model.config.encoder_blocks
     fine, coarse = 17 * (64 // p) ** 2, 5 * (64 // (2 * p)) ** 2
-    ends = 81 * p * p * f + 18 * n * f * f
-    assert flops["encoder"] == 2 * (ends * fine + (36 * f * c + 18 * m * c * c + 18 * z * c) * coarse)
-    assert flops["decoder"] == 2 * ((9 * z * c + 18 * m * c * c + 12 * c * c) * coarse + (9 * c * f + ends) * fine)
+    at_fine, at_coarse = 81 * p * p * f + 18 * n * f * f, 36 * f * c + 18 * m * c * c + 18 * z * c
+    assert flops["encoder"] == 2 * (at_fine * fine + at_coarse * coarse)
+    n, m = model.config.decoder_blocks
+    at_fine, at_coarse = 9 * c * f + 18 * n * f * f + 81 * p * p * f, 9 * z * c + 18 * m * c * c + 12 * c * c
+    assert flops["decoder"] == 2 * (at_fine * fine + at_coarse * coarse)
     assert sum(flops.values()) < 6e9
 
 
