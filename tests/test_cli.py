@@ -16,7 +16,7 @@ from fastdit.demo import models, opclock
 from fastdit.testing import bench
 from fastdit.testing.models import twin
 
-COMMANDS = ("info", "verify", "bench", "demo")
+COMMANDS = ("info", "verify", "bench", "demo", "generate")
 ROW = ["op", "model", "shape", "dtype", "pass", "backend", "peer", "time_ms", "peer_ms", "ratio", "pct_ceiling",
        "err_ratio"]  # fmt: skip
 PEERS = {"eager", "compile", "copy", "gemm", "sdpa", "sdpa_flash", "sdpa_cudnn", "flex", "torch_varlen", "fa2", "fa3",

@@ -53,6 +53,11 @@ def test_contents(wheel):
     packed = {n for n in names if n.endswith(".py") and not n.startswith("fastdit/kernels/")}
     sources = {f"fastdit/{p.relative_to(ROOT / 'python/fastdit')}" for p in (ROOT / "python/fastdit").rglob("*.py")}
     assert packed == {s for s in sources if not s.startswith("fastdit/kernels/")}
+    package = ROOT / "python/fastdit"
+    data = [
+        p for suffix in ("toml", "json", "safetensors") for p in package.rglob(f"*.{suffix}")
+    ]  # configs, checkpoint
+    assert data and {f"fastdit/{p.relative_to(package)}" for p in data} <= set(names)
 
 
 def test_no_library_is_grafted(wheel, tmp_path):

@@ -1,4 +1,4 @@
-"""`fastdit info | verify | bench | aot | demo | train`, also as `python -m fastdit`."""
+"""`fastdit info | verify | bench | aot | demo | train | generate`, also as `python -m fastdit`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Console
 import fastdit
 
 from . import train
+from .generate import generate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,6 +22,7 @@ app = typer.Typer(
     "Start with `fastdit info` (what runs here), then `fastdit demo` (what it buys on real models).",
 )
 app.add_typer(train.app, name="train")
+app.command()(generate)
 # Piped output has no width of its own, and 80 columns would fold every table.
 console = Console(width=None if sys.stdout.isatty() else 140)
 Backend = Annotated[str | None, typer.Option(help="Only this backend: cpu, cuda, triton, reference, ...")]

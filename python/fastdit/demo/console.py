@@ -39,7 +39,7 @@ def show(plan: Plan, out: Path, console: Console) -> bool:
         console.print(_layers(entry))
     clip = result["clip"]
     console.print(
-        f"clip: {clip['frames']} frames, {clip['codec']}, read back at {clip['psnr_db']:.1f} dB PSNR; "
+        f"clip: {clip['frames']} frames of MP4, read back at {clip['psnr_db']:.1f} dB PSNR; "
         f"{result['seconds']:.0f} s in all"
     )
     console.print(f"wrote {out / 'report.html'} and {out / 'report.json'}")

@@ -57,7 +57,7 @@ def _body(result: dict[str, Any], shown: dict[str, Any], out: Path) -> list[obje
         page.tag(
             "p",
             f"\u201c{clip['caption']}\u201d: {clip['frames']} frames of {clip['size'][0]}x{clip['size'][1]}, "
-            f"written as MP4 ({clip['codec']}, {clip['bytes']:,} bytes), read back at {clip['psnr_db']:.1f} dB PSNR.",
+            f"written as MP4 ({clip['bytes']:,} bytes), read back at {clip['psnr_db']:.1f} dB PSNR.",
         ),
         page.tag("p", page.mp4((out / clip["file"]).read_bytes())),
         _strip(shown["clip"], 6, 150),

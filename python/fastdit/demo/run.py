@@ -8,13 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import fastdit
+from fastdit.data import media, to_frames, to_video
+from fastdit.data.folder import fit
+from fastdit.generation.judge import psnr
 from fastdit.testing.machine import describe
 
-from . import clip, models, report, video
+from . import clip, models, report
 from .compare import Subject, compare
 from .models import Plan
 
@@ -67,19 +71,19 @@ def _clip(plan: Plan, out: Path, step: Step) -> tuple[dict[str, Any], Any]:
     rendered = clip.render(**plan.clip)
     step("writing and reading clip.mp4")
     path = out / "clip.mp4"
-    codec = video.write_mp4(path, rendered.frames, rendered.fps)
-    read = video.read_mp4(path)
+    frames = torch.from_numpy(rendered.frames)
+    media.write(path, frames, rendered.fps)
+    read = media.read(path).frames
     facts = {
         "file": path.name,
         "caption": rendered.caption,
-        "codec": codec,
         "frames": len(read),
         "size": [int(n) for n in read.shape[1:3]],
         "fps": rendered.fps,
         "bytes": path.stat().st_size,
-        "psnr_db": video.psnr(rendered.frames, read),
+        "psnr_db": psnr(frames, read),
     }
-    return facts, read
+    return facts, read.numpy()
 
 
 def _dit(plan: Plan, step: Step) -> dict[str, Any]:
@@ -113,7 +117,9 @@ def _vae(plan: Plan, pictures: Any, step: Step, shown: dict[str, Any]) -> list[d
     step("VAE: seeded weights")
     model = models.vae(plan.vae).to(plan.device)
     frames, height, width = plan.video
-    pixels = video.to_tensor(pictures, frames, (height, width)).to(plan.device)
+    chosen = np.linspace(0, len(pictures) - 1, frames).round().astype(int)
+    resized = np.stack([fit(pictures[t], (height, width)) for t in chosen])
+    pixels = to_video(torch.from_numpy(resized))[None].to(plan.device)
     step("VAE: encoding the clip")
     with torch.no_grad():
         latents = model.encode(pixels).latent_dist.mode()
@@ -145,7 +151,7 @@ def _vae(plan: Plan, pictures: Any, step: Step, shown: dict[str, Any]) -> list[d
         compared.append(compare(subject, step))
         if single:
             eager, fast = compared[-1]["outputs"]
-            shown["eager"], shown["fastdit"] = video.to_frames(eager), video.to_frames(fast)
+            shown["eager"], shown["fastdit"] = to_frames(eager[0]).numpy(), to_frames(fast[0]).numpy()
             shown["difference"] = float((eager - fast).abs().max())
     return compared
 

@@ -23,7 +23,7 @@ class Table(NamedTuple):
     """A shift, scale or gate: (B, M, C), where M is 1 or the number of tokens, or rows (R, C) by index (B, N)."""
 
     values: Tensor
-    index: Tensor | None = None
+    row_index: Tensor | None = None
 
 
 def rows(table: Tensor, temb: Tensor | PerToken) -> list[Table]:
@@ -41,7 +41,7 @@ def opened(block: Any, norm: Any, x: Tensor, shift: Table, scale: Table) -> Tens
         scale=scale.values,
         norm="rms",
         eps=norm.eps,
-        row_index=shift.index,
+        row_index=shift.row_index,
         precision=law(block, x, shift.values),
     )
 
@@ -50,7 +50,7 @@ def seam(
     block: Any, norm: Any, x: Tensor, y: Tensor, gate: Table | None, shift: Table | None, scale: Table | None
 ) -> tuple[Tensor, Tensor]:
     """x + gate * y, and what enters the next sublayer."""
-    if gate is not None and gate.index is None and shift is not None and shift.index is not None:
+    if gate is not None and gate.row_index is None and shift is not None and shift.row_index is not None:
         gate = indexed(gate.values, x)
     return ops.gate_residual_norm_modulate(
         x,
@@ -60,8 +60,8 @@ def seam(
         scale=None if scale is None else scale.values,
         norm="rms",
         eps=norm.eps,
-        gate_row_index=None if gate is None else gate.index,
-        row_index=None if shift is None else shift.index,
+        gate_row_index=None if gate is None else gate.row_index,
+        row_index=None if shift is None else shift.row_index,
         precision=law(block, y, x),
     )
 
@@ -169,7 +169,7 @@ def feed_forward(block: Any, name: str, x: Tensor, y: Tensor | None, gate: Table
     else:
         x, h = seam(block, norm, x, y, gate, shift, scale)
     y = getattr(block, f"{name}ff")(h)
-    return ops.gate_residual(x, y, last.values, row_index=last.index, precision=law(block, y, x))
+    return ops.gate_residual(x, y, last.values, row_index=last.row_index, precision=law(block, y, x))
 
 
 block_forward.__name__ = "forward"

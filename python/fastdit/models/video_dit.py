@@ -130,15 +130,15 @@ class VideoDiT(nn.Module):
         cfg, samples = self.config, len(grids)
 
         c = self.t_embedder(t if given is None else torch.stack([torch.zeros_like(t), t], 1).flatten())
-        words: list[tuple[Tensor, Sequence[int]]] = []
+        words: list[layouts.Kind] = []
         if text is not None and self.pooled_embedder is not None and self.text_embedder is not None:
             pooled = self.pooled_embedder(text.pooled)
             c = c + (pooled if given is None else pooled.repeat_interleave(2, 0))
             words = [(self.text_embedder(text.tokens), text.lengths)]
         ones = [1] * samples
-        after = [*words] if cfg.text == "joint" else []
+        after: list[layouts.Kind] = [*words] if cfg.text == "joint" else []
         after += [(c, ones)] if cfg.conditioning == "in_context" else []
-        context = [(c, ones)] if cfg.conditioning == "cross_attention" else []
+        context: list[layouts.Kind] = [(c, ones)] if cfg.conditioning == "cross_attention" else []
         context += words if cfg.text == "cross" else []
 
         tokens = self._embed(x, grids)
@@ -236,7 +236,7 @@ class VideoDiT(nn.Module):
             )
 
     @staticmethod
-    def _context(parts: list[tuple[Tensor, Sequence[int]]]) -> dict[str, Any]:
+    def _context(parts: list[layouts.Kind]) -> dict[str, Any]:
         lengths = [sum(n) for n in zip(*(n for _, n in parts), strict=True)]
         p = packed(layouts.interleave(*parts), [(1, 1, n) for n in lengths])
         return {"context": p.tokens, "context_cu_seqlens": p.cu_seqlens, "context_max_seqlen": p.max_seqlen}

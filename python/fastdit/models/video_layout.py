@@ -18,6 +18,8 @@ from fastdit import ops
 from fastdit.models.dit import sincos_pos_embed
 from fastdit.packing import Grid, packed
 
+Kind = tuple[Tensor, Sequence[int]]  # packed tokens of one kind, and how many of them each sample has
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -149,7 +151,7 @@ def drop_tokens(grids: Sequence[Grid], rate: float, generator: torch.Generator |
     return [torch.randperm(n, generator=generator)[: max(1, round(n * (1 - rate)))].sort().values for n in sizes]
 
 
-def interleave(*parts: tuple[Tensor, Sequence[int]]) -> Tensor:
+def interleave(*parts: Kind) -> Tensor:
     """Packed tokens of several kinds, (tensor, lengths) each, as one sequence: all kinds of a sample side by side."""
     if len(parts) == 1:
         return parts[0][0]
