@@ -1,8 +1,8 @@
 """Training gives the same losses with the native kernels and with plain PyTorch.
 
 `fastdit.testing.close` judges the curve as it judges an op: truth is the reference backend in fp64, the allowance comes
-from the reference backend in fp32. Trainings amplify rounding (a VAE at a high rate by 10x in ten steps), so the VAE
-trains here at the rate of the articles, 1e-4.
+from the reference backend in fp32. Trainings amplify rounding: the kinks of |error| by 10x in ten steps at a rate of
+2e-3, so the VAE trains here on the squared error, at the rate of the articles, 1e-4.
 """
 
 from dataclasses import replace
@@ -18,7 +18,8 @@ from fastdit.testing.close import assert_close
 @pytest.mark.parametrize("kind", ["vae", "dit"])
 def test_same_losses(kind, steps, tmp_path):
     config = training.smoke()
-    config = replace(config, vae=replace(config.vae, optimizer=replace(config.vae.optimizer, lr=1e-4)))
+    optimizer = replace(config.vae.optimizer, lr=1e-4)
+    config = replace(config, vae=replace(config.vae, optimizer=optimizer, l1=0.0, l2=1.0))
     truth = training.losses(training.trainer(kind, config, tmp_path, dtype=torch.float64), steps, backend="reference")
     baseline = training.losses(training.trainer(kind, config, tmp_path), steps, backend="reference")
     found = training.losses(training.trainer(kind, config, tmp_path), steps)
