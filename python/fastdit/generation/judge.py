@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,7 +118,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every verdict here.")] = None,
 ) -> None:
     """Judge a checkpoint; exit status 1 when it misses a bar (90 % of the clips right, 30 dB), 2 when there is none."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)  # a file has no width to fold the table to
     try:
         generator = Generator.load(checkpoint, device=device)
     except (CheckpointError, ValueError) as error:
