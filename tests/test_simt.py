@@ -46,7 +46,7 @@ FAULTS = {
     "mma:no copy wait": "a wait is missing",
     "wgmma:no full wait": "never written|race|is under way",
     "wgmma:wrong parity": "never written|race|is under way|beyond the pending|deadlock",
-    "wgmma:no empty wait": "race|is under way|beyond the pending",
+    "wgmma:no empty wait": "race|is under way|beyond the pending|deadlock",
     "wgmma:early release": "race",
     "wgmma:no wait": "race|without waiting for its wgmma|without wgmma.fence",
     "wgmma:no fence": "without wgmma.fence",

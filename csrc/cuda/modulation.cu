@@ -183,6 +183,7 @@ void run(const ModulationParams& p, Stream stream, const char* op) {
 Geometry forward_geometry(int64_t C, int W) { return W == 1 ? geometry(C, 1, {8}) : geometry(C, W, {1, 2}); }
 
 void modulation_forward(const ModulationParams& p, Stream stream, const char* op) {
+  check_tokens(p, op);
   FASTDIT_MODULATION_DTYPES(p, run, p, stream, op)
 }
 

@@ -80,6 +80,12 @@ inline std::string sizes(const ModulationParams& p) {
          " dtype=" + std::to_string(p.dtype);
 }
 
+// Tokens are counted in 32 bits, elements in 64.
+inline void check_tokens(const ModulationParams& p, const char* op) {
+  if (p.B * p.N > 0x7fff0000)
+    throw std::invalid_argument(std::string(op) + ": too many tokens; got " + sizes(p) + ", expected B * N < 2^31");
+}
+
 // Calls run<T, TR>(...) for the dtypes of y and residual.
 #define FASTDIT_MODULATION_DTYPES(p, run, ...)                                                               \
   switch (static_cast<DType>((p).dtype)) {                                                                   \

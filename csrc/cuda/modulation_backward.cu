@@ -256,10 +256,12 @@ struct Backward {
       if (p.gate.data)
 #pragma unroll
         for (int k = 0; k < W; ++k) g[j][k] *= v[k];
-      if constexpr (vectors)
-        if (q.post_weight.data)
+      if constexpr (vectors) {
+        if (q.post_weight.data) {
 #pragma unroll
           for (int k = 0; k < W; ++k) post.sum[j][k] += g[j][k] * unit[j][k];
+        }
+      }
       weighted(g[j], c);
     });
     if (!q.d_y) return;  // the same for every thread
@@ -378,6 +380,7 @@ int64_t modulation_programs(const ModulationGradParams& q, int device) {
 void modulation_backward(const ModulationGradParams& q, const RowOrder& order, float* partial, Stream stream,
                          const char* op) {
   const ModulationParams& p = q.forward;
+  check_tokens(p, op);
   const int64_t rows = p.B * p.N, programs = modulation_programs(q, stream.device);
   const int64_t per = (rows + programs - 1) / programs;
   const Walk walk{order.tokens,           order.offsets,

@@ -115,12 +115,12 @@ inline auto async() { return simt::entered(simt::asynchronous()); }
 inline uint32_t shared_address(const void* p) { return simt::entered(simt::memory())->shared_address(p); }
 
 template <int id>
-void named_barrier(int threads, FASTDIT_CALLED("bar.sync")) {
-  simt::entered(simt::machine())->named_barrier(id, threads, true, site);
+void named_barrier(int threads, FASTDIT_CALLED) {
+  simt::entered(simt::machine())->named_barrier(id, threads, true, FASTDIT_SITE("bar.sync"));
 }
 template <int id>
-void named_arrive(int threads, FASTDIT_CALLED("bar.arrive")) {
-  simt::entered(simt::machine())->named_barrier(id, threads, false, site);
+void named_arrive(int threads, FASTDIT_CALLED) {
+  simt::entered(simt::machine())->named_barrier(id, threads, false, FASTDIT_SITE("bar.arrive"));
 }
 
 template <int bytes>
@@ -134,25 +134,25 @@ void copy_wait() {
 }
 
 template <bool transposed>
-void load_matrices(uint32_t (&to)[4], const void* row, FASTDIT_CALLED("ldmatrix")) {
-  simt::load_matrices(to, row, 4, transposed, site);
+void load_matrices(uint32_t (&to)[4], const void* row, FASTDIT_CALLED) {
+  simt::load_matrices(to, row, 4, transposed, FASTDIT_SITE("ldmatrix"));
 }
-inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], FASTDIT_CALLED("mma.sync")) {
-  simt::multiply(d, a, b, d, simt::MmaType::bf16, site);
+inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], FASTDIT_CALLED) {
+  simt::multiply(d, a, b, d, simt::MmaType::bf16, FASTDIT_SITE("mma.sync"));
 }
-inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], FASTDIT_CALLED("mma.sync")) {
-  simt::multiply(d, a, b, d, simt::MmaType::f16, site);
+inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], FASTDIT_CALLED) {
+  simt::multiply(d, a, b, d, simt::MmaType::f16, FASTDIT_SITE("mma.sync"));
 }
-inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], FASTDIT_CALLED("mma.sync")) {
-  simt::multiply(d, a, b, d, simt::MmaType::tf32, site);
+inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], FASTDIT_CALLED) {
+  simt::multiply(d, a, b, d, simt::MmaType::tf32, FASTDIT_SITE("mma.sync"));
 }
 
 inline void barrier_init(uint64_t* barrier, int arrivals) { async()->barrier_init(barrier, arrivals); }
 inline void barrier_fence_init() { async()->barrier_fence_init(); }
 inline void barrier_arrive(uint64_t* barrier) { async()->barrier_arrive(barrier, 0); }
 inline void barrier_arrive_expect(uint64_t* barrier, int bytes) { async()->barrier_arrive(barrier, bytes); }
-inline void barrier_wait(uint64_t* barrier, int parity, FASTDIT_CALLED("mbarrier.try_wait")) {
-  async()->barrier_wait(barrier, parity, site);
+inline void barrier_wait(uint64_t* barrier, int parity, FASTDIT_CALLED) {
+  async()->barrier_wait(barrier, parity, FASTDIT_SITE("mbarrier.try_wait"));
 }
 
 inline void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {

@@ -140,8 +140,8 @@ __device__ __forceinline__ void product(float (&d)[registers], const uint32_t (&
 inline void product_fence() { async()->product_fence(); }
 inline void product_commit() { async()->product_commit(); }
 template <int groups>
-void product_wait(FASTDIT_CALLED("wgmma.wait_group")) {
-  async()->product_wait(groups, site);
+void product_wait(FASTDIT_CALLED) {
+  async()->product_wait(groups, FASTDIT_SITE("wgmma.wait_group"));
 }
 
 template <class T, int registers>
@@ -152,15 +152,14 @@ simt::Product describe(uint64_t b, bool accumulate, bool trans_b, simt::Site sit
   return p;
 }
 template <class T, bool trans_a = false, bool trans_b = false, int registers>
-void product(float (&d)[registers], uint64_t a, uint64_t b, bool accumulate = true, FASTDIT_CALLED("wgmma")) {
-  simt::Product p = describe<T, registers>(b, accumulate, trans_b, site);
+void product(float (&d)[registers], uint64_t a, uint64_t b, bool accumulate = true, FASTDIT_CALLED) {
+  simt::Product p = describe<T, registers>(b, accumulate, trans_b, FASTDIT_SITE("wgmma"));
   p.a = a, p.trans_a = trans_a;
   async()->product(p, d, nullptr);
 }
 template <class T, bool trans_b = false, int registers>
-void product(float (&d)[registers], const uint32_t (&a)[4], uint64_t b, bool accumulate = true,
-             FASTDIT_CALLED("wgmma")) {
-  simt::Product p = describe<T, registers>(b, accumulate, trans_b, site);
+void product(float (&d)[registers], const uint32_t (&a)[4], uint64_t b, bool accumulate = true, FASTDIT_CALLED) {
+  simt::Product p = describe<T, registers>(b, accumulate, trans_b, FASTDIT_SITE("wgmma"));
   p.a_registers = true;
   async()->product(p, d, a);
 }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <source_location>
 #include <type_traits>
 
 #include "convert.h"
@@ -50,27 +51,28 @@ using cudaStream_t = void*;
 #define FASTDIT_SHARED_DYNAMIC(name, align) \
   char* const name = ::fastdit::simt::entered(::fastdit::simt::memory())->shared_dynamic(align)
 
+// An operation that knows where it was called.
+#define FASTDIT_CALLED const std::source_location where = std::source_location::current()
 #define FASTDIT_SITE(operation) \
-  ::fastdit::simt::Site { operation, __builtin_FILE(), __builtin_LINE() }
-// An operation that knows where it was called: the site is a default argument.
-#define FASTDIT_CALLED(operation) const ::fastdit::simt::Site site = FASTDIT_SITE(operation)
+  ::fastdit::simt::Site { operation, where.file_name(), static_cast<int>(where.line()) }
 
-inline void __syncthreads(FASTDIT_CALLED("__syncthreads")) {
-  fastdit::simt::entered(fastdit::simt::machine())->block_barrier(site);
+inline void __syncthreads(FASTDIT_CALLED) {
+  fastdit::simt::entered(fastdit::simt::machine())->block_barrier(FASTDIT_SITE("__syncthreads"));
 }
-inline void __syncwarp(uint32_t mask = 0xffffffffu, FASTDIT_CALLED("__syncwarp")) {
-  fastdit::simt::sync_warp(mask, site);
+inline void __syncwarp(uint32_t mask = 0xffffffffu, FASTDIT_CALLED) {
+  fastdit::simt::sync_warp(mask, FASTDIT_SITE("__syncwarp"));
 }
 
-#define FASTDIT_SHUFFLE(name, how, type)                                                                             \
-  template <class T>                                                                                                 \
-  inline T name(uint32_t mask, T value, type argument, int width = 32, FASTDIT_CALLED(#name)) {                      \
-    static_assert(sizeof(T) <= 8);                                                                                   \
-    uint64_t bits = 0;                                                                                               \
-    __builtin_memcpy(&bits, &value, sizeof(T));                                                                      \
-    bits = fastdit::simt::shuffle(fastdit::simt::Shuffle::how, mask, bits, static_cast<int>(argument), width, site); \
-    __builtin_memcpy(&value, &bits, sizeof(T));                                                                      \
-    return value;                                                                                                    \
+#define FASTDIT_SHUFFLE(name, how, type)                                                                      \
+  template <class T>                                                                                          \
+  inline T name(uint32_t mask, T value, type argument, int width = 32, FASTDIT_CALLED) {                      \
+    static_assert(sizeof(T) <= 8);                                                                            \
+    uint64_t bits = 0;                                                                                        \
+    __builtin_memcpy(&bits, &value, sizeof(T));                                                               \
+    bits = fastdit::simt::shuffle(fastdit::simt::Shuffle::how, mask, bits, static_cast<int>(argument), width, \
+                                  FASTDIT_SITE(#name));                                                       \
+    __builtin_memcpy(&value, &bits, sizeof(T));                                                               \
+    return value;                                                                                             \
   }
 FASTDIT_SHUFFLE(__shfl_sync, index, int)
 FASTDIT_SHUFFLE(__shfl_up_sync, up, unsigned)
@@ -78,17 +80,17 @@ FASTDIT_SHUFFLE(__shfl_down_sync, down, unsigned)
 FASTDIT_SHUFFLE(__shfl_xor_sync, exclusive_or, int)
 #undef FASTDIT_SHUFFLE
 
-inline uint32_t __ballot_sync(uint32_t mask, int predicate, FASTDIT_CALLED("__ballot_sync")) {
-  return fastdit::simt::ballot(mask, predicate, site);
+inline uint32_t __ballot_sync(uint32_t mask, int predicate, FASTDIT_CALLED) {
+  return fastdit::simt::ballot(mask, predicate, FASTDIT_SITE("__ballot_sync"));
 }
-inline int __any_sync(uint32_t mask, int predicate, FASTDIT_CALLED("__any_sync")) {
-  return fastdit::simt::ballot(mask, predicate, site) != 0;
+inline int __any_sync(uint32_t mask, int predicate, FASTDIT_CALLED) {
+  return fastdit::simt::ballot(mask, predicate, FASTDIT_SITE("__any_sync")) != 0;
 }
-inline int __all_sync(uint32_t mask, int predicate, FASTDIT_CALLED("__all_sync")) {
-  return fastdit::simt::ballot(mask, !predicate, site) == 0;
+inline int __all_sync(uint32_t mask, int predicate, FASTDIT_CALLED) {
+  return fastdit::simt::ballot(mask, !predicate, FASTDIT_SITE("__all_sync")) == 0;
 }
-inline unsigned __reduce_add_sync(uint32_t mask, unsigned value, FASTDIT_CALLED("__reduce_add_sync")) {
-  return fastdit::simt::reduce_add(mask, value, site);
+inline unsigned __reduce_add_sync(uint32_t mask, unsigned value, FASTDIT_CALLED) {
+  return fastdit::simt::reduce_add(mask, value, FASTDIT_SITE("__reduce_add_sync"));
 }
 
 // Blocks run one after the other, so an atomic is an access that races with no other atomic.

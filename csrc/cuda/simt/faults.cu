@@ -1,6 +1,7 @@
 // One deliberately broken kernel per class of fault, and a sound twin of each group: the simulator must name the first
 // and stay silent about the second. tests/test_simt_faults.py says which words every report holds.
 #include <map>
+#include <memory>
 #include <stdexcept>
 
 #include "../launch.h"
@@ -76,6 +77,7 @@ __global__ void blocks_collide(float* to) { to[threadIdx.x] = blockIdx.x; }
 __global__ void half_warp_syncs(float* to) {
   if (threadIdx.x % 32 < 16) __syncthreads();
   to[threadIdx.x] = 0;
+  __syncthreads();
 }
 __global__ void warps_at_two_barriers(float* to) {
   if (threadIdx.x < 32)
@@ -208,7 +210,8 @@ std::vector<std::string> fault_names() {
 void run_fault(const std::string& name) {
   const auto found = kFaults.find(name);
   if (found == kFaults.end()) throw std::invalid_argument("run_fault: no kernel '" + name + "'");
-  static Buffers buffers;
+  const auto owner = std::make_unique<Buffers>();
+  Buffers& buffers = *owner;
   memory().forget();
   const std::vector<int64_t> sizes{4 * kThreads}, strides{1};
   memory().allow(reinterpret_cast<uintptr_t>(buffers.from), 4, sizes, strides, true, false);

@@ -225,7 +225,10 @@ void Machine::aligned(Site site) {
           site.operation, site.line, w.aligned_site.operation, w.aligned_site.line);
   w.aligned_site = site;
   w.aligned |= 1u << t.lane();
-  if (w.aligned == w.live) w.aligned = 0;
+  if (w.aligned != w.live) return wait(site);
+  w.aligned = 0;
+  for (int lane = 0; lane < kWarp; ++lane)
+    if ((w.live >> lane & 1) && lane != t.lane()) wake(t.warp() * kWarp + lane);
 }
 
 void Machine::block_barrier(Site site) {

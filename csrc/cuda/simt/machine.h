@@ -8,6 +8,7 @@
 
 #include <cstdarg>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <random>
 #include <string>
@@ -30,7 +31,9 @@ struct Site {
   const char* operation;
   const char* file;
   int line;
-  bool operator==(const Site& o) const { return line == o.line && operation == o.operation && file == o.file; }
+  bool operator==(const Site& o) const {
+    return line == o.line && !std::strcmp(operation, o.operation) && !std::strcmp(file, o.file);
+  }
 };
 
 using Vector = std::vector<uint32_t>;  // a clock per agent
@@ -101,7 +104,7 @@ class Machine {
   void named_barrier(int id, int count, bool waits, Site site);
   // All lanes of `mask` meet; `work` runs once, with a frame per lane. orders: each then knows what the others did.
   void gather(uint32_t mask, Site site, void* frame, void (*work)(void** frames, uint32_t mask), bool orders = false);
-  // Every live lane of the warp must come to this very operation.
+  // Waits until every live lane of the warp has come to this very operation.
   void aligned(Site site);
   void wait(Site site);  // until wake()
   void wake(int thread) { ready_[thread / 64] |= uint64_t{1} << (thread % 64); }

@@ -205,13 +205,14 @@ void Memory::access(const void* p, size_t bytes, Access kind) {
   if (c >= t.stack && c < t.stack_end) return;
   const char* parameters = static_cast<const char*>(m.current.parameters);
   if (kind == Access::read && c >= parameters && c < parameters + m.current.parameter_bytes) return;
-  if (c >= &__ehdr_start && c < &_end) {
-    if (kind != Access::read) m.fault("%s of %zu bytes at %p, a variable of the host", name(kind), bytes, p);
-    return;
-  }
   if (c >= m.thread.front().stack && c < m.thread.back().stack_end)
     m.fault("%s of %zu bytes at %p, in another thread's local memory", name(kind), bytes, p);
   const uintptr_t address = reinterpret_cast<uintptr_t>(p);
+  const Cell* first = cell(address);
+  if (c >= &__ehdr_start && c < &_end && !(first && first->flags)) {  // a constant of the module
+    if (kind != Access::read) m.fault("%s of %zu bytes at %p, a variable of the host", name(kind), bytes, p);
+    return;
+  }
   if ((bytes & (bytes - 1)) == 0 && bytes <= 16 && address % bytes)
     m.fault("misaligned %s of %zu bytes of %s memory at %p", name(kind), bytes, space(p), p);
   cells(p, bytes, kind);

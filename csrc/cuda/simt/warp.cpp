@@ -149,14 +149,12 @@ void load_matrices(uint32_t* to, const void* row, int count, bool transposed, Si
     if (!memory().is_shared(row)) m.fault("ldmatrix reads %p, which is not shared memory", row);
     memory().access(row, 16, Access::read);
   }
-  m.aligned(site);
   m.gather(kAll, site, &frame, load_all);
 }
 
 void multiply(float* d, const uint32_t* a, const uint32_t* b, const float* c, MmaType type, Site site) {
   const auto inside = entered(machine());
   MultiplyFrame frame{d, a, b, c, type};
-  machine().aligned(site);
   machine().gather(kAll, site, &frame, multiply_all);
 }
 
