@@ -45,19 +45,21 @@ def _allow(sim: Any, t: Tensor, filled: bool, writable: bool) -> None:
 @contextlib.contextmanager
 def simulated(schedule: str = "eager", seed: int = 1) -> Iterator[None]:
     """Inside the block backend="cuda" takes CPU tensors, in this order of threads, blocks and asynchronous copies."""
-    module().schedule(schedule, seed)
+    sim = module()
+    sim.schedule(schedule, seed)
+    if _launch.simulator is not None:  # inside another such block: only the schedule is its own
+        yield
+        return
     unavailable = registry._unavailable.pop("cuda", None)
-    before = _launch.simulator
     _launch.simulator = _call
-    registered = _launch._cuda is not None
-    if not registered:
-        for family in cuda.FAMILIES:
-            importlib.import_module(f"{cuda.__name__}.{family}").register()
     try:
+        if _launch._cuda is None:
+            for family in cuda.FAMILIES:
+                importlib.import_module(f"{cuda.__name__}.{family}").register()
         yield
     finally:
-        _launch.simulator = before
-        if not registered:
+        _launch.simulator = None
+        if _launch._cuda is None:
             for op in registry.ops():
                 registry._impls[op].pop("cuda", None)
         if unavailable is not None:
