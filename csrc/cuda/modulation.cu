@@ -16,11 +16,17 @@ struct Forward {
   const Place place;
   Sums sums;
   const int C, N;
+  const float inverse;  // 1 / C
   Pack<T, W> next_y[V];
   Pack<TR, W> next_residual[V];
 
-  __device__ Forward(const ModulationParams& params, int warps, float (*partial)[2][kMaxWarps])
-      : p(params), place(warps), sums{partial, warps}, C(static_cast<int>(params.C)), N(static_cast<int>(params.N)) {}
+  __device__ Forward(const ModulationParams& params, int warps, float inverse_channels, float (*partial)[2][kMaxWarps])
+      : p(params),
+        place(warps),
+        sums{partial, warps},
+        C(static_cast<int>(params.C)),
+        N(static_cast<int>(params.N)),
+        inverse(inverse_channels) {}
 
   static __device__ __forceinline__ float round(float x) { return rounded<T, native>(x); }
 
@@ -43,7 +49,7 @@ struct Forward {
   __device__ __forceinline__ void branch(float (&x)[V][W], const TableRow& gate) {
     if (p.post_norm) {
       float zero, root;
-      moments<W, V>(x, false, C, static_cast<float>(p.post_eps), place, sums, zero, root);
+      moments<W, V>(x, false, C, inverse, static_cast<float>(p.post_eps), place, sums, zero, root);
       packs([&](int j, int c) {
         float w[W];
         if (p.post_weight.data) load_as<W>(p.post_weight.data, p.post_weight.dtype, c, w);
@@ -70,7 +76,7 @@ struct Forward {
     const bool rms = p.norm == Norm::rms, weighted = p.weight.data != nullptr;
     const float offset = static_cast<float>(p.weight_offset);
     float mean, root;
-    moments<W, V>(x, !rms, C, static_cast<float>(p.eps), place, sums, mean, root);
+    moments<W, V>(x, !rms, C, inverse, static_cast<float>(p.eps), place, sums, mean, root);
     packs([&](int j, int c) {
       float v[W];
 #pragma unroll
@@ -143,9 +149,9 @@ struct Forward {
 // Group g takes tokens g * per and the `per` - 1 after it.
 template <class T, class TR, int W, int V, bool native>
 __global__ void __launch_bounds__(32 * kMaxWarps)
-    modulation_forward_kernel(const ModulationParams p, int warps, int per) {
+    modulation_forward_kernel(const ModulationParams p, int warps, int per, float inverse) {
   FASTDIT_SHARED(float[2][2][kMaxWarps], partial);
-  Forward<T, TR, W, V, native> forward(p, warps, partial);
+  Forward<T, TR, W, V, native> forward(p, warps, inverse, partial);
   const int rows = static_cast<int>(p.B * p.N), begin = forward.place.group * per;
   forward.run(min(begin, rows), min(begin + per, rows));
 }
@@ -161,26 +167,21 @@ void start(const ModulationParams& p, const Geometry& g, Stream stream, const ch
   constexpr bool half = sizeof(T) == 2;
   const auto kernel =
       half && p.native ? modulation_forward_kernel<T, TR, W, V, half> : modulation_forward_kernel<T, TR, W, V, false>;
-  launch(kernel, grid, dim3(g.threads()), 0, stream, op, sizes(p), p, g.warps, per);
+  launch(kernel, grid, dim3(g.threads()), 0, stream, op, sizes(p), p, g.warps, per, 1.0f / p.C);
 }
 
 template <class T, class TR>
 void run(const ModulationParams& p, Stream stream, const char* op) {
   constexpr int wide = 16 / sizeof(T);
-  const Geometry g = forward_geometry(p.C, pack_width(p));
+  const int W = pack_width(p);
+  const Geometry g = W == 1 ? geometry(p.C, 1, {8}) : geometry(p.C, W, {8 / W, 16 / W});
   if (!g.warps) throw std::invalid_argument(std::string(op) + ": too many channels; got " + sizes(p));
   if (g.W == 1) return start<T, TR, 1, 8>(p, g, stream, op);
-  switch (g.V) {
-    case 1:
-      return start<T, TR, wide, 1>(p, g, stream, op);
-    default:
-      return start<T, TR, wide, 2>(p, g, stream, op);
-  }
+  if (g.V * g.W == 8) return start<T, TR, wide, 8 / wide>(p, g, stream, op);
+  return start<T, TR, wide, 16 / wide>(p, g, stream, op);
 }
 
 }  // namespace
-
-Geometry forward_geometry(int64_t C, int W) { return W == 1 ? geometry(C, 1, {8}) : geometry(C, W, {1, 2}); }
 
 void modulation_forward(const ModulationParams& p, Stream stream, const char* op) {
   check_tokens(p, op);

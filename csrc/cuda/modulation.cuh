@@ -31,10 +31,10 @@ __device__ __forceinline__ T* token(const void* p, int64_t stride_b, int64_t str
 }
 
 // Mean (0 unless centred) and 1 / sqrt(mean square about it + eps) of a row. Zeros stand beyond C. Two readings of the
-// registers: what rounding left in the mean is taken out of the square.
+// registers: what rounding left in the mean is taken out of the square. inverse: 1 / C.
 template <int W, int V>
-__device__ __forceinline__ void moments(const float (&x)[V][W], bool centred, int C, float eps, const Place& place,
-                                        Sums& sums, float& mean, float& root) {
+__device__ __forceinline__ void moments(const float (&x)[V][W], bool centred, int C, float inverse, float eps,
+                                        const Place& place, Sums& sums, float& mean, float& root) {
   mean = 0;
   if (centred) {
     float sum = 0;
@@ -42,7 +42,7 @@ __device__ __forceinline__ void moments(const float (&x)[V][W], bool centred, in
     for (int j = 0; j < V; ++j)
 #pragma unroll
       for (int i = 0; i < W; ++i) sum += x[j][i];
-    mean = sums.one(sum) / C;
+    mean = sums.one(sum) * inverse;
   }
   float both[2] = {0, 0};
 #pragma unroll
@@ -54,9 +54,9 @@ __device__ __forceinline__ void moments(const float (&x)[V][W], bool centred, in
         both[0] += u, both[1] += u * u;
       }
   sums(both);
-  const float rest = centred ? both[0] / C : 0;
+  const float rest = centred ? both[0] * inverse : 0;
   mean += rest;
-  root = rsqrtf(both[1] / C - rest * rest + eps);
+  root = rsqrtf(both[1] * inverse - rest * rest + eps);
 }
 
 __device__ __forceinline__ float act(GateAct kind, float gate) { return kind == GateAct::tanh ? tanhf(gate) : gate; }

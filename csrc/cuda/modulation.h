@@ -23,7 +23,4 @@ int64_t modulation_programs(const ModulationGradParams& q, int device);
 void modulation_backward(const ModulationGradParams& q, const RowOrder& order, float* partial, Stream stream,
                          const char* op);
 
-Geometry forward_geometry(int64_t C, int W);
-Geometry backward_geometry(int64_t C, int W);
-
 }  // namespace fastdit::cuda

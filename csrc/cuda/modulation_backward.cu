@@ -18,6 +18,7 @@ namespace {
 struct Walk {
   const int32_t *tokens, *offsets;
   int per, programs, rows;
+  float inverse;  // 1 / C
   float* partial;
 };
 
@@ -83,8 +84,13 @@ __host__ __device__ inline int block_of(const ModulationGradParams& q, int table
   return block;
 }
 
-template <class T, class TR, int W, int V, bool vectors>
+// kinds: which gradients one pass can sum, kTableSums | kVectorSums.
+constexpr int kTableSums = 1, kVectorSums = 2;
+
+template <class T, class TR, int W, int V, int kinds>
 struct Backward {
+  static constexpr bool tables = (kinds & kTableSums) != 0, vectors = (kinds & kVectorSums) != 0;
+
   const ModulationGradParams& q;
   const ModulationParams& p;
   const Walk& walk;
@@ -92,7 +98,7 @@ struct Backward {
   Sums sums;
   const int C, N;
   int begin, end;
-  Sink<W, V> gate, shift, scale, weight, bias, post;  // the last three only with `vectors`
+  Sink<W, V> gate, shift, scale, weight, bias, post;  // no registers for those that the kind leaves out
 
   __device__ Backward(const ModulationGradParams& params, const Walk& w, int warps, float (*partial)[2][kMaxWarps])
       : q(params),
@@ -131,7 +137,7 @@ struct Backward {
 #pragma unroll
       for (int k = 0; k < W; ++k) both[0] += g[j][k], both[1] += g[j][k] * n[j][k];
     sums(both);
-    const float level = rms ? 0 : both[0] / C, slope = both[1] / C;
+    const float level = rms ? 0 : both[0] * walk.inverse, slope = both[1] * walk.inverse;
 #pragma unroll
     for (int j = 0; j < V; ++j)
 #pragma unroll
@@ -155,7 +161,7 @@ struct Backward {
   __device__ __forceinline__ void norm_gradient(float (&r)[V][W], float (&g)[V][W], const TableRow& scales, int i) {
     const bool rms = p.norm == Norm::rms;
     float mean, root;
-    moments<W, V>(r, !rms, C, static_cast<float>(p.eps), place, sums, mean, root);
+    moments<W, V>(r, !rms, C, walk.inverse, static_cast<float>(p.eps), place, sums, mean, root);
     const T* grad_h = token<const T>(q.grad_h, q.grad_h_stride_b, q.grad_h_stride_n, N, i);
     packs([&](int j, int c) {
       widen(load_once<W>(grad_h + c), g[j]);
@@ -167,10 +173,10 @@ struct Backward {
       }
 #pragma unroll
       for (int k = 0; k < W; ++k) r[j][k] = (r[j][k] - mean) * root;  // n from here on
-      if (q.shift.data)
+      if (tables && q.shift.data)
 #pragma unroll
         for (int k = 0; k < W; ++k) shift.sum[j][k] += g[j][k];
-      if (q.scale.data) {
+      if (tables && q.scale.data) {
         if (p.bias.data) load_as<W>(p.bias.data, p.bias.dtype, c, v);
 #pragma unroll
         for (int k = 0; k < W; ++k) {
@@ -206,7 +212,7 @@ struct Backward {
     packs([&](int j, int c) { widen(load_once<W>(y + c), unit[j]); });
     float zero, post_root = 1;
     if (p.post_norm) {
-      moments<W, V>(unit, false, C, static_cast<float>(p.post_eps), place, sums, zero, post_root);
+      moments<W, V>(unit, false, C, walk.inverse, static_cast<float>(p.post_eps), place, sums, zero, post_root);
 #pragma unroll
       for (int j = 0; j < V; ++j)
 #pragma unroll
@@ -242,7 +248,7 @@ struct Backward {
       if (q.d_residual) store_once(static_cast<TR*>(q.d_residual) + out + c, narrow<TR, W>(g[j]));
       if (!p.residual) return;
       if (p.gate.data) opened(v, gates, c);
-      if (q.gate.data) {
+      if (tables && q.gate.data) {
         float b[W];
 #pragma unroll
         for (int k = 0; k < W; ++k) b[k] = unit[j][k];
@@ -274,25 +280,32 @@ struct Backward {
     const Run all{0, 0, walk.rows};
     if constexpr (vectors) weight.open(all), bias.open(all), post.open(all);
     for (int position = begin; position < end; ++position) {
-      step(gate, kGate, p.gate, p.gate_row_index, position);
-      step(shift, kShift, p.shift, p.row_index, position);
-      step(scale, kScale, p.scale, p.row_index, position);
+      if constexpr (tables) {
+        step(gate, kGate, p.gate, p.gate_row_index, position);
+        step(shift, kShift, p.shift, p.row_index, position);
+        step(scale, kScale, p.scale, p.row_index, position);
+      }
       const int i = walk.tokens ? walk.tokens[position] : position;
       if (p.gate.data) gates = table_row(p.gate, p.gate_row_index, p.index_is_64, N, i);
       if (p.scale.data) scales = table_row(p.scale, p.row_index, p.index_is_64, N, i);
       token_gradient(i, gates, scales);
     }
     if (begin == end) return;
-    finish(gate, kGate), finish(shift, kShift), finish(scale, kScale);
+    if constexpr (tables) finish(gate, kGate), finish(shift, kShift), finish(scale, kScale);
     if constexpr (vectors) finish(weight, kWeight), finish(bias, kBias), finish(post, kPost);
   }
 };
 
-template <class T, class TR, int W, int V, bool vectors>
-__global__ void __launch_bounds__(32 * kMaxWarps)
+// The most warps of a group: what the registers of a thread, for `each` channels, leave room for.
+constexpr int warps_for(int each, int kinds) {
+  return each > 8 ? 10 : kinds == (kTableSums | kVectorSums) ? 12 : kMaxWarps;
+}
+
+template <class T, class TR, int W, int V, int kinds>
+__global__ void __launch_bounds__(32 * warps_for(W * V, kinds))
     modulation_backward_kernel(const ModulationGradParams q, const Walk walk, int warps) {
   FASTDIT_SHARED(float[2][2][kMaxWarps], partial);
-  Backward<T, TR, W, V, vectors> backward(q, walk, warps, partial);
+  Backward<T, TR, W, V, kinds> backward(q, walk, warps, partial);
   backward.run();
 }
 
@@ -343,34 +356,69 @@ int width(const ModulationGradParams& q) {
   return wide ? W : 1;
 }
 
-template <class T, class TR, int W, int V>
+// How a backward is launched: in one pass, or with the sums of tables and of vectors in a pass each.
+struct Plan {
+  Geometry g;
+  int kinds;  // of a pass
+};
+
+bool wants_vectors(const ModulationGradParams& q) { return q.weight.data || q.bias.data || q.post_weight.data; }
+
+// Eight channels of a thread where the group can be that wide, else sixteen.
+Plan plan(const ModulationGradParams& q) {
+  const int W = width(q), both = kTableSums | kVectorSums;
+  const auto fits = [&](int each, int kinds) {
+    Geometry g = geometry(q.forward.C, W, {each / W});
+    if (g.warps > warps_for(each, kinds)) g.warps = 0;
+    return Plan{g, kinds};
+  };
+  const bool vectors = wants_vectors(q);
+  Plan found = fits(8, vectors && W > 1 ? both : kTableSums);
+  if (!found.g.warps && W > 1) found = fits(16, kTableSums);
+  if (!found.g.warps) throw std::invalid_argument("modulation_backward: too many channels; got " + sizes(q.forward));
+  return found;
+}
+
+template <class T, class TR, int W, int V, int kinds>
 void start(const ModulationGradParams& q, const Walk& walk, const Geometry& g, Stream stream, const char* op) {
-  const bool vectors = q.weight.data || q.bias.data || q.post_weight.data;
-  const auto kernel =
-      vectors ? modulation_backward_kernel<T, TR, W, V, true> : modulation_backward_kernel<T, TR, W, V, false>;
   const dim3 grid(static_cast<unsigned>((walk.programs + g.groups() - 1) / g.groups()));
-  launch(kernel, grid, dim3(g.threads()), 0, stream, op, sizes(q.forward), q, walk, g.warps);
+  launch(modulation_backward_kernel<T, TR, W, V, kinds>, grid, dim3(g.threads()), 0, stream, op, sizes(q.forward), q,
+         walk, g.warps);
 }
 
 template <class T, class TR>
-void run(const ModulationGradParams& q, const Walk& walk, const Geometry& g, Stream stream, const char* op) {
-  constexpr int wide = 16 / sizeof(T);
-  if (g.W == 1) return start<T, TR, 1, 8>(q, walk, g, stream, op);
-  if (g.V == 1) return start<T, TR, wide, 1>(q, walk, g, stream, op);
-  return start<T, TR, wide, 2>(q, walk, g, stream, op);
+void run(const ModulationGradParams& q, const Walk& walk, const Plan& how, Stream stream, const char* op) {
+  constexpr int W = 16 / sizeof(T), both = kTableSums | kVectorSums;
+  const Geometry& g = how.g;
+  if (how.kinds == both) return start<T, TR, W, 8 / W, both>(q, walk, g, stream, op);
+  if (how.kinds == kVectorSums) {
+    return g.W == 1 ? start<T, TR, 1, 8, kVectorSums>(q, walk, g, stream, op)
+                    : start<T, TR, W, 16 / W, kVectorSums>(q, walk, g, stream, op);
+  }
+  if (g.W == 1) return start<T, TR, 1, 8, kTableSums>(q, walk, g, stream, op);
+  if (g.V * g.W == 8) return start<T, TR, W, 8 / W, kTableSums>(q, walk, g, stream, op);
+  return start<T, TR, W, 16 / W, kTableSums>(q, walk, g, stream, op);
+}
+
+// A pass over the tokens, then the sums of runs that programs share.
+void pass(const ModulationGradParams& q, const Walk& walk, const Plan& how, Stream stream, const char* op) {
+  const ModulationParams& p = q.forward;
+  const auto first = [&] { FASTDIT_MODULATION_DTYPES(p, run, q, walk, how, stream, op) };
+  first();
+  if (walk.programs < 2) return;
+  for (int i = 0; i < kTables; ++i) {
+    const Table& t = i == kGate ? p.gate : i == kShift ? p.shift : p.scale;
+    const bool whole = i < kWeight && !walk.offsets && walk.per % t.tokens_per_row == 0 && p.N % t.tokens_per_row == 0;
+    if (!gradient(q, i).data || whole) continue;  // no run of it crosses a boundary
+    const dim3 grid(static_cast<unsigned>((p.C + kChannels - 1) / kChannels), static_cast<unsigned>(walk.programs - 1));
+    launch(modulation_sums_kernel, grid, dim3(kChannels, kLanes), 0, stream, op, sizes(p), q, walk, i);
+  }
 }
 
 }  // namespace
 
-Geometry backward_geometry(int64_t C, int W) {
-  if (W == 1) return geometry(C, 1, {8});
-  const Geometry one = geometry(C, W, {1});  // fewer sums per thread, more threads
-  return one.warps ? one : geometry(C, W, {2});
-}
-
 int64_t modulation_programs(const ModulationGradParams& q, int device) {
-  const Geometry g = backward_geometry(q.forward.C, width(q));
-  if (!g.warps) throw std::invalid_argument("modulation_backward: too many channels; got " + sizes(q.forward));
+  const Geometry g = plan(q).g;
   const int64_t rows = q.forward.B * q.forward.N, least = 4;  // tokens of a program, or its partial rows are a traffic
   const int64_t most = int64_t{processors(device)} * (1024 / g.threads() > 8 ? 8 : 1024 / g.threads()) * g.groups();
   const int64_t wanted = (rows + least - 1) / least;
@@ -383,20 +431,23 @@ void modulation_backward(const ModulationGradParams& q, const RowOrder& order, f
   check_tokens(p, op);
   const int64_t rows = p.B * p.N, programs = modulation_programs(q, stream.device);
   const int64_t per = (rows + programs - 1) / programs;
-  const Walk walk{order.tokens,           order.offsets,
-                  static_cast<int>(per),  static_cast<int>((rows + per - 1) / per),
-                  static_cast<int>(rows), partial};
-  const Geometry g = backward_geometry(p.C, width(q));
-  const auto first = [&] { FASTDIT_MODULATION_DTYPES(p, run, q, walk, g, stream, op) };
-  first();
-  if (walk.programs < 2) return;
-  for (int i = 0; i < kTables; ++i) {
-    const Table& t = i == kGate ? p.gate : i == kShift ? p.shift : p.scale;
-    const bool whole = i < kWeight && !order.offsets && per % t.tokens_per_row == 0 && p.N % t.tokens_per_row == 0;
-    if (!gradient(q, i).data || whole) continue;  // no run of it crosses a boundary
-    const dim3 grid(static_cast<unsigned>((p.C + kChannels - 1) / kChannels), static_cast<unsigned>(walk.programs - 1));
-    launch(modulation_sums_kernel, grid, dim3(kChannels, kLanes), 0, stream, op, sizes(p), q, walk, i);
-  }
+  const Walk walk{order.tokens,
+                  order.offsets,
+                  static_cast<int>(per),
+                  static_cast<int>((rows + per - 1) / per),
+                  static_cast<int>(rows),
+                  1.0f / static_cast<float>(p.C),
+                  partial};
+  const Plan how = plan(q);
+  ModulationGradParams one = q;
+  if (how.kinds == kTableSums) one.weight.data = one.bias.data = one.post_weight.data = nullptr;
+  const bool rest = wants_vectors(q) && how.kinds == kTableSums;
+  if (!rest || one.d_y || one.d_residual || one.gate.data || one.shift.data || one.scale.data)
+    pass(one, walk, how, stream, op);
+  if (!rest) return;
+  one = q;
+  one.d_y = one.d_residual = one.gate.data = one.shift.data = one.scale.data = nullptr;
+  pass(one, walk, {how.g, kVectorSums}, stream, op);
 }
 
 }  // namespace fastdit::cuda
