@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from test_contract import HOT_SAMPLES
 from test_modulation_triton import MAPS, seam
 
 from fastdit import ops
@@ -18,6 +19,7 @@ if DEVICE == "cpu":
 pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
 OPS = ("norm_modulate", "gate_residual", "gate_residual_norm_modulate")
 SAMPLES = [s for op in OPS for s in samples(op)]
+HOT = [s for s in HOT_SAMPLES if s.op in OPS]
 each_dtype = pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
 SEVERAL = ("long-runs", "frames-in-samples", "scattered", "two-indices")
 
@@ -41,6 +43,21 @@ def both(sample: Sample, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
 def test_samples(sample, dtype):
     both(sample, dtype)
+
+
+@pytest.mark.parametrize("sample", HOT, ids=str)
+def test_opcheck(sample):
+    assert contract.opcheck(sample, "cuda", DEVICE) == 2
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_fast_path_equals_torch_ops(sample):
+    contract.paths_equal(sample, torch.bfloat16, "cuda", DEVICE)
+
+
+@pytest.mark.parametrize("sample", HOT, ids=str)
+def test_compile(sample):
+    contract.compile_dynamic(sample, "cuda", device=DEVICE)
 
 
 @each_dtype
@@ -69,9 +86,11 @@ def test_schedules(name, schedule):
                 close.assert_bitwise(a, b)
 
 
-@pytest.mark.parametrize("channels", [384, 1152, 3072])
-def test_widths_of_models(channels):
-    both(seam(1, 5, channels, gate=(1,), shift=(1,), scale=(1,), affine=True), torch.bfloat16)
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("channels", [384, 1152, 3072, 5120])
+def test_widths_of_models(channels, affine):
+    """With an affine norm of 5120 channels the sums of tables and of vectors are two passes."""
+    both(seam(1, 9, channels, gate=(1,), shift=(1,), scale=(1,), affine=affine), torch.bfloat16)
 
 
 @pytest.mark.parametrize("strided", [False, True])

@@ -12,15 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_cuda: Any
-missing = ""
+missing = ""  # why there is no module
 try:
     from ... import _cuda
 except ImportError as error:
-    _cuda = None
-    missing = (
-        f"extension not built ({error}); build fastdit from source where nvcc is, with -Ccmake.define.FASTDIT_CUDA=ON"
-    )
+    _cuda = None  # type: ignore[assignment]
+    missing = f"extension not built ({error}); build from source where nvcc is, with -Ccmake.define.FASTDIT_CUDA=ON"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _C: Any = torch._C
