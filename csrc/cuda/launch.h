@@ -7,16 +7,10 @@
 #include <tuple>
 
 #include "platform.h"
+#include "stream.h"
 
 namespace fastdit::cuda {
 
-// Where a call runs. The stream is torch's, as an int; the device is its index.
-struct Stream {
-  int device;
-  cudaStream_t handle;
-};
-
-// "norm_modulate: CUDA error ...; B=2 N=4096 C=1152"
 [[noreturn]] inline void raise(const char* op, const std::string& sizes, const char* what, const char* text) {
   throw std::runtime_error(std::string(op) + ": " + what + " failed; got " + text + ", expected success for " + sizes +
                            "; an earlier kernel of this process may be the cause: CUDA_LAUNCH_BLOCKING=1 shows which");
@@ -49,7 +43,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream s
   if (shared > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), op,
           sizes, "cudaFuncSetAttribute");
-  kernel<<<grid, block, shared, stream.handle>>>(static_cast<P>(arguments)...);
+  kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream.handle)>>>(static_cast<P>(arguments)...);
   check(cudaGetLastError(), op, sizes, "the launch");
 }
 

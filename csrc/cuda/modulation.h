@@ -2,8 +2,7 @@
 #pragma once
 
 #include "fastdit/modulation.h"
-#include "launch.h"
-#include "rows.h"
+#include "stream.h"
 
 namespace fastdit::cuda {
 

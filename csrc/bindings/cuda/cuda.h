@@ -3,14 +3,12 @@
 
 #include <string>
 
-#include "../../cuda/launch.h"
+#include "../../cuda/stream.h"
 #include "../bind.h"
 
 namespace fastdit::cuda {
 
-inline Stream stream(const py::tuple& where) {
-  return {static_cast<int>(item(where, 0)), reinterpret_cast<cudaStream_t>(static_cast<intptr_t>(item(where, 1)))};
-}
+inline Stream stream(const py::tuple& where) { return {static_cast<int>(item(where, 0)), pointer(where, 1)}; }
 
 void bind_modulation(py::module_& m);
 

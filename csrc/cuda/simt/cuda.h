@@ -35,7 +35,6 @@ struct float4 {
   float x, y, z, w;
 } __attribute__((aligned(16)));
 using dim3 = fastdit::simt::Dim3;
-using cudaStream_t = void*;
 
 #define threadIdx ::fastdit::simt::thread_index()
 #define blockIdx ::fastdit::simt::block_index()
