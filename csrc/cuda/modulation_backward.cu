@@ -237,6 +237,13 @@ struct Backward {
         for (int k = 0; k < W; ++k) r[j][k] = rounded<TR, true>(r[j][k] + v[k]);  // as the forward stored it
       });
       norm_gradient(r, g, scales, i);
+      if constexpr (W * V > 8) {  // for registers: y comes from L1 once more instead of being kept
+        packs([&](int j, int c) {
+          widen(load_again<W>(y + c), unit[j]);
+#pragma unroll
+          for (int k = 0; k < W; ++k) unit[j][k] *= post_root;
+        });
+      }
     }
     packs([&](int j, int c) {
       float v[W];
@@ -296,9 +303,9 @@ struct Backward {
   }
 };
 
-// The most warps of a group: what the registers of a thread, for `each` channels, leave room for.
+// The most warps of a group: 128 registers for a thread, or 168.
 constexpr int warps_for(int each, int kinds) {
-  return each > 8 ? 10 : kinds == (kTableSums | kVectorSums) ? 12 : kMaxWarps;
+  return each > 8 || kinds == (kTableSums | kVectorSums) ? 12 : kMaxWarps;
 }
 
 template <class T, class TR, int W, int V, int kinds>

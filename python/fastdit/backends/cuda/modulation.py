@@ -16,7 +16,7 @@ from ..cpu._abi import pointer
 from ..registry import Impl, register as _register
 from ._launch import ask, launch, unfit
 
-CHANNELS, ANY_CHANNELS = 5120, 4096  # the most: in packs of 16 bytes, and one by one
+CHANNELS, ANY_CHANNELS = 6144, 4096  # the most: in packs of 16 bytes, and one by one
 
 
 def _supports(x, *_) -> str | None:
