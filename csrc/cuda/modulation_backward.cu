@@ -24,18 +24,17 @@ struct Walk {
 
 // The run at a position: its table row, and its first and last position but one.
 struct Run {
-  int64_t row;
-  int head, tail;
+  int row, head, tail;
 };
 __device__ __forceinline__ Run run_of_table(const Walk& walk, const Table& t, const TableGrad& grad, const void* index,
                                             int is_64, int N, int position) {
   if (walk.offsets) {
-    const int64_t row = index_at(index, is_64, walk.tokens ? walk.tokens[position] : position);
+    const int row = static_cast<int>(index_at(index, is_64, walk.tokens ? walk.tokens[position] : position));
     return {row, walk.offsets[row], walk.offsets[row + 1]};
   }
   const int per = static_cast<int>(t.tokens_per_row), b = position / N, m = (position - b * N) / per;
   const int head = b * N + m * per;
-  return {b * grad.rows_b + m, head, min(head + per, (b + 1) * N)};
+  return {b * static_cast<int>(grad.rows_b) + m, head, min(head + per, (b + 1) * N)};
 }
 
 // What one program has of a table's gradient.
@@ -60,7 +59,7 @@ struct Sink {
       const int c = place.channel<W>(j);
       if (c >= C) continue;
       if (whole)
-        store_as<W>(grad.data, grad.dtype, run.row * C + c, sum[j]);
+        store_as<W>(grad.data, grad.dtype, static_cast<int64_t>(run.row) * C + c, sum[j]);
       else
         store_once(walk.partial + slot * C + c, narrow<float, W>(sum[j]));
     }
@@ -347,7 +346,7 @@ __global__ void __launch_bounds__(kChannels* kLanes)
   if (lane || c >= C) return;
   float total[1] = {0};
   for (int k = 0; k < kLanes; ++k) total[0] += partial[k][threadIdx.x];
-  store_as<1>(grad.data, grad.dtype, run.row * C + c, total);
+  store_as<1>(grad.data, grad.dtype, static_cast<int64_t>(run.row) * C + c, total);
 }
 
 int width(const ModulationGradParams& q) {
