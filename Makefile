@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-full lint bench aot gpu wheel sanitize clean
+.PHONY: help setup demo test test-full lint bench aot simt cuda gpu wheel sanitize clean
 
 # The choice of torch outlives the call that made it: it changes only when TORCH is given and differs.
 ifneq ($(strip $(TORCH)),)
@@ -53,6 +53,18 @@ aot: setup $(OLD_TRITON)/installed  ## build every Triton kernel for sm_80, 90, 
 $(OLD_TRITON)/installed: $(VENV)/dependencies
 	$(BIN)/pip install -q --no-deps --upgrade --target $(OLD_TRITON) triton==3.6.0
 	@touch $@
+
+simt: setup  ## the CUDA kernels on the CPU: the fault catalogue, then every test of the cuda backend in the block simulator
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not full" tests/test_simt*.py tests/test_*_cuda.py $(ARGS)
+
+# nvcc fails on spills; the table is read off the machine code.
+cuda: setup  ## build fastdit._cuda with nvcc (no GPU needed) and print what each kernel uses
+	@export PATH="$$PATH:/usr/local/cuda/bin"; \
+	if ! command -v nvcc > /dev/null; then echo "make cuda: no nvcc on this machine; nothing was built."; exit 0; fi; \
+	$(BIN)/cmake -S . -B build/cuda -G Ninja -DFASTDIT_CUDA=ON -DPython_EXECUTABLE=$(BIN)/python -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" > /dev/null; \
+	$(BIN)/cmake --build build/cuda --target _cuda; \
+	$(BIN)/python -m fastdit.testing.cuda_build build/cuda/_cuda.*.so
 
 gpu: setup  ## on a machine with an NVIDIA GPU: tests, compute-sanitizer, then the benchmarks (under 10 minutes)
 	FASTDIT_PYTHON=$(BIN)/python .ci/gpu

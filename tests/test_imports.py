@@ -18,7 +18,7 @@ ROWS = (
     ("nn",),
     ("ops",),
     ("packing", "backends", "reference"),
-    ("kernels", "_cpu", "_cuda"),
+    ("kernels", "_cpu", "_cuda", "_cuda_sim"),
 )
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 KERNELS = (

@@ -49,6 +49,7 @@ def test_contents(wheel):
     kernels = {p.name for p in (ROOT / "kernels").glob("*.py")} | {"__init__.py"}
     assert {n.removeprefix("fastdit/kernels/") for n in names if n.startswith("fastdit/kernels/")} == kernels
     assert sum(n.startswith("fastdit/_cpu.") and n.endswith(".so") for n in names) == 1
+    assert not any("_cuda_sim" in n for n in names)  # a tool of the tests
     assert any(n.endswith("licenses/LICENSE") for n in names)
     packed = {n for n in names if n.endswith(".py") and not n.startswith("fastdit/kernels/")}
     sources = {f"fastdit/{p.relative_to(ROOT / 'python/fastdit')}" for p in (ROOT / "python/fastdit").rglob("*.py")}

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 from .backends import (
     NoBackend,
     cpu as _cpu_backend,
+    cuda as _cuda_backend,
     flash_attn as _flash_attn_backend,
     reference as _reference_backend,
     sdpa as _sdpa_backend,
@@ -20,6 +21,7 @@ from .backends import (
 
 _reference_backend.register_all()
 _cpu_backend.register_all()
+_cuda_backend.register_all()
 _triton_backend.register_all()
 _flash_attn_backend.register_all()
 _sdpa_backend.register_all()

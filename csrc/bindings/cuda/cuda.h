@@ -1,0 +1,17 @@
+// What the bindings of the CUDA kernels share. `where` is (device, stream) as Python has them; `op` names errors.
+#pragma once
+
+#include <string>
+
+#include "../../cuda/stream.h"
+#include "../bind.h"
+
+namespace fastdit::cuda {
+
+inline Stream stream(const py::tuple& where) { return {static_cast<int>(item(where, 0)), pointer(where, 1)}; }
+
+void bind_modulation(py::module_& m);
+
+inline void bind_families(py::module_& m) { bind_modulation(m); }
+
+}  // namespace fastdit::cuda

@@ -1,0 +1,67 @@
+// From the host to a kernel: where to run, and every error raised with the op, its sizes and the driver's own text.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "platform.h"
+#include "stream.h"
+
+namespace fastdit::cuda {
+
+[[noreturn]] inline void raise(const char* op, const std::string& sizes, const char* what, const char* text) {
+  throw std::runtime_error(std::string(op) + ": " + what + " failed; got " + text + ", expected success for " + sizes +
+                           "; an earlier kernel of this process may be the cause: CUDA_LAUNCH_BLOCKING=1 shows which");
+}
+
+#if defined(__CUDACC__)
+
+inline void check(cudaError_t status, const char* op, const std::string& sizes, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // errors that are not sticky end here
+  raise(op, sizes, what, (std::string(cudaGetErrorName(status)) + " (" + cudaGetErrorString(status) + ")").c_str());
+}
+
+inline int processors(int device) {
+  static int known[64] = {};
+  if (device < 0 || device >= 64) throw std::invalid_argument("cuda: no device " + std::to_string(device));
+  if (!known[device]) {
+    int count = 0;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cuda",
+          "device " + std::to_string(device), "cudaDeviceGetAttribute");
+    known[device] = count;
+  }
+  return known[device];
+}
+
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream stream, const char* op,
+            const std::string& sizes, A&&... arguments) {
+  check(cudaSetDevice(stream.device), op, sizes, "cudaSetDevice");
+  if (shared > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), op,
+          sizes, "cudaFuncSetAttribute");
+  kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream.handle)>>>(static_cast<P>(arguments)...);
+  check(cudaGetLastError(), op, sizes, "the launch");
+}
+
+#else
+
+inline int processors(int) { return 4; }
+
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream, const char* op, const std::string&,
+            A&&... arguments) {
+  const struct {
+    void (*kernel)(P...);
+    std::tuple<std::decay_t<P>...> parameters;
+  } call{kernel, {static_cast<P>(arguments)...}};
+  simt::machine().launch(
+      {op, grid, block, shared, [&call] { std::apply(call.kernel, call.parameters); }, &call, sizeof(call)});
+}
+
+#endif
+
+}  // namespace fastdit::cuda

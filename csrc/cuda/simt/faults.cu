@@ -1,0 +1,222 @@
+// One deliberately broken kernel per class of fault, and a sound twin of each group: the simulator must name the first
+// and stay silent about the second. tests/test_simt_faults.py says which words every report holds.
+#include <map>
+#include <memory>
+#include <stdexcept>
+
+#include "../launch.h"
+#include "../ptx.h"
+#include "faults.h"
+
+namespace fastdit::simt {
+namespace {
+
+constexpr int kThreads = 64;
+
+// ---- bounds, alignment, initialisation ----------------------------------------------------------------------
+__global__ void copy_rows(float* to, const float* from, int count) {
+  const int i = threadIdx.x;
+  if (i < count) to[i] = from[i];
+}
+__global__ void misaligned(float* to, const float* from) {
+  if (threadIdx.x == 0) *reinterpret_cast<float2*>(to) = *reinterpret_cast<const float2*>(from + 1);
+}
+__global__ void write_input(const float* from) {
+  if (threadIdx.x == 0) const_cast<float*>(from)[0] = 1;
+}
+template <int past>
+__global__ void shared_static(float* to) {
+  FASTDIT_SHARED(float[kThreads], values);
+  values[threadIdx.x + past] = 1;
+  __syncthreads();
+  to[threadIdx.x] = values[threadIdx.x];
+}
+template <int past>
+__global__ void shared_dynamic(float* to) {
+  FASTDIT_SHARED_DYNAMIC(bytes, 16);
+  float* values = reinterpret_cast<float*>(bytes);
+  values[threadIdx.x + past] = 1;
+  __syncthreads();
+  to[threadIdx.x] = values[threadIdx.x];
+}
+__global__ void never_written(float* to) {
+  FASTDIT_SHARED(float[kThreads], values);
+  if (threadIdx.x) values[threadIdx.x] = 1;
+  __syncthreads();
+  to[threadIdx.x] = values[threadIdx.x];
+}
+__global__ void output_read(float* to) { to[threadIdx.x] += 1; }
+__global__ void others_local(float* to) {
+  FASTDIT_SHARED(float*, pointer);
+  float mine[4] = {1, 2, 3, 4};
+  if (threadIdx.x == 0) pointer = mine;
+  __syncthreads();
+  to[threadIdx.x] = pointer[threadIdx.x % 4];
+}
+
+// ---- barriers and races ---------------------------------------------------------------------------------------
+template <bool barrier>
+__global__ void neighbour(float* to) {
+  FASTDIT_SHARED(float[kThreads], values);
+  values[threadIdx.x] = threadIdx.x;
+  if (barrier) __syncthreads();
+  to[threadIdx.x] = values[(threadIdx.x + 1) % kThreads];
+}
+template <bool barrier>
+__global__ void reused(float* to) {
+  FASTDIT_SHARED(float[kThreads], values);
+  values[threadIdx.x] = threadIdx.x;
+  __syncthreads();
+  const float other = values[(threadIdx.x + 33) % kThreads];
+  if (barrier) __syncthreads();
+  values[threadIdx.x] = other;
+  __syncthreads();
+  to[threadIdx.x] = values[threadIdx.x];
+}
+__global__ void blocks_collide(float* to) { to[threadIdx.x] = blockIdx.x; }
+__global__ void half_warp_syncs(float* to) {
+  if (threadIdx.x % 32 < 16) __syncthreads();
+  to[threadIdx.x] = 0;
+  __syncthreads();
+}
+__global__ void warps_at_two_barriers(float* to) {
+  if (threadIdx.x < 32)
+    __syncthreads();
+  else
+    __syncthreads();
+  to[threadIdx.x] = 0;
+}
+__global__ void nobody_else_comes(float* to) {
+  if (threadIdx.x < 32) cuda::named_barrier<1>(kThreads);
+  to[threadIdx.x] = 0;
+}
+template <bool complete>
+__global__ void shuffled(float* to) {
+  float v = threadIdx.x;
+  if (complete || threadIdx.x % 32 < 16) v = __shfl_xor_sync(0xffffffffu, v, 1);
+  to[threadIdx.x] = v;
+}
+template <bool sound>
+__global__ void warp_exchange(float* to) {
+  FASTDIT_SHARED(float[kThreads], values);
+  values[threadIdx.x] = threadIdx.x;
+  if (sound) __syncwarp();
+  to[threadIdx.x] = values[threadIdx.x ^ 1];
+}
+template <bool atomic>
+__global__ void counted(float* to) {
+  if (atomic)
+    atomicAdd(to, 1.0f);
+  else
+    to[0] = 1;
+}
+
+// ---- asynchronous copies --------------------------------------------------------------------------------------
+template <bool waits, bool barrier>
+__global__ void copied(float* to, const float* from) {
+  FASTDIT_SHARED_ALIGNED(float[kThreads * 4], values, 16);
+  cuda::copy_async<16>(&values[threadIdx.x * 4], from + threadIdx.x * 4);
+  cuda::copy_commit();
+  if (waits) cuda::copy_wait<0>();
+  if (barrier) __syncthreads();
+  to[threadIdx.x] = values[(threadIdx.x * 4 + 4) % (kThreads * 4)];
+  cuda::copy_wait<0>();
+}
+
+// A bulk copy of 256 bytes, announced on an mbarrier.
+struct Bulk {
+  bool init_known = true, fenced = true, waits = true, parity = true, bytes = true, arrives = true;
+};
+__global__ void bulk(float* to, const float* from, Bulk how) {
+  FASTDIT_SHARED_ALIGNED(float[kThreads], values, 128);
+  FASTDIT_SHARED(uint64_t, barrier);
+  if (threadIdx.x == 0) {
+    cuda::barrier_init(&barrier, 1);
+    if (how.fenced) cuda::barrier_fence_init();
+  }
+  if (how.init_known) __syncthreads();
+  if (threadIdx.x == 0) {
+    if (how.arrives) cuda::barrier_arrive_expect(&barrier, how.bytes ? 256 : 128);
+    cuda::bulk_load(values, from, 256, &barrier);
+  }
+  if (how.waits) cuda::barrier_wait(&barrier, how.parity ? 0 : 1);
+  to[threadIdx.x] = values[threadIdx.x];
+}
+
+struct Buffers {
+  alignas(16) float from[4 * kThreads], to[4 * kThreads];
+};
+
+template <class... P, class... A>
+void start(void (*kernel)(P...), A... arguments) {
+  cuda::launch(kernel, dim3(1), dim3(kThreads), kThreads * sizeof(float), {}, "fault", "", arguments...);
+}
+
+using Run = void (*)(float* to, const float* from);
+
+#define FASTDIT_FAULT(name, ...)            \
+  {name, [](float* to, const float* from) { \
+     (void)to, (void)from;                  \
+     __VA_ARGS__;                           \
+   }}
+const std::map<std::string, Run> kFaults = {
+    FASTDIT_FAULT("sound/copy", start(copy_rows, to, from, 64)),
+    FASTDIT_FAULT("sound/shared static", start(shared_static<0>, to)),
+    FASTDIT_FAULT("sound/shared dynamic", start(shared_dynamic<0>, to)),
+    FASTDIT_FAULT("sound/neighbour", start(neighbour<true>, to)),
+    FASTDIT_FAULT("sound/reused", start(reused<true>, to)),
+    FASTDIT_FAULT("sound/shuffled", start(shuffled<true>, to)),
+    FASTDIT_FAULT("sound/warp exchange", start(warp_exchange<true>, to)),
+    FASTDIT_FAULT("sound/counted", start(counted<true>, to + 4 * kThreads - 1)),
+    FASTDIT_FAULT("sound/cp.async", start(copied<true, true>, to, from)),
+    FASTDIT_FAULT("sound/bulk", start(bulk, to, from, Bulk{})),
+    FASTDIT_FAULT("global past the end", start(copy_rows, to + 4 * kThreads - 60, from, 64)),
+    FASTDIT_FAULT("global before the beginning", start(copy_rows, to, from - 1, 64)),
+    FASTDIT_FAULT("misaligned", start(misaligned, to, from)),
+    FASTDIT_FAULT("input written", start(write_input, from)),
+    FASTDIT_FAULT("output read", start(output_read, to)),
+    FASTDIT_FAULT("shared static past the end", start(shared_static<1>, to)),
+    FASTDIT_FAULT("shared dynamic past the end", start(shared_dynamic<1>, to)),
+    FASTDIT_FAULT("shared never written", start(never_written, to)),
+    FASTDIT_FAULT("another thread's local memory", start(others_local, to)),
+    FASTDIT_FAULT("read without barrier", start(neighbour<false>, to)),
+    FASTDIT_FAULT("overwritten without barrier", start(reused<false>, to)),
+    FASTDIT_FAULT("two blocks write", cuda::launch(blocks_collide, dim3(2), dim3(kThreads), 0, {}, "fault", "", to)),
+    FASTDIT_FAULT("half a warp at a barrier", start(half_warp_syncs, to)),
+    FASTDIT_FAULT("two barriers", start(warps_at_two_barriers, to)),
+    FASTDIT_FAULT("deadlock", start(nobody_else_comes, to)),
+    FASTDIT_FAULT("half a warp shuffles", start(shuffled<false>, to)),
+    FASTDIT_FAULT("warp exchange without __syncwarp", start(warp_exchange<false>, to)),
+    FASTDIT_FAULT("counted without atomic", start(counted<false>, to)),
+    FASTDIT_FAULT("cp.async without wait", start(copied<false, true>, to, from)),
+    FASTDIT_FAULT("cp.async without barrier", start(copied<true, false>, to, from)),
+    FASTDIT_FAULT("bulk without wait", start(bulk, to, from, Bulk{.waits = false})),
+    FASTDIT_FAULT("bulk with the wrong parity", start(bulk, to, from, Bulk{.parity = false})),
+    FASTDIT_FAULT("bulk with half the bytes", start(bulk, to, from, Bulk{.bytes = false})),
+    FASTDIT_FAULT("bulk never announced", start(bulk, to, from, Bulk{.arrives = false})),
+    FASTDIT_FAULT("mbarrier not known", start(bulk, to, from, Bulk{.init_known = false})),
+    FASTDIT_FAULT("mbarrier not fenced", start(bulk, to, from, Bulk{.fenced = false})),
+};
+#undef FASTDIT_FAULT
+
+}  // namespace
+
+std::vector<std::string> fault_names() {
+  std::vector<std::string> names;
+  for (const auto& [name, _] : kFaults) names.push_back(name);
+  return names;
+}
+
+void run_fault(const std::string& name) {
+  const auto found = kFaults.find(name);
+  if (found == kFaults.end()) throw std::invalid_argument("run_fault: no kernel '" + name + "'");
+  const auto owner = std::make_unique<Buffers>();
+  Buffers& buffers = *owner;
+  memory().forget();
+  const std::vector<int64_t> sizes{4 * kThreads}, strides{1};
+  memory().allow(reinterpret_cast<uintptr_t>(buffers.from), 4, sizes, strides, true, false);
+  memory().allow(reinterpret_cast<uintptr_t>(buffers.to), 4, sizes, strides, name == "sound/counted", true);
+  found->second(buffers.to, buffers.from);
+}
+
+}  // namespace fastdit::simt

@@ -1,0 +1,55 @@
+"""From an adapter's call to a kernel: the device, the stream, and every tensor that it reads and writes.
+
+On CUDA tensors the call goes to fastdit._cuda. Tests set `simulator` (testing/simt.py), which takes CPU tensors to the
+same kernels in the block simulator; it is why a call names its tensors beside their pointers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+missing = ""  # why there is no module
+try:
+    from ... import _cuda
+except ImportError as error:
+    _cuda = None  # type: ignore[assignment]
+    missing = f"extension not built ({error}); build from source where nvcc is, with -Ccmake.define.FASTDIT_CUDA=ON"
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_C: Any = torch._C
+simulator: Callable[..., Any] | None = None  # (entry, op, arguments, reads, writes): set by testing/simt.py only
+
+
+def unfit(x: Tensor) -> str | None:
+    """The refusal that all CUDA kernels share: None when x is theirs."""
+    if not x.is_cuda and (simulator is None or not x.is_cpu):
+        return f"needs a CUDA tensor; got {x.device}"
+    if x.dtype not in DTYPES:
+        return f"has no kernel for {x.dtype}"
+    return None
+
+
+def launch(
+    entry: str, op: str, x: Tensor, arguments: tuple, reads: Iterable[Tensor | None], writes: Iterable[Tensor | None]
+) -> None:
+    """Runs an entry of fastdit._cuda on the device of x and its current stream. op: whom an error names."""
+    if simulator is not None and x.is_cpu:
+        simulator(entry, op, arguments, reads, writes)
+        return
+    device = x.get_device()
+    if device != _C._cuda_getDevice():
+        with torch.cuda.device(device):
+            launch(entry, op, x, arguments, reads, writes)
+        return
+    getattr(_cuda, entry)((device, _C._cuda_getCurrentRawStream(device)), op, *arguments)
+
+
+def ask(entry: str, x: Tensor, *arguments: Any) -> Any:
+    """What an entry of fastdit._cuda says about a launch to come; nothing runs."""
+    if simulator is not None and x.is_cpu:
+        return simulator(entry, None, (0, *arguments), (), ())
+    return getattr(_cuda, entry)(x.get_device(), *arguments)
