@@ -4,7 +4,7 @@ void bind_modulation(py::module_& m) {
   m.def(
       "modulation_forward",
       [](const py::tuple& shared, int64_t r, int64_t h) {
-        const fastdit::ModulationParams p = parameters(shared, r, h);
+        const fastdit::ModulationParams p = fastdit::parameters(shared, r, h);
         py::gil_scoped_release release;
         fastdit::cpu::modulation_forward(p);
       },
@@ -12,7 +12,7 @@ void bind_modulation(py::module_& m) {
   m.def(
       "modulation_backward",
       [](const py::tuple& shared, const py::args& grads) {
-        const fastdit::ModulationGradParams q = gradient_parameters(shared, grads);
+        const fastdit::ModulationGradParams q = fastdit::gradient_parameters(shared, grads);
         py::gil_scoped_release release;
         fastdit::cpu::modulation_backward(q);
       },
