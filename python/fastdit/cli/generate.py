@@ -45,14 +45,14 @@ def generate(
 ) -> None:
     """Make a video or a picture of a prompt; with --image, a video that starts from a picture.
 
-    The shipped checkpoint knows one moving shape on a plain background: red, green, blue, yellow, purple, orange, white
-    or black; circle, square, triangle or star; small or big; moving left, right, up or down, or standing still. What a
-    prompt leaves open is chosen for it. Pictures are decoded as they are written: a minute takes no more memory than a
-    second.
+    A checkpoint of `fastdit train` on the built-in shapes knows one moving shape on a plain background: red, green,
+    blue, yellow, purple, orange, white or black; circle, square, triangle or star; small or big; moving left, right, up
+    or down, or standing still. What a prompt leaves open is chosen for it. Pictures are decoded as they are written: a
+    minute takes no more memory than a second.
 
-    Examples: `fastdit generate "a red circle moving right on a blue background" --out clip.mp4 --seed 1`,
-    `fastdit generate "a big white star on a purple background" --out star.png --size 96x64`,
-    `fastdit generate "a red circle moving up" --image first.png --frames 33 --out clip.gif`
+    Examples: `fastdit generate "a red circle moving right on a blue background" --checkpoint out/shapes`,
+    `fastdit generate "a big white star on a purple background" --checkpoint out/shapes --out star.png --size 96x64`,
+    `fastdit generate "a red circle moving up" --image first.png --frames 33 --checkpoint out/shapes --out clip.gif`
     """
     import fastdit
     from fastdit.data import media
