@@ -4,12 +4,16 @@ file(GLOB cuda_bindings CONFIGURE_DEPENDS csrc/bindings/cuda/*.cpp)
 
 # ---- the simulator: for tests, never in a wheel -------------------------------------------------------------
 # Kernels carry the calls of -fsanitize=thread, which the simulator answers; the sanitizer's library is not linked.
+# FASTDIT_SIM=ON or OFF says whether; else editable installs have it. Not a cached answer: a wheel may be built in the
+# folder of an editable install.
 set(sim OFF)
 if(SKBUILD_STATE STREQUAL "editable" AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   set(sim ON)
 endif()
-option(FASTDIT_SIM "Build fastdit._cuda_sim" ${sim})
-if(FASTDIT_SIM)
+if(DEFINED FASTDIT_SIM)
+  set(sim ${FASTDIT_SIM})
+endif()
+if(sim)
   file(GLOB simulator CONFIGURE_DEPENDS csrc/cuda/simt/*.cpp)
   set(instrumented ${cuda_kernels} csrc/cuda/simt/faults.cu csrc/cuda/simt/tiles.cu)
   add_library(cuda_sim_kernels OBJECT ${instrumented})

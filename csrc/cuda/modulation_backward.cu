@@ -41,25 +41,25 @@ __device__ __forceinline__ Run run_of_table(const Walk& walk, const Table& t, co
 template <int W, int V>
 struct Sink {
   float sum[V][W];
-  Run run;
+  int row, tail;  // of the run at hand; ~row where it came in from before. Three registers less than a Run per table.
 
-  __device__ __forceinline__ void open(const Run& next) {
-    run = next;
+  __device__ __forceinline__ void open(const Run& next, int begin) {
+    row = next.head >= begin ? next.row : ~next.row, tail = next.tail;
 #pragma unroll
     for (int j = 0; j < V; ++j)
 #pragma unroll
       for (int k = 0; k < W; ++k) sum[j][k] = 0;
   }
-  __device__ __forceinline__ void close(const TableGrad& grad, const Walk& walk, int block, int begin, int end,
-                                        const Place& place, int C) const {
-    const bool whole = run.head >= begin && run.tail <= end;
-    const int64_t slot = (static_cast<int64_t>(block) * walk.programs + place.group) * 2 + (run.head >= begin);
+  __device__ __forceinline__ void close(const TableGrad& grad, const Walk& walk, int block, int end, const Place& place,
+                                        int C) const {
+    const bool whole = row >= 0 && tail <= end;
+    const int64_t slot = (static_cast<int64_t>(block) * walk.programs + place.group) * 2 + (row >= 0);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       const int c = place.channel<W>(j);
       if (c >= C) continue;
       if (whole)
-        store_as<W>(grad.data, grad.dtype, static_cast<int64_t>(run.row) * C + c, sum[j]);
+        store_as<W>(grad.data, grad.dtype, static_cast<int64_t>(row) * C + c, sum[j]);
       else
         store_once(walk.partial + slot * C + c, narrow<float, W>(sum[j]));
     }
@@ -119,13 +119,13 @@ struct Backward {
 
   __device__ __forceinline__ void step(Sink<W, V>& sink, int table, const Table& t, const void* index, int position) {
     const TableGrad& grad = gradient(q, table);
-    if (!grad.data || (position > begin && position < sink.run.tail)) return;
-    if (position > begin) sink.close(grad, walk, block_of(q, table), begin, end, place, C);
-    if (position < end) sink.open(run_of_table(walk, t, grad, index, p.index_is_64, N, position));
+    if (!grad.data || (position > begin && position < sink.tail)) return;
+    if (position > begin) sink.close(grad, walk, block_of(q, table), end, place, C);
+    if (position < end) sink.open(run_of_table(walk, t, grad, index, p.index_is_64, N, position), begin);
   }
   __device__ __forceinline__ void finish(const Sink<W, V>& sink, int table) {
     const TableGrad& grad = gradient(q, table);
-    if (grad.data) sink.close(grad, walk, block_of(q, table), begin, end, place, C);
+    if (grad.data) sink.close(grad, walk, block_of(q, table), end, place, C);
   }
 
   // root * (g - mean(g) - n * mean(g * n)), in place of g
@@ -284,7 +284,7 @@ struct Backward {
   __device__ __forceinline__ void run() {
     TableRow gates{0, 0}, scales{0, 0};
     const Run all{0, 0, walk.rows};
-    if constexpr (vectors) weight.open(all), bias.open(all), post.open(all);
+    if constexpr (vectors) weight.open(all, begin), bias.open(all, begin), post.open(all, begin);
     for (int position = begin; position < end; ++position) {
       if constexpr (tables) {
         step(gate, kGate, p.gate, p.gate_row_index, position);

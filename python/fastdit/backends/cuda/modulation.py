@@ -6,6 +6,8 @@ wanted table. Gate and norm tables with different row indices are walked one aft
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ...packing import row_order
@@ -43,7 +45,8 @@ def _forward(
     if y.numel():
         tensors = [_fit(t) for t in (residual, y, gate, shift, scale, weight, bias, post_weight)]
         gate_index, index, wide = same_width(gate_row_index, row_index)
-        shared = arguments(*tensors, gate_index, index, wide, norm, *rest)
+        given: list[Any] = [*tensors, gate_index, index, wide, norm, *rest]
+        shared = arguments(*given)
         op = _name(residual, norm)
         launch("modulation_forward", op, y, (shared, pointer(r), pointer(h)), (*tensors, gate_index, index), (r, h))
     return r, h
@@ -89,7 +92,8 @@ def _gradients(grad_r, grad_h, residual, y, tables, indices, rest, needs):
     grad_r, grad_h, residual, y, *tables = (_fit(t) for t in (grad_r, grad_h, residual, y, *tables))
     grad_r, r_layout = incoming(grad_r)
     grad_h, h_layout = incoming(grad_h)
-    shared = arguments(residual, y, *tables, gate_index, index, wide, *rest)
+    given: list[Any] = [residual, y, *tables, gate_index, index, wide, *rest]
+    shared = arguments(*given)
     reads = (grad_r, grad_h, residual, y, *tables, gate_index, index)
     op = f"{_name(residual, rest[0])}_backward"
     # gate_index and index as they came: an order is remembered by its tensor
