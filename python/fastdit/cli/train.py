@@ -123,6 +123,7 @@ def _run(
                 task = VAETask(chosen, data, out, vae)
             folder = out / "state" / name
             loop.fit(task, training.optimizer, training.loop, folder, world, resume=resume, console=console)
+        processes.leave(world)
     except (ValueError, FileNotFoundError, ImportError, fastdit.NoBackend) as error:
         console.print(str(error), style="red", highlight=False, markup=False)
         raise typer.Exit(2) from None

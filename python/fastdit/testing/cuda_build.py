@@ -74,8 +74,11 @@ def show(console: Console, module: Path) -> int:
     return 1 if bad or not found else 0
 
 
-if __name__ == "__main__":
+def installed() -> Path:
     from fastdit import _cuda
 
-    given = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(_cuda.__file__)
-    sys.exit(show(Console(width=200), given))
+    return Path(_cuda.__file__)
+
+
+if __name__ == "__main__":
+    sys.exit(show(Console(width=200), Path(sys.argv[1]) if len(sys.argv) > 1 else installed()))

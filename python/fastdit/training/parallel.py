@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -70,8 +71,17 @@ def join(mode: str = "ddp", device: str | None = None) -> Iterator[World]:
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
         yield World(place, dist.get_rank(), dist.get_world_size(), mode)
+        dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def leave(world: World) -> None:
+    """End one of several processes once everything is written: torn down in order, gloo's threads may abort it."""
+    if world.size > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def wrap(model: nn.Module, blocks: Sequence[nn.Module], methods: Sequence[str], world: World) -> nn.Module:
