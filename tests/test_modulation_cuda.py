@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 from test_contract import HOT_SAMPLES
-from test_modulation_triton import MAPS, seam
+from test_modulation_triton import MAPS, alone_and_together, check_rows_that_nobody_uses, seam
 
 from fastdit import ops
 from fastdit.backends.cuda import _launch
@@ -115,30 +115,12 @@ def test_rows_too_wide_are_refused():
 
 
 def test_rows_that_nobody_uses_have_no_gradient():
-    x = torch.randn(40, 8, device=DEVICE)
-    table = torch.randn(5, 8, device=DEVICE, requires_grad=True)
-    index = torch.tensor([1] * 30 + [3] * 10, device=DEVICE)
-    with poisoned():
-        y = ops.norm_modulate(x, shift=table, row_index=index, backend="cuda")
-        (grad,) = torch.autograd.grad(y.sum(), table)
-    assert (grad[[0, 2, 4]] == 0).all() and (grad[1] == 30).all() and (grad[3] == 10).all()
+    check_rows_that_nobody_uses("cuda", DEVICE)
 
 
 @pytest.mark.parametrize("wanted", ["x", "shift", "weight", "gate"])
 def test_one_gradient_alone(wanted):
-    (r, y, gate), kwargs = MAPS["frames-in-samples"].make(Maker(torch.float32, DEVICE))
-    kwargs["weight"] = torch.randn(40, device=DEVICE)
-
-    def grads(names):
-        leaves = dict(x=y, gate=gate, shift=kwargs["shift"], weight=kwargs["weight"])
-        leaves = {k: v.clone().requires_grad_(k in names) for k, v in leaves.items()}
-        given = kwargs | {k: leaves[k] for k in ("shift", "weight")}
-        out = ops.gate_residual_norm_modulate(r, leaves["x"], leaves["gate"], **given, backend="cuda")
-        with poisoned():
-            found = torch.autograd.grad(out, [leaves[k] for k in names], [torch.cos(o) for o in out])
-        return dict(zip(names, found, strict=True))
-
-    close.assert_bitwise(grads([wanted])[wanted], grads(["x", "shift", "weight", "gate"])[wanted])
+    close.assert_bitwise(*alone_and_together(wanted, "cuda", DEVICE))
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (0, 8)])

@@ -87,32 +87,41 @@ def test_an_index_of_64_bits_that_is_no_row():
     close.assert_bitwise(*out)
 
 
-def test_rows_that_nobody_uses_have_no_gradient():
-    x = torch.randn(40, 8, device=DEVICE)
-    table = torch.randn(5, 8, device=DEVICE, requires_grad=True)
-    index = torch.tensor([1] * 30 + [3] * 10, device=DEVICE)
+def check_rows_that_nobody_uses(backend, device):
+    x = torch.randn(40, 8, device=device)
+    table = torch.randn(5, 8, device=device, requires_grad=True)
+    index = torch.tensor([1] * 30 + [3] * 10, device=device)
     with poisoned():
-        y = ops.norm_modulate(x, shift=table, row_index=index, backend="triton")
+        y = ops.norm_modulate(x, shift=table, row_index=index, backend=backend)
         (grad,) = torch.autograd.grad(y.sum(), table)
     assert (grad[[0, 2, 4]] == 0).all() and (grad[1] == 30).all() and (grad[3] == 10).all()
 
 
-@pytest.mark.parametrize("wanted", ["x", "shift", "weight", "gate"])
-def test_one_gradient_alone(wanted):
-    """Each is what it is beside the others: nothing is left out with them."""
-    (r, y, gate), kwargs = MAPS["frames-in-samples"].make(Maker(torch.float32, DEVICE))
-    kwargs["weight"] = torch.randn(40, device=DEVICE)
+def alone_and_together(wanted, backend, device):
+    """A gradient that alone is asked for, and the same beside all others."""
+    (r, y, gate), kwargs = MAPS["frames-in-samples"].make(Maker(torch.float32, device))
+    kwargs["weight"] = torch.randn(40, device=device)
 
     def grads(names):
         leaves = dict(x=y, gate=gate, shift=kwargs["shift"], weight=kwargs["weight"])
         leaves = {k: v.clone().requires_grad_(k in names) for k, v in leaves.items()}
         given = kwargs | {k: leaves[k] for k in ("shift", "weight")}
-        out = ops.gate_residual_norm_modulate(r, leaves["x"], leaves["gate"], **given, backend="triton")
+        out = ops.gate_residual_norm_modulate(r, leaves["x"], leaves["gate"], **given, backend=backend)
         with poisoned():
             found = torch.autograd.grad(out, [leaves[k] for k in names], [torch.cos(o) for o in out])
         return dict(zip(names, found, strict=True))
 
-    alone, together = grads([wanted])[wanted], grads(["x", "shift", "weight", "gate"])[wanted]
+    return grads([wanted])[wanted], grads(["x", "shift", "weight", "gate"])[wanted]
+
+
+def test_rows_that_nobody_uses_have_no_gradient():
+    check_rows_that_nobody_uses("triton", DEVICE)
+
+
+@pytest.mark.parametrize("wanted", ["x", "shift", "weight", "gate"])
+def test_one_gradient_alone(wanted):
+    """Each is what it is beside the others: nothing is left out with them."""
+    alone, together = alone_and_together(wanted, "triton", DEVICE)
     close.assert_close(alone, together.double(), together, wanted)
 
 

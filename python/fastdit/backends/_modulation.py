@@ -1,8 +1,26 @@
-"""modulation's three gradients are one: that of the seam, with what an op does not have left out."""
+"""modulation's three ops are one, forward and backward: the seam, with what an op does not have left out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+
+
+def forwards(seam: Callable) -> tuple[Callable, Callable]:
+    """norm_modulate and gate_residual of gate_residual_norm_modulate."""
+
+    def norm_modulate(x, shift, scale, weight, bias, row_index, norm, eps, weight_offset, precision):
+        return seam(
+            None, x, None, shift, scale, weight, bias, None, None, row_index,
+            norm, eps, weight_offset, None, None, 0.0, precision,
+        )[1]  # fmt: skip
+
+    def gate_residual(residual, y, gate, post_norm_weight, row_index, gate_act, post_norm, post_norm_eps, precision):
+        return seam(
+            residual, y, gate, None, None, None, None, post_norm_weight, row_index, None,
+            None, 0.0, 0.0, gate_act, post_norm, post_norm_eps, precision,
+        )[0]  # fmt: skip
+
+    return norm_modulate, gate_residual
 
 
 def backwards(gradients: Callable) -> tuple[Callable, Callable, Callable]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastdit.data import encode
 from fastdit.data.clip import Clip, check_frames
+from fastdit.data.files import replacing
 
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv", ".3gp")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".apng")
@@ -251,17 +252,11 @@ def atomic(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with replacing(path, part):
+            yield part
     except OSError as error:
         was = "the file that was there is as it was" if path.exists() else "nothing was written"
         raise OSError(
             error.errno,
             f"{path} cannot be saved: {error.strerror or error}; {was}; free space or choose another folder",
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ sample. Math is in promote(dtype, fp32), results have the dtype of their first t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,17 @@ Coefficient = Tensor | float  # (S,) one per sample, or one for all
 ModelFn = Callable[[Samples, Tensor], Samples]  # (x_t, t (S,) in [0, TIME]) -> output
 Progress = Callable[[int, int], None]  # steps done, steps in all
 Generators = torch.Generator | Sequence[torch.Generator] | None  # one for all samples, or one each
+
+
+class Process(Protocol):
+    """A diffusion, as far as its loss is drawn."""
+
+    def sample_times(
+        self, count: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> Tensor: ...
+
+    def add_noise(self, x0: Samples, noise: Samples, t: Tensor) -> Samples: ...
+
 
 TIME = 1000.0  # models are told times in [0, TIME]
 
@@ -196,6 +208,41 @@ def unknown(counts: Sequence[int], x: Samples) -> Samples:
         return (torch.arange(v.shape[2], device=v.device) >= count[:, None]).float()[:, None, :, None, None]
 
     return each(batch, torch.tensor(counts, device=like.device), x)
+
+
+class Noised(NamedTuple):
+    """What a loss is made of: clean samples, noise, times (S,), what the model is given, and weights of the loss."""
+
+    x0: Samples
+    noise: Samples
+    t: Tensor
+    x_t: Samples
+    weights: list[Samples]
+
+
+def noised(
+    name: str,
+    process: Process,
+    x0: Samples,
+    t: Tensor | None,
+    noise: Samples | None,
+    known_frames: int | Sequence[int],
+    weight: Samples | None,
+    generator: Generators,
+) -> Noised:
+    """Draws t and noise where they are not given, and leaves known frames clean and out of the loss."""
+    x0 = as_samples(name, "x0", x0)
+    counts = known_counts(name, known_frames, x0)
+    if t is None:
+        t = process.sample_times(len(x0), generator=first_generator(generator), device=first(x0).device)
+    noise = noise_like(x0, generator) if noise is None else noise
+    x_t = process.add_noise(x0, noise, t)
+    weights = [] if weight is None else [weight]
+    if any(counts):
+        made = unknown(counts, x0)
+        weights.append(made)
+        x_t = keep_known(x_t, x0, made)
+    return Noised(x0, noise, t, x_t, weights)
 
 
 def weighted_mean(x: Samples, *weights: Samples) -> Tensor:

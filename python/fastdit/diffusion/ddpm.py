@@ -23,15 +23,12 @@ from ._samples import (
     as_samples,
     each,
     first,
-    first_generator,
-    keep_known,
-    known_counts,
     known_frames_of,
     mean_square,
     noise_like,
+    noised,
     put_known,
     spread,
-    unknown,
     weighted_mean,
     wide,
 )
@@ -110,17 +107,7 @@ class GaussianDiffusion(Chain):
             generator: of the draws; when one per sample, the first draws t.
         """
         name = "GaussianDiffusion.loss"
-        x0 = as_samples(name, "x0", x0)
-        counts = known_counts(name, known_frames, x0)
-        if t is None:
-            t = self.sample_times(len(x0), generator=first_generator(generator), device=first(x0).device)
-        noise = noise_like(x0, generator) if noise is None else noise
-        x_t = self.add_noise(x0, noise, t)
-        weights = [] if weight is None else [weight]
-        if any(counts):
-            made = unknown(counts, x0)
-            weights.append(made)
-            x_t = keep_known(x_t, x0, made)
+        x0, noise, t, x_t, weights = noised(name, self, x0, t, noise, known_frames, weight, generator)
         output = self._output(name, model_fn, x_t, t)
         found = each(lambda x, o: predicted(wide(x), o), x_t, output)
         simple = mean_square(found, self.target(x0, noise, t), *weights)

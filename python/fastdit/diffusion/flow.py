@@ -26,18 +26,13 @@ from ._samples import (
     Samples,
     as_samples,
     combine,
-    first,
-    first_generator,
-    keep_known,
-    known_counts,
     known_frames_of,
     mean_square,
-    noise_like,
+    noised,
     per_sample,
     per_sample_value,
     put_known,
     same_sizes,
-    unknown,
 )
 
 TIMES = ("logit_normal", "uniform")
@@ -129,17 +124,7 @@ class RectifiedFlow:
             generator: of the draws; when one per sample, the first draws t.
         """
         name = "RectifiedFlow.loss"
-        x0 = as_samples(name, "x0", x0)
-        counts = known_counts(name, known_frames, x0)
-        if t is None:
-            t = self.sample_times(len(x0), generator=first_generator(generator), device=first(x0).device)
-        noise = noise_like(x0, generator) if noise is None else noise
-        x_t = self.add_noise(x0, noise, t)
-        weights = [] if weight is None else [weight]
-        if any(counts):
-            made = unknown(counts, x0)
-            weights.append(made)
-            x_t = keep_known(x_t, x0, made)
+        x0, noise, t, x_t, weights = noised(name, self, x0, t, noise, known_frames, weight, generator)
         v = model_fn(x_t, t)
         same_sizes(name, "the model's output", v, x0)
         return mean_square(v, self.target(x0, noise), *weights)

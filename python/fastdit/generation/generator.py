@@ -132,7 +132,7 @@ class Generator:
             *self._conditions([self.expanded(p) if expand and image is None else p for p in prompts]),
             guidance if self.text is not None else 1.0,
         )
-        side = 2 * self.vae.config.patch_size
+        side = self.vae.config.side
         shape = (self.dit.config.in_channels, length, height // side, width // side)
         drawers = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
         noise = torch.stack([torch.randn(shape, generator=drawer) for drawer in drawers])
@@ -158,7 +158,7 @@ class Generator:
 
     def _token(self) -> tuple[int, int]:
         """Height and width in pixels of what one token covers."""
-        side = 2 * self.vae.config.patch_size
+        side = self.vae.config.side
         return side * self.dit.patch_size[1], side * self.dit.patch_size[2]
 
     def _conditions(self, prompts: list[str]) -> tuple[Text | None, Text | None]:

@@ -34,6 +34,11 @@ class VideoVAEConfig:
     encoder_blocks: tuple[int, int] = (1, 1)
     decoder_blocks: tuple[int, int] = (2, 1)
 
+    @property
+    def side(self) -> int:
+        """Height and width in pixels of what one latent value covers."""
+        return 2 * self.patch_size
+
     def __post_init__(self):
         for name in ("latent_channels", "patch_size"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
@@ -249,7 +254,7 @@ class VideoVAE(nn.Module):
         return video if self.training else video.clamp(-1.0, 1.0)
 
     def _check_video(self, video: Tensor, first: bool = True) -> None:
-        size = 2 * self.config.patch_size
+        size = self.config.side
         if video.ndim != 5 or video.shape[1] != 3:
             raise ValueError(
                 f"VideoVAE: a video must be (B, 3, T, H, W); got {list(video.shape)}, expected five dims with 3 "

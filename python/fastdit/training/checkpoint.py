@@ -12,7 +12,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fastdit.data.files import replacing
 from fastdit.diffusion import GaussianDiffusion, RectifiedFlow
 from fastdit.models.text import PretrainedEncoder, WordEncoder
 from fastdit.models.video_dit import VideoDiT, VideoDiTConfig
@@ -70,20 +70,12 @@ def write(path: Path, fill: Callable[[Path], object]) -> None:
     Raises:
         CheckpointError: the disk is full or refuses; what stood at `path` is untouched.
     """
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        try:
-            part.touch()
-            mode = part.stat().st_mode  # as the umask has it; safetensors makes private files
-            fill(part)
-            part.chmod(mode)
-            with part.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    with writing(path), replacing(path, part):
+        part.touch()
+        mode = part.stat().st_mode  # as the umask has it; safetensors makes private files
+        fill(part)
+        part.chmod(mode)
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -166,7 +158,10 @@ def build_text(document: Mapping[str, Any], width: int) -> nn.Module:
 def load_vae(folder: Path | str) -> VideoVAE:
     """The VAE of a folder, in eval mode."""
     folder = Path(folder)
-    document = read_config(folder)
+    return _vae(folder, read_config(folder))
+
+
+def _vae(folder: Path, document: Mapping[str, Any]) -> VideoVAE:
     vae = _built(folder, "vae", lambda: build_vae(document))
     fill(vae, read_tensors(folder / VAE)[0], folder / VAE)
     return vae.eval()
@@ -176,7 +171,7 @@ def load(folder: Path | str) -> Loaded:
     """Everything that a folder holds, in eval mode."""
     folder = Path(folder)
     document = read_config(folder)
-    vae = load_vae(folder)
+    vae = _vae(folder, document)
     diffusion = settings.build(Diffusion, document.get("diffusion", {}), "diffusion").build()
     fps = float(document.get("fps", 8.0))
     if "dit" not in document:

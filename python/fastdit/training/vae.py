@@ -33,19 +33,15 @@ class Crops:
 class Reconstruction(nn.Module):
     """loss = l1 * |x - y| + l2 * (x - y)^2 + kl * KL, y decoded from a sample of x's posterior."""
 
-    def __init__(self, vae: VideoVAE, training: VAETraining, frozen: bool = False):
+    def __init__(self, vae: VideoVAE, training: VAETraining):
         super().__init__()
         self.vae, self.scales = vae, {"l1": training.l1, "l2": training.l2, "kl": training.kl}
-        self.frozen = frozen
-        if frozen:
-            vae.encoder.requires_grad_(False)
 
     def forward(self, crops: Crops) -> dict[str, Tensor]:
         kind = crops.video.device.type
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else crops.video.dtype
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            posterior = self.vae.encode(crops.video.to(low))  # convolutions take the dtype of what they are given
-            posterior = Posterior(posterior.mean.to(crops.noise), posterior.logvar.to(crops.noise))
+        posterior = self.vae.encode(crops.video.to(low))  # convolutions take the dtype of what they are given
+        posterior = Posterior(posterior.mean.to(crops.noise), posterior.logvar.to(crops.noise))
         sample = posterior.mean + (0.5 * posterior.logvar).exp() * crops.noise
         error = self.vae.decode(sample.to(low)).to(crops.video) - crops.video
         share = len(crops.video) / crops.total
@@ -74,7 +70,8 @@ class VAETask:
         torch.manual_seed(self.training.loop.seed)
         self.vae = checkpoint.load_vae(start) if start else VideoVAE(self.training.model)
         self.frozen = {n: t.detach().clone() for n, t in self.vae.state_dict().items() if start and "decoder" not in n}
-        self.model = Reconstruction(self.vae, self.training, frozen=start is not None)
+        self.vae.encoder.requires_grad_(start is None)
+        self.model = Reconstruction(self.vae, self.training)
         self.blocks = [*self.vae.encoder.blocks, *self.vae.decoder.blocks]
         training, seed = self.training, self.training.loop.seed
         self.pool = [c.frames for c in source.clips(data, training.sizes, training.clips, fps=config.fps, seed=seed)]
@@ -140,7 +137,7 @@ class VAETask:
     def _whole(self, frames: Tensor) -> Tensor:
         """A clip as a batch, cut to what the VAE takes."""
         t, h, w, _ = frames.shape
-        multiple = 2 * self.vae.config.patch_size
+        multiple = self.vae.config.side
         like = next(self.model.parameters())
         t, h, w = (t - 1) // FRAMES * FRAMES + 1, h // multiple * multiple, w // multiple * multiple
         return to_video(frames[:t, :h, :w])[None].to(like.device, like.dtype)
@@ -149,7 +146,7 @@ class VAETask:
 def latent_size(vae: VideoVAE, size: Sequence[int]) -> tuple[int, int, int, int]:
     """(channels, frames, height, width) of the latent of a video (frames, height, width)."""
     frames, height, width = size
-    factor = 2 * vae.config.patch_size
+    factor = vae.config.side
     return vae.config.latent_channels, 1 + (frames - 1) // FRAMES, height // factor, width // factor
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ... import _cpu
-from .._modulation import backwards
+from .._modulation import backwards, forwards
 from .._modulation_abi import NORM, arguments, incoming, layout, same_width, table_grad, table_row, vector_row
 from .._tensors import empty
 from ..registry import Impl, register as _register
@@ -29,14 +29,6 @@ def norm_modulate(x, shift, scale, weight, bias, row_index, norm, eps, weight_of
     return h
 
 
-def gate_residual(residual, y, gate, post_norm_weight, row_index, gate_act, post_norm, post_norm_eps, precision):
-    r, _ = gate_residual_norm_modulate(
-        residual, y, gate, None, None, None, None, post_norm_weight, row_index, None, None, 0.0, 0.0,
-        gate_act, post_norm, post_norm_eps, precision,
-    )  # fmt: skip
-    return r
-
-
 def gate_residual_norm_modulate(
     residual, y, gate, shift, scale, weight, bias, post_norm_weight, gate_row_index, row_index, norm, *rest
 ):
@@ -49,6 +41,9 @@ def gate_residual_norm_modulate(
         )
         _cpu.modulation_forward(shared, r.data_ptr(), pointer(h))
     return r, h
+
+
+_, gate_residual = forwards(gate_residual_norm_modulate)
 
 
 # ---- backward -----------------------------------------------------------------------------------------

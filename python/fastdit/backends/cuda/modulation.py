@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...packing import row_order
-from .._modulation import backwards
+from .._modulation import backwards, forwards
 from .._modulation_abi import arguments, incoming, same_width, table_grad
 from .._tensors import empty
 from ..cpu._abi import pointer
@@ -56,21 +56,8 @@ def _name(residual, norm) -> str:
     return "norm_modulate" if residual is None else "gate_residual" if norm is None else "gate_residual_norm_modulate"
 
 
-def norm_modulate(x, shift, scale, weight, bias, row_index, norm, eps, weight_offset, precision):
-    return _forward(
-        None, x, None, shift, scale, weight, bias, None, None, row_index,
-        norm, eps, weight_offset, None, None, 0.0, precision,
-    )[1]  # fmt: skip
-
-
-def gate_residual(residual, y, gate, post_norm_weight, row_index, gate_act, post_norm, post_norm_eps, precision):
-    return _forward(
-        residual, y, gate, None, None, None, None, post_norm_weight, row_index, None,
-        None, 0.0, 0.0, gate_act, post_norm, post_norm_eps, precision,
-    )[0]  # fmt: skip
-
-
 gate_residual_norm_modulate = _forward
+norm_modulate, gate_residual = forwards(_forward)
 
 
 # ---- backward -----------------------------------------------------------------------------------------

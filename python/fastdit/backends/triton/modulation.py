@@ -10,6 +10,7 @@ import math
 from fastdit.kernels.modulation import modulation_forward
 
 from .._facts import kept
+from .._modulation import forwards
 from .._tensors import contiguous, empty
 from ..registry import Impl, register as _register
 from ._config import Config, choose, tunable
@@ -83,21 +84,8 @@ def _forward(
     return r, h
 
 
-def norm_modulate(x, shift, scale, weight, bias, row_index, norm, eps, weight_offset, precision):
-    return _forward(
-        None, x, None, shift, scale, weight, bias, None, None, row_index,
-        norm, eps, weight_offset, None, None, 0.0, precision,
-    )[1]  # fmt: skip
-
-
-def gate_residual(residual, y, gate, post_norm_weight, row_index, gate_act, post_norm, post_norm_eps, precision):
-    return _forward(
-        residual, y, gate, None, None, None, None, post_norm_weight, row_index, None,
-        None, 0.0, 0.0, gate_act, post_norm, post_norm_eps, precision,
-    )[0]  # fmt: skip
-
-
 gate_residual_norm_modulate = _forward
+norm_modulate, gate_residual = forwards(_forward)
 
 
 def register() -> None:
