@@ -9,7 +9,7 @@ import torch
 
 from fastdit.testing import training
 from fastdit.testing.close import assert_close
-from fastdit.training import checkpoint, loop, parallel, plot
+from fastdit.training import checkpoint, config as settings, loop, parallel, plot
 
 STEPS = 6
 SMALL = """
@@ -49,10 +49,8 @@ def small(tmp_path_factory):
     """A configuration file and a VAE."""
     path = tmp_path_factory.mktemp("small") / "small.toml"
     path.write_text(SMALL)
-    from fastdit.training import config
-
-    training.untrained_vae(config.load(path), path.parent)
-    return path, config.load(path)
+    training.untrained_vae(settings.load(path), path.parent)
+    return path, settings.load(path)
 
 
 def torchrun(*arguments):
@@ -67,17 +65,31 @@ def torchrun(*arguments):
 @pytest.mark.parametrize("kind, mode", [("dit", "ddp"), ("dit", "fsdp"), ("vae", "fsdp")])
 def test_two_processes_train_as_one(kind, mode, small, tmp_path):
     path, config = small
-    vae = ["--vae", path.parent] if kind == "dit" else []
-    printed = torchrun(kind, "--config", path, *vae, "--out", tmp_path, "--parallel", mode, "--device", "cpu")
-    assert printed.count(f"{kind} step 6/6") == 1  # one process speaks
-    truth, baseline = (training.trainer(kind, config, path.parent, dtype=d) for d in (torch.float64, torch.float32))
-    losses = [training.losses(one, STEPS) for one in (truth, baseline)]
-    rows = plot.read(tmp_path / "state" / kind / "loss.csv")
+    compare(kind, mode, path, path.parent, config, tmp_path, STEPS, ("exp_avg",))
+
+
+@pytest.mark.parametrize("mode", parallel.MODES)
+def test_two_processes_orthogonalise_as_one(mode, small, tmp_path):
+    """Muon, whose products in bf16 soon tell one rounding from another: two steps."""
+    path = tmp_path / "muon.toml"
+    path.write_text(SMALL + '[dit.optimizer]\nkind = "muon"\n')
+    compare("dit", mode, path, small[0].parent, settings.load(path), tmp_path, 2, ("exp_avg", "momentum_buffer"))
+
+
+def compare(kind, mode, path, folder, config, out, steps, moments):
+    """Losses, weights, averages and moments after `steps` of a training by two processes, with those of one."""
+    vae = ["--vae", folder] if kind == "dit" else []
+    options = ["--config", path, "--out", out, "--parallel", mode, "--device", "cpu", "--steps", steps]
+    printed = torchrun(kind, *vae, *options)
+    assert printed.count(f"{kind} step {steps}/{steps}") == 1  # one process speaks
+    truth, baseline = (training.trainer(kind, config, folder, dtype=d) for d in (torch.float64, torch.float32))
+    losses = [training.losses(one, steps) for one in (truth, baseline)]
+    rows = plot.read(out / "state" / kind / "loss.csv")
     assert_close(torch.tensor([loss for _, loss in rows["loss"]], dtype=torch.float32), *losses, "losses")
-    tensors, facts = checkpoint.read_tensors(tmp_path / "state" / kind / loop.STATE)
+    tensors, facts = checkpoint.read_tensors(out / "state" / kind / loop.STATE)
     expected, usual = truth.state(), baseline.state()
-    assert facts["step"] == STEPS and tensors.keys() == expected.keys()
-    for state in ("model", "ema", "exp_avg"):
+    assert facts["step"] == steps and tensors.keys() == expected.keys()
+    for state in ("model", "ema", *moments):
         names = [name for name in tensors if name.startswith(f"{state}.")]
         found, exact, plain = (torch.cat([t[n].flatten() for n in names]) for t in (tensors, expected, usual))
         assert_close(found, exact, plain, state)

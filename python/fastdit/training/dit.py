@@ -101,7 +101,7 @@ class DiTTask:
         self.text = self._text(data)
         self.dit = VideoDiT(self.training.model)
         self.model = Denoising(self.dit, self.text, self.training.diffusion)
-        self.blocks = list(self.dit.blocks)
+        self.blocks = [*self.dit.blocks, *(self.text.blocks if isinstance(self.text, WordEncoder) else ())]
         self.tokens = [math.prod(grid) for grid in self.dit.grids(self.train.latents)]
 
     def draw(self, step: int, count: int) -> list[Noised]:

@@ -1,4 +1,4 @@
-"""One step of a training: AdamW on the batch that a task draws, and an average of the weights.
+"""One step of a training on the batch that a task draws, and an average of the weights.
 
 Every draw is seeded by (seed, step), so a step is the same in every run.
 """
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from fastdit.training import checkpoint, parallel
 from fastdit.training.config import Loop, Optimizer
 from fastdit.training.ema import EMA
+from fastdit.training.optimizer import Optimizers
 
 Figures = dict[str, Tensor]
-KINDS = ("model", "ema", "exp_avg", "exp_avg_sq", "step")  # what is kept of each parameter
 
 
 class Task(Protocol):
@@ -90,18 +90,13 @@ class Trainer:
             task.checkpoint_activations()
         self.forward = parallel.wrap(self.model, task.blocks, task.methods, world)
         self.named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.adamw = torch.optim.AdamW(
-            self.named.values(), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay, fused=True,
-        )  # fmt: skip
+        self.optimizers = Optimizers(self.named, task.blocks, optimizer)
         self.ema = EMA(self.model, optimizer.ema)
 
     def step(self, step: int) -> Figures:
         """Train on the batch of a step; its figures as this process saw them, and `lr`, `grad_norm`."""
         lr = rate(step, self.optimizer, self.loop.steps)
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        self.adamw.zero_grad(set_to_none=True)
+        self.optimizers.zero_grad()
         each = self.loop.accumulate
         parts = self.task.draw(step, self.world.size * each)[self.world.rank * each :][:each]
         sums: Figures = {}
@@ -114,7 +109,7 @@ class Trainer:
                 sums[name] = sums.get(name, 0) + value.detach()  # type: ignore[assignment]
         largest = self.optimizer.clip or math.inf
         norm = parallel.whole(nn.utils.clip_grad_norm_(self.named.values(), largest, foreach=True))
-        self.adamw.step()
+        self.optimizers.step(lr)
         self.ema.update(step)
         # Every process sees the norm and the rate of all: their sum over the processes is to be the value.
         return sums | {"grad_norm": norm / self.world.size, "lr": norm.new_tensor(lr / self.world.size)}
@@ -128,7 +123,7 @@ class Trainer:
 
     def load(self, tensors: Mapping[str, Tensor], path: Path) -> None:
         """Go on from a `state`, read from `path`."""
-        wanted = {f"{kind}.{name}" for name in self.named for kind in KINDS}
+        wanted = {f"{kind}.{name}" for name in self.named for kind in self._kept(name)}
         wanted |= {f"buffer.{name}" for name, _ in self.model.named_buffers()}
         shapes = {f"model.{name}": p.shape for name, p in self.named.items()}
         if wanted != tensors.keys() or any(tensors[name].shape != shape for name, shape in shapes.items()):
@@ -143,13 +138,8 @@ class Trainer:
                 parallel.assign(target, tensors[f"{kind}.{name}"])
 
     def _kept(self, name: str) -> dict[str, Tensor]:
-        """All that is known of a parameter, by KINDS; before its first gradient the moments are zero."""
-        p = self.named[name]
-        moments = self.adamw.state[p]
-        if not moments:
-            moments["step"] = torch.zeros((), device=p.device)
-            moments |= {kind: torch.zeros_like(p) for kind in ("exp_avg", "exp_avg_sq")}
-        return {"model": p, "ema": self.ema.shadow[name], **{kind: moments[kind] for kind in KINDS[2:]}}
+        """All that is known of a parameter."""
+        return {"model": self.named[name], "ema": self.ema.shadow[name], **self.optimizers.kept(name)}
 
     def weights(self) -> dict[str, Tensor]:
         """What is kept for generation: the averages, and the buffers; every process must ask."""
