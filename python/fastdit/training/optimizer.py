@@ -35,10 +35,10 @@ class Optimizers:
                 "optimizer: muon needs matrices; got blocks without any, expected those of transformers; take adamw."
             )
         rest = [p for p in named.values() if p not in matrices]
-        self.adamw: torch.optim.Optimizer = torch.optim.AdamW(
+        self.adamw = torch.optim.AdamW(
             rest, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
         )
-        self.every = [self.adamw]
+        self.every: list[torch.optim.Optimizer] = [self.adamw]
         if matrices:
             taken = [p for p in named.values() if p in matrices]
             self.every.append(torch.optim.Muon(taken, lr=config.muon_lr, weight_decay=config.weight_decay))
