@@ -82,7 +82,7 @@ def plain(model, x, t, text, known=0, keep=None):
 
     proj = model.x_embedder.proj
     h = F.conv3d(x[None], proj.weight, proj.bias, stride=proj.stride).flatten(2)[0].T
-    if cfg.positions == "sincos":
+    if "sincos" in cfg.positions:
         h = h + sincos_pos_embed(width, grid).to(dtype)
     cos, sin = ops.rope_table(grid, cfg.rope_axes, theta=cfg.rope_theta)
     given = torch.arange(n) < patch_frames * grid[1] * grid[2]
@@ -120,7 +120,7 @@ def plain(model, x, t, text, known=0, keep=None):
                 shift1, scale1, shift2, scale2 = tables
         q, k, v = block.attn.qkv(norm(h, shift1, scale1, block.norm1)).unflatten(1, (3, cfg.num_heads, -1)).unbind(1)
         q, k = block.attn.q_norm(q), block.attn.k_norm(k)
-        if cfg.positions == "rope":
+        if "rope" in cfg.positions:
             q, k = rotate(q), rotate(k)
         h = h + gate1 * block.attn.proj(attend(q, k, v))
         if block.cross is not None:
@@ -147,7 +147,7 @@ def flat(outputs):
     return torch.cat([out.flatten() for out in outputs])
 
 
-@pytest.mark.parametrize("positions", ["rope", "sincos"])
+@pytest.mark.parametrize("positions", ["rope", "sincos", "rope+sincos"])
 @each_dtype
 @each_variant
 @torch.no_grad()

@@ -10,7 +10,7 @@ from fastdit.models.dit import DIT_CONFIGS
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "conditioning": ("in_context", "cross_attention", "adaln", "adaln_zero"),
     "text": ("joint", "cross", None),
-    "positions": ("rope", "sincos"),
+    "positions": ("rope", "sincos", "rope+sincos"),
     "tubelet": ("xavier", "central"),
     "qk_norm": ("rms", "layer", None),
 }
@@ -29,7 +29,8 @@ class VideoDiTConfig:
     text: how the words do. "joint": tokens of the sample, after its patches; "cross": tokens that every block attends
         to; None: there is no text. text_size: channels of `Text`.
     cond_size: width of the conditioning vector of adaLN; narrower than hidden_size it keeps the modulation small.
-    positions: "rope", rotations over (t, h, w) with `rope_theta`; "sincos", added to the patches.
+    positions: "rope", rotations over (t, h, w) with `rope_theta`; "sincos", added to the patches; "rope+sincos", both:
+        rotations tell patches from each other, and only what is added tells the middle from the border.
     qk_norm: of the heads of queries and keys. gradient_checkpointing: blocks are computed again in the backward.
     """
 
@@ -61,19 +62,20 @@ class VideoDiTConfig:
                 raise ValueError(
                     f"VideoDiT: {name} is unknown; got {getattr(self, name)!r}, expected one of {allowed}; choose one."
                 )
-        if self.hidden_size % self.num_heads or (self.positions == "rope" and self.head_size % 2):
+        if self.hidden_size % self.num_heads or ("rope" in self.positions and self.head_size % 2):
             raise ValueError(
                 f"VideoDiT: heads must have an even width; got hidden_size {self.hidden_size} for {self.num_heads} "
                 f"heads, expected a multiple of {2 * self.num_heads}; change one of them."
             )
-        if self.positions == "rope" and self.head_size < 8:
+        if "rope" in self.positions and self.head_size < 8:
             raise ValueError(
                 f"VideoDiT: a head is too narrow to rotate over three axes; got {self.head_size} channels, expected "
                 "at least 8; use fewer heads or positions='sincos'."
             )
-        if self.positions == "sincos" and self.hidden_size % 16:
+        if "sincos" in self.positions and self.hidden_size % 16:
             raise ValueError(
-                f"VideoDiT: positions='sincos' needs hidden_size % 16 == 0; got {self.hidden_size}; change it."
+                f"VideoDiT: positions={self.positions!r} needs hidden_size % 16 == 0; got {self.hidden_size}; "
+                "change it."
             )
 
     @property

@@ -143,7 +143,7 @@ class VideoDiT(nn.Module):
 
         tokens = self._embed(x, grids)
         extra = tuple(sum(n) for n in zip(*(n for _, n in after), strict=True)) if after else (0,) * samples
-        where = (grids, given, extra, cfg.rope_axes if cfg.positions == "rope" else None, cfg.rope_theta, tokens.device)
+        where = (grids, given, extra, cfg.rope_axes if "rope" in cfg.positions else None, cfg.rope_theta, tokens.device)
         layout = layouts.whole(*where) if keep is None else layouts.partial(*where, keep)
         if layout.rows is not None:
             tokens = tokens.index_select(0, layout.rows)
@@ -181,7 +181,7 @@ class VideoDiT(nn.Module):
     def _embed(self, x: Any, grids: tuple[Grid, ...]) -> Tensor:
         """Packed tokens (N, C) of the patches."""
         one, pos = isinstance(x, Tensor), None
-        if self.config.positions == "sincos":
+        if "sincos" in self.config.positions:
             device = self.x_embedder.proj.weight.device
             tables = [layouts.sincos(self.config.hidden_size, grid, device) for grid in grids]
             pos = tables[0] if one else tables
