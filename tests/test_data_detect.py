@@ -60,6 +60,20 @@ def test_rendered_truth(size, spoil):
     assert min(found.values()) >= 0.98, found
 
 
+@pytest.mark.parametrize("spoil", [clean, noisy, blurred], ids=lambda f: f.__name__)
+def test_places(spoil):
+    """Where the path lies across its direction; nearer than a fiftieth of the room to the next part, either may do."""
+    generator = torch.Generator().manual_seed(2)
+    data, right = Shapes("all", length=60, seed=5), []
+    for i in range(60):
+        scene = data.scene(i)
+        found = detect(spoil(render(scene), generator))
+        for name, share, along in (("row", scene.y, ("up", "down")), ("column", scene.x, ("left", "right"))):
+            if scene.motion not in along and 0.1 <= (5 * share) % 1 <= 0.9:
+                right.append(getattr(found, name) == getattr(scene, name))
+    assert len(right) > 40 and sum(right) / len(right) >= 0.98
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("spoil", [clean, noisy, blurred], ids=lambda f: f.__name__)
 def test_every_combination(spoil):
@@ -120,10 +134,10 @@ def test_frames_without_the_shape():
 def test_describe_tells_what_is_seen():
     scene = Scene("yellow", "star", "up", "small", "purple")
     text = describe(Clip(render(scene), "", 8))
-    assert parse(text) == Attributes("yellow", "star", "up", "small", "purple")
+    assert parse(text) == Attributes("yellow", "star", "up", "small", "purple", column="central")
     assert text == describe(Clip(render(scene), "other", 8))
     still = describe(Clip(render(scene, frames=1), "", 8))
-    assert parse(still) == Attributes("yellow", "star", "", "small", "purple")
+    assert parse(still) == Attributes("yellow", "star", "", "small", "purple", row=parse(still).row, column="central")
 
 
 @pytest.mark.parametrize("frames", [torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.zeros(0, 4, 4, 3).byte()])

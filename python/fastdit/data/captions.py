@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from torch.utils.data import Dataset
 
-from fastdit.data.clip import ATTRIBUTES, Attributes, Clip
+from fastdit.data.clip import ATTRIBUTES, PLACES, Attributes, Clip
 
 # Other words of rich captions for an attribute; the first is the attribute's own.
 SYNONYMS = {
@@ -51,6 +51,15 @@ DETAILS = {
     "still": ("it stays where it is from the first frame to the last.", "nothing in the scene changes."),
     "": ("it is a single frame.",),
 }
+# What a motion leaves open of the place.
+WHERE = {
+    "row": ("its path runs through the {row} part of the picture.", "it crosses the {row} part."),
+    "column": ("its path runs through the {column} part of the picture.", "it crosses the {column} part."),
+    "both": (
+        "it is in the {row} part of the picture, in the {column} part.",
+        "it can be seen in the {row} part, in the {column} part.",
+    ),
+}
 ALWAYS = (
     "the camera is fixed.",
     "the light is even and the edges are sharp.",
@@ -66,18 +75,20 @@ def tokenize(text: str) -> list[str]:
 
 def _words() -> tuple[str, ...]:
     texts = [*VERBS, *ALWAYS, "a an moving standing still on a plain background"]
-    texts += [text for values in (*ATTRIBUTES.values(), *SYNONYMS.values()) for text in values]
-    texts += [re.sub(r"{\w+}", " ", text) for group in (OPENINGS, DETAILS) for part in group.values() for text in part]
+    texts += [text for group in (ATTRIBUTES, PLACES, SYNONYMS) for values in group.values() for text in values]
+    groups: tuple[dict[str, tuple[str, ...]], ...] = (OPENINGS, DETAILS, WHERE)
+    texts += [re.sub(r"{\w+}", " ", text) for group in groups for part in group.values() for text in part]
     return tuple(sorted({word for text in texts for word in tokenize(text)}))
 
 
 WORDS = _words()
-_MEANS = {  # the last word of a phrase -> (attribute, value); colours are told apart by what follows them
+_MEANS = {  # the last word of a phrase -> (attribute, value); colours and places are told apart by what follows them
     tokenize(text)[-1]: (attribute, value)
     for attribute in ("shape", "motion", "size")
     for value in ATTRIBUTES[attribute]
     for text in SYNONYMS.get(value, (value,))
 }
+_PLACES = {value: (name, value) for name, values in PLACES.items() for value in values}
 
 
 def _noun(*words: str) -> str:
@@ -95,7 +106,8 @@ def short(scene: Attributes, rng: np.random.Generator | None = None) -> str:
 
 
 def rich(scene: Attributes, rng: np.random.Generator) -> str:
-    """Some sentences that tell every attribute, in varied words and order."""
+    """Some sentences that tell every attribute, and the place as far as the motion leaves it open, in varied words and
+    order."""
     if not scene.shape:
         return short(scene)
 
@@ -111,7 +123,10 @@ def rich(scene: Attributes, rng: np.random.Generator) -> str:
         background=scene.background,
         on=_noun(scene.background),
     )
-    details = [pick(DETAILS[kind]), *(str(text) for text in rng.permutation(ALWAYS)[: rng.integers(1, 3)])]
+    details = [pick(DETAILS[kind]), *(str(text) for text in rng.permutation(ALWAYS)[: rng.integers(0, 2)])]
+    if scene.row and scene.column:
+        across = {"left": "row", "right": "row", "up": "column", "down": "column"}.get(scene.motion, "both")
+        details.append(pick(WHERE[across]).format(row=scene.row, column=scene.column))
     return " ".join([opening, *(details[k] for k in rng.permutation(len(details)))])
 
 
@@ -132,9 +147,11 @@ def parse(prompt: str) -> Attributes:
         raise ValueError(
             f"parse: unknown words; got {unknown}, expected words of {' '.join(WORDS)}; rephrase the prompt."
         )
-    found = dict.fromkeys(ATTRIBUTES, "")
+    found = dict.fromkeys((*ATTRIBUTES, *PLACES), "")
     for word, following in zip(words, [*words, ""][1:], strict=True):
-        if word in ATTRIBUTES["colour"]:
+        if word in _PLACES and following == "part":
+            attribute, value = _PLACES[word]
+        elif word in ATTRIBUTES["colour"]:
             attribute, value = ("background" if following == "background" else "colour"), word
         elif word in _MEANS:
             attribute, value = _MEANS[word]
@@ -166,7 +183,7 @@ def expand(prompt: str) -> str:
     seed = hashlib.sha256(" ".join(words).encode()).digest()[:8]
     rng = np.random.default_rng(int.from_bytes(seed, "big"))
     full: dict[str, str] = {}
-    for attribute, values in ATTRIBUTES.items():
+    for attribute, values in (*ATTRIBUTES.items(), *PLACES.items()):
         taken = {"colour": asked.background, "background": full.get("colour")}.get(attribute)
         free = [value for value in values if value != taken]
         chosen = free[rng.integers(len(free))]  # drawn always: one open attribute does not change another

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,17 +17,24 @@ ATTRIBUTES = {
     "size": ("small", "big"),
     "background": ("red", "green", "blue", "yellow", "purple", "orange", "white", "black"),
 }
+# Where a path lies: from the top to the bottom of the room that the shape has, and from its left to its right.
+PLACES = {
+    "row": ("top", "upper", "middle", "lower", "bottom"),
+    "column": ("leftmost", "left", "central", "right", "rightmost"),
+}
 
 
 @dataclass(frozen=True)
 class Attributes:
-    """A value of each of ATTRIBUTES; "" where it is not known (a picture shows no motion)."""
+    """A value of each of ATTRIBUTES and PLACES; "" where it is not known (a picture shows no motion)."""
 
     colour: str
     shape: str
     motion: str
     size: str
     background: str
+    row: str = field(default="", kw_only=True)
+    column: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastdit.data import captions
 from fastdit.data.clip import Attributes, Clip, check_frames
-from fastdit.data.shapes import COLOURS, RADII, SHAPES, SPEEDS, coverage
+from fastdit.data.shapes import COLOURS, RADII, SHAPES, SPEEDS, coverage, place, room
 
 SCALES = np.linspace(0.10, 0.29, 20)  # radii that are tried, of the shorter side
 BLURS = (0.0, 0.015, 0.03, 0.05)  # standard deviations that are tried, likewise
@@ -36,7 +36,8 @@ def detect(frames: Tensor) -> Found:
         frames: uint8 (T, H, W, 3).
     Returns:
         Found: colour and background are names of COLOURS; motion is the direction of the centre's straight line in
-        time, "still" when it crosses less than a small part of the picture, "" when the centre follows no line.
+        time, "still" when it crosses less than a small part of the picture, "" when the centre follows no line. row
+        and column are those of the path's middle; the one along the motion means nothing.
     Raises:
         TypeError, ValueError: `frames` is something else.
     """
@@ -56,7 +57,14 @@ def detect(frames: Tensor) -> Found:
     ahead = np.square(palette - (palette[ground] + front)).sum(-1)
     ahead[ground] = np.inf
     size = "small" if scale < BOUNDARY else "big"
-    return Found(list(COLOURS)[int(ahead.argmin())], shape, _motion(centres, pixels.shape[1:3]), size, background)
+    picture = pixels.shape[1:3]
+    shares = [
+        (centre - low) / max(high - low, 1e-6)
+        for centre, (low, high) in zip(centres[seen].mean(0).tolist(), room(shape, size, picture), strict=True)
+    ]
+    column, row = (place(n, min(max(s, 0.0), 1.0)) for n, s in zip(("column", "row"), shares, strict=True))
+    colour = list(COLOURS)[int(ahead.argmin())]
+    return Found(colour, shape, _motion(centres, picture), size, background, row=row, column=column)
 
 
 def describe(clip: Clip) -> str:

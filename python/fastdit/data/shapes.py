@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastdit.data import captions
-from fastdit.data.clip import ATTRIBUTES, Attributes, Clip
+from fastdit.data.clip import ATTRIBUTES, PLACES, Attributes, Clip
 
 COLOURS = {
     "red": (220, 30, 30),
@@ -58,6 +58,7 @@ class Scene(Attributes):
     x, y in [0, 1]: where the path lies in the room that the shape has, from left to right and from top to bottom.
     speed: pixels per frame at 8 fps in a picture 64 pixels long, in proportion in others; where the clip is too long
     for it, the path is all the room there is and the shape slower, so that the motion lasts from first to last frame.
+    row, column: x and y in words.
     """
 
     x: float = 0.5
@@ -74,19 +75,30 @@ class Scene(Attributes):
             raise ValueError(f"Scene: x and y are parts of the room; got {self.x}, {self.y}, expected [0, 1].")
         if not (math.isfinite(self.speed) and self.speed > 0):
             raise ValueError(f"Scene: speed is pixels per frame; got {self.speed}, expected a positive number.")
+        object.__setattr__(self, "row", place("row", self.y))
+        object.__setattr__(self, "column", place("column", self.x))
+
+
+def place(name: str, share: float) -> str:
+    """The "row" or "column" at a share of the room in [0, 1]."""
+    return PLACES[name][min(int(share * len(PLACES[name])), len(PLACES[name]) - 1)]
+
+
+def room(shape: str, size: str, picture: tuple[int, int]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Where the centre of a shape can be in a picture (height, width): (lowest x, highest x), (lowest y, highest y)."""
+    height, width = picture
+    side, up, down = (reach * RADII[size] * min(picture) for reach in REACH[shape])
+    return (side + MARGIN, width - side - MARGIN), (up + MARGIN, height - down - MARGIN)
 
 
 def centres(scene: Scene, size: tuple[int, int] = (64, 64), frames: int = 17) -> np.ndarray:
     """The centre of the shape in each frame: fp64 (T, 2) as x, y in pixels from the top left corner."""
-    height, width = size
-    side, up, down = (reach * RADII[scene.size] * min(size) for reach in REACH[scene.shape])
     path = np.empty((frames, 2))
-    spans = ((side + MARGIN, width - side - MARGIN), (up + MARGIN, height - down - MARGIN))
-    for axis, (low, high) in enumerate(spans):
-        step, place = STEPS[scene.motion][axis], (scene.x, scene.y)[axis]
+    for axis, (low, high) in enumerate(room(scene.shape, scene.size, size)):
+        step, share = STEPS[scene.motion][axis], (scene.x, scene.y)[axis]
         wanted = scene.speed * (frames - 1) * size[1 - axis] / 64
         travel = min(wanted, high - low) if step else 0.0
-        start = low + place * (high - low - travel)
+        start = low + share * (high - low - travel)
         ramp = np.linspace(0, travel, frames)
         path[:, axis] = start + (ramp[::-1] if step < 0 else ramp)
     return path
@@ -234,5 +246,7 @@ class Shapes(Dataset[Clip]):
         scene, (frames, height, width), rng = self._draw(i)
         told: Attributes = scene
         if frames == 1 and rng.random() < 0.5:
-            told = Attributes(scene.colour, scene.shape, "", scene.size, scene.background)
+            told = Attributes(
+                scene.colour, scene.shape, "", scene.size, scene.background, row=scene.row, column=scene.column
+            )
         return Clip(render(scene, (height, width), frames), self.caption(told, rng), FPS)
