@@ -76,8 +76,8 @@ def tokenize(text: str) -> list[str]:
 def _words() -> tuple[str, ...]:
     texts = [*VERBS, *ALWAYS, "a an moving standing still on a plain background"]
     texts += [text for group in (ATTRIBUTES, PLACES, SYNONYMS) for values in group.values() for text in values]
-    groups: tuple[dict[str, tuple[str, ...]], ...] = (OPENINGS, DETAILS, WHERE)
-    texts += [re.sub(r"{\w+}", " ", text) for group in groups for part in group.values() for text in part]
+    templates: list[str] = [text for group in (OPENINGS, DETAILS, WHERE) for part in group.values() for text in part]
+    texts += [re.sub(r"{\w+}", " ", text) for text in templates]
     return tuple(sorted({word for text in texts for word in tokenize(text)}))
 
 

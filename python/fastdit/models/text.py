@@ -70,7 +70,9 @@ def check_prompts(name: str, prompts: Sequence[str]) -> None:
 class WordEncoder(nn.Module):
     """A transformer over the words of a closed vocabulary, to be trained with the model it serves.
 
-        tokens = norm(blocks(embedding([start, word, ...]))),   pooled = the start token's;   "" is [null]
+        tokens = norm(blocks(embedding([start, word, ...]))),   pooled = their mean;   "" is [null]
+
+    Queries and keys are normalised: without it the attention of a few words grew until the others had no gradient.
 
     Args:
         words (iterable of str): the vocabulary, in any order, without upper case and punctuation. width (int): E.
@@ -98,7 +100,7 @@ class WordEncoder(nn.Module):
         self.width, self.head_size = width, width // num_heads
         self.index = {word: i for i, word in enumerate(self.words, NULL + 1)}
         self.embedding = nn.Embedding(len(self.words) + NULL + 1, width)
-        self.blocks = nn.ModuleList(DiTBlock(width, num_heads, conditioning=None) for _ in range(depth))
+        self.blocks = nn.ModuleList(DiTBlock(width, num_heads, conditioning=None, qk_norm="rms") for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         nn.init.normal_(self.embedding.weight, std=0.02)
 
@@ -125,7 +127,8 @@ class WordEncoder(nn.Module):
         for block in self.blocks:
             x = block(x, cos=cos, sin=sin, cu_seqlens=text.cu_seqlens, max_seqlen=text.max_seqlen)
         x = ops.norm_modulate(x, weight=self.norm.weight, bias=self.norm.bias, eps=self.norm.eps)
-        return Text(x, text.cu_seqlens, text.max_seqlen, x[text.cu_seqlens[:-1]], text.lengths)
+        pooled = torch.stack([words.mean(0) for words in x.split(text.lengths)])
+        return Text(x, text.cu_seqlens, text.max_seqlen, pooled, text.lengths)
 
 
 class PretrainedEncoder(nn.Module):
