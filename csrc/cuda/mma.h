@@ -19,7 +19,7 @@ struct Tile {
   static_assert(channels % 16 == 0);
   static constexpr int chunks = channels / 8;
   static constexpr int turns = chunks % 8 == 0 ? 8 : chunks % 4 == 0 ? 4 : 2, step = turns == 8 ? 0 : turns == 4 ? 1 : 2;
-  static constexpr int bytes(int rows) { return rows * channels * 2; }
+  static constexpr __host__ __device__ int bytes(int rows) { return rows * channels * 2; }
   // What is XORed to the chunks of a row; the same for rows that are eight apart.
   static __device__ __forceinline__ int turn(int row) { return row >> step & (turns - 1); }
 
@@ -43,7 +43,7 @@ class Fragments {
 
  public:
   __device__ __forceinline__ explicit Fragments(Tile<channels> tile, int first_row = 0) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = opaque(static_cast<int>(threadIdx.x) % 32);  // addresses are made where they are used
     const int row = straight ? lane % 16 : lane % 8 + lane / 16 * 8, chunk = straight ? lane / 16 : lane / 8 % 2;
     base_ = tile.data + (first_row + row) * tile.chunks * 16;
     turn_ = chunk ^ tile.turn(row);
@@ -91,7 +91,7 @@ struct Source {
 template <int rows, int threads, int channels, class Row>
 __device__ __forceinline__ void stage(Tile<channels> to, int thread, int present, const void* elsewhere, Row&& row) {
   constexpr int total = rows * to.chunks;
-#pragma unroll
+#pragma unroll 1  // addresses take registers, and nobody waits for a copy here
   for (int k = 0; k < (total + threads - 1) / threads; ++k) {
     const int i = thread + k * threads, r = i / to.chunks, chunk = i % to.chunks;
     if (total % threads == 0 || i < total) {

@@ -1,0 +1,47 @@
+#include "../../cuda/attention.h"
+
+#include "../attention.h"
+#include "cuda.h"
+
+namespace fastdit::cuda {
+namespace {
+
+Brick brick(const py::handle& b) {
+  const auto side = [&](int i) { return static_cast<int>(item(b, i)); };
+  return {side(0), side(1), side(2)};
+}
+
+// (address of the plan, programs of a head, brick of queries, brick of keys)
+Cut cut(const py::tuple& t) {
+  return {pointer<const int32_t>(t, 0), item(t, 1), brick(part(t, 2)), brick(part(t, 3))};
+}
+
+}  // namespace
+
+void bind_attention(py::module_& m) {
+  m.def(
+      "attention_plan",
+      [](const py::tuple& where, const std::string& op, int64_t plan, int64_t cu, int64_t cu_other, int64_t grids,
+         int64_t segments, int64_t rows, const py::tuple& window, const py::tuple& own) {
+        PlanParams p{ptr<int32_t>(plan), ptr<const int32_t>(cu), ptr<const int32_t>(cu_other),
+                     ptr<const int32_t>(grids), segments, rows, {}, brick(own)};
+        copy(p.window, window);
+        const Stream s = stream(where);
+        py::gil_scoped_release release;
+        attention_plan(p, s, op.c_str());
+      },
+      "Packed segments as tiles, the costly ones first; see cuda/attention.h.");
+  m.def(
+      "attention_forward",
+      [](const py::tuple& where, const std::string& op, const py::tuple& shared, const py::tuple& tiles) {
+        AttentionParams p;
+        fill(p, shared);
+        const Cut c = cut(tiles);
+        const Stream s = stream(where);
+        py::gil_scoped_release release;
+        attention_forward(p, c, s, op.c_str());
+      },
+      "o = softmax(scale * q k^T) v over the visible keys, and lse; see fastdit/attention.h.");
+}
+
+}  // namespace fastdit::cuda
