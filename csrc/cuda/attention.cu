@@ -40,64 +40,21 @@ class Forward {
   __device__ __forceinline__ bool windowed() const { return p_.grids != nullptr; }
 
   // ---- memory ---------------------------------------------------------------------------------------------
-  __device__ __forceinline__ const char* base(const void* t, const int64_t (&stride)[3], int head, int64_t row) const {
-    return static_cast<const char*>(t) + (w_.batch * stride[0] + head * stride[2] + row * stride[1]) * 2;
-  }
-  __device__ __forceinline__ static const char* row_at(const char* from, const int64_t (&stride)[3], int row) {
-    return from + static_cast<uint64_t>(static_cast<uint32_t>(row)) * static_cast<uint32_t>(stride[1] * 2);
-  }
-
-  // Rows of one brick of keys.
   __device__ __forceinline__ void stage_keys(Tile<D> to, const void* t, const int64_t (&stride)[3], Point at) const {
-    const char* from = base(t, stride, w_.kv_head, w_.k_row);
-    const Point hi = {w_.t.hi, w_.h.hi, w_.w.hi};
-    const int present = static_cast<int>(p_.head_dim);
-    const auto copy = [&](auto with_window) {
-      stage<kAttentionKeys, kThreads>(to, opaque(thread_), present, t, [&](int n) {
-        const int row = token_row(w_, at, hi, cut_.keys, n, decltype(with_window)::value);
-        return Source{row_at(from, stride, row), row >= 0};
-      });
-    };
-    if (windowed())
-      copy(std::true_type{});
-    else
-      copy(std::false_type{});
+    stage_brick<kAttentionKeys, kThreads>(to, Rows(t, stride, w_, w_.kv_head, w_.k_row), w_, at, cut_.met, windowed(),
+                                          static_cast<int>(p_.head_dim));
   }
-
   __device__ __forceinline__ void stage_queries() const {
-    const char* from = base(p_.q, p_.q_stride, w_.head, w_.q_row);
+    const Rows from(p_.q, p_.q_stride, w_, w_.head, w_.q_row);
     stage<kAttentionQueries, kThreads>(q_, opaque(thread_), static_cast<int>(p_.head_dim), p_.q, [&](int r) {
       const int row = queries_[r].row;
-      return Source{row_at(from, p_.q_stride, row), row >= 0};
+      return Source{from(row), row >= 0};
     });
   }
 
   // ---- a tile of keys -------------------------------------------------------------------------------------
   __device__ __forceinline__ void scores() {
-    const Fragments<Operand::a, D> q(q_, warp_ * kRows);
-    const Fragments<Operand::b, D> k(k_);
-#pragma unroll
-    for (int m = 0; m < kM; ++m)
-#pragma unroll
-      for (int n = 0; n < kN; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s_[m][n][i] = 0;
-#pragma unroll
-    for (int d = 0; d < D; d += 16) {
-      uint32_t a[kM][4];
-#pragma unroll
-      for (int m = 0; m < kM; ++m) q(a[m], 16 * m, d);
-#pragma unroll
-      for (int n = 0; n < kN; n += 2) {
-        uint32_t b[4];
-        k(b, 8 * n, d);
-#pragma unroll
-        for (int m = 0; m < kM; ++m) {
-          multiply_add<T>(s_[m][n], a[m], b[0], b[1]);
-          multiply_add<T>(s_[m][n + 1], a[m], b[2], b[3]);
-        }
-      }
-    }
+    product<T>(s_, q_, warp_ * kRows, k_);
     if (p_.scale < 0)
 #pragma unroll
       for (int m = 0; m < kM; ++m)
@@ -139,7 +96,7 @@ class Forward {
     const unsigned t = min(w_.T, static_cast<int>(p_.window[0])), h = min(w_.H, static_cast<int>(p_.window[1])),
                    w = min(w_.W, static_cast<int>(p_.window[2]));
     hide([&](int n) {
-      const Point in = brick_token(n, cut_.keys), key{at.t + in.t, at.h + in.h, at.w + in.w};
+      const Point in = brick_token(n, cut_.met), key{at.t + in.t, at.h + in.h, at.w + in.w};
       return [=](const Query& i) {
         return static_cast<unsigned>(key.t - i.t) < t && static_cast<unsigned>(key.h - i.h) < h &&
                static_cast<unsigned>(key.w - i.w) < w;
@@ -178,28 +135,6 @@ class Forward {
       }
   }
 
-  __device__ __forceinline__ void add_values() {
-    const Fragments<Operand::b_by_k, D> v(v_);
-#pragma unroll
-    for (int k = 0; k < kN; k += 2) {
-      uint32_t a[kM][4];
-#pragma unroll
-      for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a[m][i] = weights_[m][k + i / 2][i % 2];
-#pragma unroll
-      for (int d = 0; d < D; d += 16) {
-        uint32_t b[4];
-        v(b, 8 * k, d);
-#pragma unroll
-        for (int m = 0; m < kM; ++m) {
-          multiply_add<T>(o_[m][d / 8], a[m], b[0], b[1]);
-          multiply_add<T>(o_[m][d / 8 + 1], a[m], b[2], b[3]);
-        }
-      }
-    }
-  }
-
   // ---- the end --------------------------------------------------------------------------------------------
   // Divides and stores; a row without keys has sum 0 and gives 0 and -inf. A warp's rows pass through its own part of
   // the tile of queries.
@@ -224,15 +159,8 @@ class Forward {
           *reinterpret_cast<uint32_t*>(to) = pair<T>(o_[m][n][2 * half] * share, o_[m][n][2 * half + 1] * share);
         }
       }
-    __syncwarp();
-    char* to = const_cast<char*>(base(p_.o, p_.o_stride, w_.head, w_.q_row));
-#pragma unroll
-    for (int i = lane; i < kRows * q_.chunks; i += 32) {
-      const int r = warp_ * kRows + i / q_.chunks, chunk = i % q_.chunks, row = queries_[r].row;
-      if (row < 0 || chunk * 8 >= p_.head_dim) continue;
-      auto* out = reinterpret_cast<uint4*>(const_cast<char*>(row_at(to, p_.o_stride, row)) + chunk * 16);
-      __stcs(out, *reinterpret_cast<const uint4*>(q_.at(r, chunk)));
-    }
+    store_rows<kRows>(Rows(p_.o, p_.o_stride, w_, w_.head, w_.q_row), q_, warp_ * kRows,
+                      static_cast<int>(p_.head_dim), [&](int r) { return queries_[r].row; });
   }
 
  public:
@@ -254,10 +182,10 @@ class Forward {
 
   // Which token this thread's query is, and what it sees.
   __device__ __forceinline__ void describe() const {
-    const int row = token_row(w_, w_.corner, {w_.T, w_.H, w_.W}, cut_.queries, thread_, windowed());
+    const int row = token_row(w_, w_.corner, {w_.T, w_.H, w_.W}, cut_.own, thread_, windowed());
     Query i{row, 0, 0, 0};
     if (windowed()) {
-      const Point in = brick_token(thread_, cut_.queries);
+      const Point in = brick_token(thread_, cut_.own);
       const auto start = [&](int axis, int at, int n) {
         return window_start(at, n, static_cast<int>(p_.window[axis]), static_cast<int>(p_.window_stride[axis]));
       };
@@ -290,15 +218,15 @@ class Forward {
       copy_commit();
       if (active) {
         scores();
-        if (!in_core(at, w_, cut_.keys)) mask(at);
+        if (!in_core(at, w_, cut_.met)) mask(at);
         softmax();
       }
-      at = next_brick(at, w_, cut_.keys);
+      at = next_brick(at, w_, cut_.met);
       copy_wait<0>();
       __syncthreads();  // v is there, and nobody reads k any more
       if (count > 1) stage_keys(k_, p_.k, p_.k_stride, at);
       copy_commit();
-      if (active) add_values();
+      if (active) add_product<T>(o_, weights_, v_);
     }
     copy_wait<0>();
     __syncthreads();  // the queries have arrived where there were no keys
@@ -317,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   Forward<T, D> forward(p, cut, work, queries, tiles, factor);
   const int all = tiles_of(p, cut);
   for (int tile = static_cast<int>(blockIdx.x) % programs; tile < all; tile += programs) {
-    if (threadIdx.x == 0) meet_keys(p, cut, place(p, cut, plane, tile, work), work);
+    if (threadIdx.x == 0) meet_keys(p, cut, place(p, cut, false, plane, tile, work), work);
     __syncthreads();
     forward.describe();
     __syncthreads();

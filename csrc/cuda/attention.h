@@ -25,14 +25,22 @@ struct PlanParams {
 };
 void attention_plan(const PlanParams& p, Stream stream, const char* op);
 
-constexpr int kAttentionQueries = 128, kAttentionKeys = 64;
-
-// How the rows of a call are cut: `queries` of kAttentionQueries tokens, `keys` of kAttentionKeys.
+// How the rows of a call are cut: what a block owns, and in what it walks those that they meet.
 struct Cut {
-  const int32_t* plan;  // packed; else null
+  const int32_t* plan;  // of the tiles that are owned, when packed; else null
   int64_t programs;     // of a head: packed, a bound on its tiles (a program takes several where there are more)
-  Brick queries, keys;
+  Brick own, met;
 };
+constexpr int kAttentionQueries = 128, kAttentionKeys = 64;  // own and met of the forward
 void attention_forward(const AttentionParams& p, const Cut& cut, Stream stream, const char* op);
+
+// The backward: rows first, then keys (dk, dv) and queries (dq) in any order. p.o, p.lse: the forward's.
+constexpr int kAttentionGradTile = 64;  // own and met
+// rows: (2, planes, N) fp32: lse in base 2, +inf for a query without keys; sum(do * o) - dlse, there 0.
+void attention_backward_rows(const AttentionGradParams& p, float* rows, Stream stream, const char* op);
+void attention_backward_keys(const AttentionGradParams& p, const float* rows, const Cut& cut, Stream stream,
+                             const char* op);
+void attention_backward_queries(const AttentionGradParams& p, const float* rows, const Cut& cut, Stream stream,
+                                const char* op);
 
 }  // namespace fastdit::cuda

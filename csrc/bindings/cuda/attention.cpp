@@ -16,6 +16,26 @@ Cut cut(const py::tuple& t) {
   return {pointer<const int32_t>(t, 0), item(t, 1), brick(part(t, 2)), brick(part(t, 3))};
 }
 
+// (d_o, d_lse, dq, dk, dv), each (address, strides) or None
+AttentionGradParams gradient_parameters(const py::tuple& shared, const py::tuple& g) {
+  AttentionGradParams p;
+  fill(p, shared);
+  tensor(p.d_o, p.d_o_stride, part(g, 0)), tensor(p.d_lse, p.d_lse_stride, part(g, 1));
+  tensor(p.dq, p.dq_stride, part(g, 2)), tensor(p.dk, p.dk_stride, part(g, 3)), tensor(p.dv, p.dv_stride, part(g, 4));
+  return p;
+}
+
+// attention_backward_keys or attention_backward_queries
+template <void (*pass)(const AttentionGradParams&, const float*, const Cut&, Stream, const char*)>
+void backward(const py::tuple& where, const std::string& op, const py::tuple& shared, const py::tuple& grads,
+              int64_t rows, const py::tuple& tiles) {
+  const AttentionGradParams p = gradient_parameters(shared, grads);
+  const Cut c = cut(tiles);
+  const Stream s = stream(where);
+  py::gil_scoped_release release;
+  pass(p, ptr<const float>(rows), c, s, op.c_str());
+}
+
 }  // namespace
 
 void bind_attention(py::module_& m) {
@@ -42,6 +62,18 @@ void bind_attention(py::module_& m) {
         attention_forward(p, c, s, op.c_str());
       },
       "o = softmax(scale * q k^T) v over the visible keys, and lse; see fastdit/attention.h.");
+  m.def(
+      "attention_backward_rows",
+      [](const py::tuple& where, const std::string& op, const py::tuple& shared, const py::tuple& grads,
+         int64_t rows) {
+        const AttentionGradParams p = gradient_parameters(shared, grads);
+        const Stream s = stream(where);
+        py::gil_scoped_release release;
+        attention_backward_rows(p, ptr<float>(rows), s, op.c_str());
+      },
+      "rows: (2, B * H * N) fp32, lse in base 2 and sum(do * o) - dlse.");
+  m.def("attention_backward_keys", &backward<attention_backward_keys>, "dk and dv of attention_forward.");
+  m.def("attention_backward_queries", &backward<attention_backward_queries>, "dq of attention_forward.");
 }
 
 }  // namespace fastdit::cuda

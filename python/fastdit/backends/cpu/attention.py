@@ -97,7 +97,13 @@ def merge_attention_backward(do, dlse, o1, lse1, o2, lse2, needs):
     do = torch.zeros_like(o1) if do is None else rows_contiguous(do)
     d_o1, d_lse1, d_o2, d_lse2 = grads
     _cpu.merge_attention_backward(
-        _two(o1, lse1, o2, lse2), given_o(do), given_lse(dlse), given_o(d_o1), given_lse(d_lse1), given_o(d_o2), given_lse(d_lse2)
+        _two(o1, lse1, o2, lse2),
+        given_o(do),
+        given_lse(dlse),
+        given_o(d_o1),
+        given_lse(d_lse1),
+        given_o(d_o2),
+        given_lse(d_lse2),
     )
     return tuple(grads)
 

@@ -1,21 +1,24 @@
-"""attention on the CUDA kernels (csrc/cuda/attention*.cu): dense and packed, fp16 and bf16.
+"""attention on the CUDA kernels (csrc/cuda/attention*.cu): dense and packed, bf16 and fp16, forward and backward.
 
-Launches: 1 dense; 2 packed (the plan of tiles, then attention). k and v are read where they lie; rows that do not stand
-on 16 bytes are copied first.
+Launches: 1 forward, 3 backward; packed, one more for each plan of tiles (1 and 2). Deterministic in any case. Tensors
+are read where they lie; those whose rows do not stand on 16 bytes are copied first.
 """
 
 from __future__ import annotations
 
-import torch
+from functools import partial
 
-from .._attention_abi import dense, packed
+import torch
+from torch import Tensor
+
+from .._attention_abi import dense, given_lse, given_o, packed
 from .._attention_bricks import bricks
-from .._tensors import contiguous, empty
+from .._tensors import contiguous, empty, rows_contiguous
 from ..cpu._abi import pointer
 from ..registry import Impl, register as _register
 from ._launch import launch, unfit
 
-QUERIES, KEYS = 128, 64  # of a tile: kAttentionQueries, kAttentionKeys
+QUERIES, KEYS, TILE = 128, 64, 64  # tokens: kAttentionQueries, kAttentionKeys, kAttentionGradTile
 CHANNELS = 128
 
 
@@ -40,52 +43,110 @@ def _line(tokens: int) -> tuple[int, int, int]:
     return (1, 1, tokens)
 
 
-def _plan(op, q, cu, cu_other, grids, rows, own, window):
-    """(2, S + 2) int32: see csrc/cuda/attention.h."""
-    made = cu.new_empty((2, cu.shape[0] + 1))
-    arguments = (pointer(made), pointer(cu), pointer(cu_other), pointer(grids), cu.shape[0] - 1, rows, window, own)
-    launch("attention_plan", op, q, arguments, (cu, cu_other, grids), (made,))
-    return made
+class _Dense:
+    """What a dense call tells its kernels."""
+
+    def __init__(self, q, k, v, kv_len, frame_tokens_of, frame_tokens, scale, *_):
+        self.op = "attention"
+        self.q, self.k, self.v = _fit(q), _fit(k), _fit(v)
+        self.indices = contiguous(kv_len), contiguous(frame_tokens_of)
+        self._rest = frame_tokens, scale
+
+    def shared(self, o, lse) -> tuple:
+        return dense(self.q, self.k, self.v, o, lse, *self.indices, *self._rest)
+
+    def cut(self, own: int, met: int, keys: bool = False) -> tuple[tuple, None]:
+        """(plan, programs of a head, bricks of `own` and of `met` tokens), and the tensor of the plan."""
+        rows = self.k if keys else self.q
+        return (0, -(-rows.shape[1] // own), _line(own), _line(met)), None
 
 
-def attention(q, k, v, kv_len, frame_tokens_of, frame_tokens, scale, return_lse, deterministic):
-    batch, tokens, heads, _ = q.shape
+class _Packed:
+    """What a packed call tells its kernels."""
+
+    def __init__(
+        self, q, k, v, cu_seqlens_q, cu_seqlens_k, frame_tokens_of, grids, max_seqlen_q, max_seqlen_k, frame_tokens,
+        window, window_stride, scale, *_,
+    ):  # fmt: skip
+        self.op = "attention_varlen"
+        self.q, self.k, self.v = _fit(q), _fit(k), _fit(v)
+        self.indices = (
+            cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), contiguous(frame_tokens_of), contiguous(grids)
+        )  # fmt: skip
+        self._rest = frame_tokens, window, window_stride, scale
+        self._window = None if grids is None else (tuple(window), tuple(window_stride))
+
+    def shared(self, o, lse) -> tuple:
+        return packed(self.q, self.k, self.v, o, lse, *self.indices, *self._rest)
+
+    def cut(self, own: int, met: int, keys: bool = False) -> tuple[tuple, Tensor]:
+        cu_q, cu_k, _, grids = self.indices
+        cu, cu_other, rows = (cu_k, cu_q, self.k.shape[0]) if keys else (cu_q, cu_k, self.q.shape[0])
+        tiles, sides = -(-rows // own), (0, 0, 0)
+        programs, of_own, of_met = tiles + cu.shape[0], _line(own), _line(met)
+        if self._window is not None:
+            sides, stride = self._window
+            of_own, of_met = bricks(sides, stride, own, met, keys)
+            programs += tiles  # only the device knows how many bricks there are: programs may take several
+        plan = cu.new_empty((2, cu.shape[0] + 1))
+        arguments = (
+            pointer(plan),
+            pointer(cu),
+            pointer(cu_other),
+            pointer(grids),
+            cu.shape[0] - 1,
+            rows,
+            sides,
+            of_own,
+        )
+        launch("attention_plan", self.op, self.q, arguments, (cu, cu_other, grids), (plan,))
+        return (pointer(plan), programs, of_own, of_met), plan
+
+
+# ---- forward ------------------------------------------------------------------------------------------------
+def _forward(Call, q, *rest):
+    *batch, tokens, heads, _ = q.shape
     o = empty(q)
-    lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
+    lse = torch.empty((*batch, heads, tokens), dtype=torch.float32, device=q.device)
     if o.numel():
-        q, k, v = _fit(q), _fit(k), _fit(v)
-        kv_len, frames = contiguous(kv_len), contiguous(frame_tokens_of)
-        shared = dense(q, k, v, o, lse, kv_len, frames, frame_tokens, scale)
-        cut = (0, -(-tokens // QUERIES), _line(QUERIES), _line(KEYS))
-        launch("attention_forward", "attention", q, (shared, cut), (q, k, v, kv_len, frames), (o, lse))
+        call = Call(q, *rest)
+        cut, plan = call.cut(QUERIES, KEYS)
+        reads = (call.q, call.k, call.v, *call.indices, plan)
+        launch("attention_forward", call.op, call.q, (call.shared(o, lse), cut), reads, (o, lse))
     return o, lse
 
 
-def attention_varlen(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, frame_tokens_of, grids, max_seqlen_q, max_seqlen_k, frame_tokens,
-    window, window_stride, scale, return_lse, deterministic,
-):  # fmt: skip
-    tokens, heads, _ = q.shape
-    o = empty(q)
-    lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
-    if o.numel():
-        op = "attention_varlen"
-        q, k, v = _fit(q), _fit(k), _fit(v)
-        cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-        frames, grids = contiguous(frame_tokens_of), contiguous(grids)
-        own, other, sides = _line(QUERIES), _line(KEYS), (0, 0, 0)
-        programs = -(-tokens // QUERIES) + cu_q.shape[0]
-        if grids is not None:
-            sides = tuple(window)
-            own, other = bricks(sides, tuple(window_stride), QUERIES, KEYS, False)
-            programs += -(-tokens // QUERIES)  # only the device knows how many bricks there are
-        plan = _plan(op, q, cu_q, cu_k, grids, tokens, own, sides)
-        shared = packed(q, k, v, o, lse, cu_q, cu_k, frames, grids, frame_tokens, window, window_stride, scale)
-        cut = (pointer(plan), programs, own, other)
-        launch("attention_forward", op, q, (shared, cut), (q, k, v, cu_q, cu_k, frames, grids, plan), (o, lse))
-    return o, lse
+attention = partial(_forward, _Dense)
+attention_varlen = partial(_forward, _Packed)
+
+
+# ---- backward -----------------------------------------------------------------------------------------------
+def _backward(Call, do, dlse, q, k, v, *rest):
+    """Beside the gradients 8 bytes a query row are allocated, for its statistics."""
+    *rest, o, lse, needs = rest
+    dq, dk, dv = grads = [empty(t) if need else None for t, need in zip((q, k, v), needs, strict=True)]
+    if q.numel() == 0 or k.numel() == 0 or (do is None and dlse is None):
+        return tuple(None if g is None else g.zero_() for g in grads)
+    call = Call(q, k, v, *rest)
+    op = f"{call.op}_backward"
+    do = torch.zeros_like(o) if do is None else _fit(rows_contiguous(do))
+    o, lse = o.contiguous(), lse.contiguous()
+    shared = call.shared(o, lse)
+    given = (given_o(do), given_lse(dlse), *(given_o(g) for g in grads))
+    rows = torch.empty((2, *lse.shape), dtype=torch.float32, device=q.device)
+    launch("attention_backward_rows", op, q, (shared, given, pointer(rows)), (do, dlse, o, lse), (rows,))
+    for entry, made, keys in (("keys", (dk, dv), True), ("queries", (dq,), False)):
+        if any(g is not None for g in made):
+            cut, plan = call.cut(TILE, TILE, keys)
+            reads = (call.q, call.k, call.v, do, rows, *call.indices, plan)
+            launch(f"attention_backward_{entry}", op, q, (shared, given, pointer(rows), cut), reads, made)
+    return tuple(grads)
+
+
+attention_backward = partial(_backward, _Dense)
+attention_varlen_backward = partial(_backward, _Packed)
 
 
 def register() -> None:
     for name in ("attention", "attention_varlen"):
-        _register(Impl(name, "cuda", _supports, globals()[name], globals().get(f"{name}_backward")))
+        _register(Impl(name, "cuda", _supports, globals()[name], globals()[f"{name}_backward"]))
