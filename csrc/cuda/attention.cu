@@ -159,8 +159,8 @@ class Forward {
           *reinterpret_cast<uint32_t*>(to) = pair<T>(o_[m][n][2 * half] * share, o_[m][n][2 * half + 1] * share);
         }
       }
-    store_rows<kRows>(Rows(p_.o, p_.o_stride, w_, w_.head, w_.q_row), q_, warp_ * kRows,
-                      static_cast<int>(p_.head_dim), [&](int r) { return queries_[r].row; });
+    store_rows<kRows>(Rows(p_.o, p_.o_stride, w_, w_.head, w_.q_row), q_, warp_ * kRows, static_cast<int>(p_.head_dim),
+                      [&](int r) { return queries_[r].row; });
   }
 
  public:

@@ -9,9 +9,9 @@
 //            start(i) = clamp(i / S * S + S / 2 - W / 2, 0, n - W)
 //
 // Both are monotone: what a run of queries sees together is one range between the bounds of its first and its last one,
-// and so are the queries that see a run of keys. With windows that holds on each axis, so tiles are bricks: what a brick
-// meets is a box, walked in bricks from its lower corner; what lies in the box's core is met by every token of the
-// brick and takes no mask. A line is an axis of its own, and its tiles are bricks of 1 x 1 x n.
+// and so are the queries that see a run of keys. With windows that holds on each axis, so tiles are bricks: what a
+// brick meets is a box, walked in bricks from its lower corner; what lies in the box's core is met by every token of
+// the brick and takes no mask. A line is an axis of its own, and its tiles are bricks of 1 x 1 x n.
 #pragma once
 
 #include <string>
@@ -31,7 +31,9 @@ struct __align__(16) Line {
   int queries, keys, shift;
   int frame;  // tokens of a frame, at least 1; 0: every key is visible
 
-  __device__ __forceinline__ int all_keys() const { return queries + shift; }  // keys: the first of them, that may be seen
+  __device__ __forceinline__ int all_keys() const {
+    return queries + shift;
+  }  // keys: the first of them, that may be seen
 
   __device__ __forceinline__ int key_end(int i) const {
     if (!frame) return keys;
@@ -74,8 +76,8 @@ __device__ __forceinline__ int viewers_end(int j, int n, int window, int stride)
 // Of the keys j0 <= j < min(j1, n).
 __device__ __forceinline__ Span viewer_span(int j0, int j1, int n, int window, int stride) {
   const int last = min(j1, n) - 1;
-  return {first_viewer(j0, window, stride), viewers_end(last, n, window, stride),
-          first_viewer(last, window, stride), viewers_end(j0, n, window, stride)};
+  return {first_viewer(j0, window, stride), viewers_end(last, n, window, stride), first_viewer(last, window, stride),
+          viewers_end(j0, n, window, stride)};
 }
 
 // ---- bricks -----------------------------------------------------------------------------------------------
@@ -103,10 +105,10 @@ struct Work {
   int batch, head, kv_head, real;  // real: not the rows behind the last segment
   int64_t q_row, k_row;            // of the segment's first tokens, in the tensor (packed) or the sample
   Line line;
-  int T, H, W;                     // the segment's grid; a line's is 1 x 1 x tokens
-  Point corner;                    // of the tile that the block owns
-  Span t, h, w;                    // what it meets
-  int count;                       // bricks of that
+  int T, H, W;   // the segment's grid; a line's is 1 x 1 x tokens
+  Point corner;  // of the tile that the block owns
+  Span t, h, w;  // what it meets
+  int count;     // bricks of that
 };
 
 struct Segment {
@@ -130,7 +132,8 @@ __device__ __forceinline__ int tiles_of(const AttentionParams& p, const Cut& cut
 
 // The segment (or sample) of a tile, and the number that the tile has there. A plane is a sample's head, of q or (keys)
 // of k.
-__device__ __forceinline__ int place(const AttentionParams& p, const Cut& cut, bool keys, int plane, int tile, Work& w) {
+__device__ __forceinline__ int place(const AttentionParams& p, const Cut& cut, bool keys, int plane, int tile,
+                                     Work& w) {
   const int group = static_cast<int>(p.heads / p.kv_heads), planes = static_cast<int>(keys ? p.kv_heads : p.heads);
   const int segments = static_cast<int>(p.batch), head = plane % planes;
   w.head = keys ? head * group : head, w.kv_head = w.head / group;
@@ -275,8 +278,7 @@ struct Rows {
   char* at;
   uint32_t step;  // bytes
   __device__ __forceinline__ Rows(const void* t, const int64_t (&stride)[3], const Work& w, int head, int64_t row)
-      : at(static_cast<char*>(const_cast<void*>(t)) +
-           (w.batch * stride[0] + head * stride[2] + row * stride[1]) * 2),
+      : at(static_cast<char*>(const_cast<void*>(t)) + (w.batch * stride[0] + head * stride[2] + row * stride[1]) * 2),
         step(static_cast<uint32_t>(stride[1] * 2)) {}
   __device__ __forceinline__ char* operator()(int row) const {
     return at + static_cast<uint64_t>(static_cast<uint32_t>(row)) * step;
@@ -320,15 +322,15 @@ inline std::string sizes(const AttentionParams& p) {
 }
 
 // Calls run<T, D>(...) for the dtype, and for the least D that holds a head.
-#define FASTDIT_ATTENTION_DTYPE(T, p, run, ...)               \
-  if ((p).head_dim <= 64) return run<T, 64>(__VA_ARGS__);     \
-  if ((p).head_dim <= 80) return run<T, 80>(__VA_ARGS__);     \
-  if ((p).head_dim <= 96) return run<T, 96>(__VA_ARGS__);     \
+#define FASTDIT_ATTENTION_DTYPE(T, p, run, ...)           \
+  if ((p).head_dim <= 64) return run<T, 64>(__VA_ARGS__); \
+  if ((p).head_dim <= 80) return run<T, 80>(__VA_ARGS__); \
+  if ((p).head_dim <= 96) return run<T, 96>(__VA_ARGS__); \
   return run<T, 128>(__VA_ARGS__);
-#define FASTDIT_ATTENTION(p, run, ...)                        \
-  if (static_cast<DType>((p).dtype) == DType::bf16) {         \
-    FASTDIT_ATTENTION_DTYPE(bf16, p, run, __VA_ARGS__)        \
-  }                                                           \
+#define FASTDIT_ATTENTION(p, run, ...)                 \
+  if (static_cast<DType>((p).dtype) == DType::bf16) {  \
+    FASTDIT_ATTENTION_DTYPE(bf16, p, run, __VA_ARGS__) \
+  }                                                    \
   FASTDIT_ATTENTION_DTYPE(f16, p, run, __VA_ARGS__)
 
 // What the kernels count in 32 bits, and what they copy in 16 bytes.

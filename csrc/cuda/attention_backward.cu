@@ -54,9 +54,7 @@ class Backward {
 
   __device__ __forceinline__ bool windowed() const { return p_.grids != nullptr; }
   __device__ __forceinline__ int present() const { return static_cast<int>(p_.head_dim); }
-  __device__ __forceinline__ const Owned& owned(int half) const {
-    return owned_[warp_ * kRows + 8 * half + lane_ / 4];
-  }
+  __device__ __forceinline__ const Owned& owned(int half) const { return owned_[warp_ * kRows + 8 * half + lane_ / 4]; }
 
   // ---- memory ---------------------------------------------------------------------------------------------
   __device__ __forceinline__ Rows of_queries(const void* t, const int64_t (&stride)[3], int head) const {
@@ -148,7 +146,8 @@ class Backward {
 
   // ---- the end --------------------------------------------------------------------------------------------
   // Through this warp's part of a tile that nobody else reads; scaled, 0 where a row may not be used.
-  __device__ __forceinline__ void finish(const float (&sum)[D / 8][4], float scale, Tile<D> tile, const Rows& to) const {
+  __device__ __forceinline__ void finish(const float (&sum)[D / 8][4], float scale, Tile<D> tile,
+                                         const Rows& to) const {
     const int lane = opaque(lane_);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -296,7 +295,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 constexpr int kRowThreads = 256, kLanes = 16;
 
 template <class T>
-__global__ void __launch_bounds__(kRowThreads) attention_rows_kernel(const AttentionGradParams p, float* rows, int tiles) {
+__global__ void __launch_bounds__(kRowThreads)
+    attention_rows_kernel(const AttentionGradParams p, float* rows, int tiles) {
   const int thread = static_cast<int>(threadIdx.x), channel = thread % kLanes * 8;
   const int tile = static_cast<int>(blockIdx.x) % tiles, plane = static_cast<int>(blockIdx.x) / tiles;
   const int64_t i = tile * (kRowThreads / kLanes) + thread / kLanes;
@@ -305,10 +305,11 @@ __global__ void __launch_bounds__(kRowThreads) attention_rows_kernel(const Atten
   float delta = 0;
   if (there && channel < p.head_dim) {
     float o[8], d_o[8];
-    widen(load_once<8>(static_cast<const T*>(p.o) + b * p.o_stride[0] + i * p.o_stride[1] + h * p.o_stride[2] + channel),
-          o);
-    widen(load_again<8>(static_cast<const T*>(p.d_o) + b * p.d_o_stride[0] + i * p.d_o_stride[1] +
-                        h * p.d_o_stride[2] + channel),
+    widen(
+        load_once<8>(static_cast<const T*>(p.o) + b * p.o_stride[0] + i * p.o_stride[1] + h * p.o_stride[2] + channel),
+        o);
+    widen(load_again<8>(static_cast<const T*>(p.d_o) + b * p.d_o_stride[0] + i * p.d_o_stride[1] + h * p.d_o_stride[2] +
+                        channel),
           d_o);
 #pragma unroll
     for (int k = 0; k < 8; ++k) delta += o[k] * d_o[k];
@@ -319,8 +320,7 @@ __global__ void __launch_bounds__(kRowThreads) attention_rows_kernel(const Atten
   const int64_t row = plane * N + i;
   const float lse = static_cast<const float*>(p.lse)[row];
   if (p.d_lse)
-    delta -= static_cast<const float*>(
-        p.d_lse)[b * p.d_lse_stride[0] + h * p.d_lse_stride[1] + i * p.d_lse_stride[2]];
+    delta -= static_cast<const float*>(p.d_lse)[b * p.d_lse_stride[0] + h * p.d_lse_stride[1] + i * p.d_lse_stride[2]];
   const bool blind = lse == -INFINITY;
   const int64_t planes = static_cast<int64_t>(gridDim.x) / tiles;
   rows[row] = blind ? INFINITY : lse * kLog2e;
@@ -341,7 +341,8 @@ struct Launch {
 
 void attention_backward_rows(const AttentionGradParams& p, float* rows, Stream stream, const char* op) {
   check_attention(p, op);
-  const int64_t planes = (p.cu_q ? 1 : p.batch) * p.heads, per = kRowThreads / kLanes, tiles = (p.q_len + per - 1) / per;
+  const int64_t planes = (p.cu_q ? 1 : p.batch) * p.heads, per = kRowThreads / kLanes,
+                tiles = (p.q_len + per - 1) / per;
   const auto kernel =
       static_cast<DType>(p.dtype) == DType::bf16 ? attention_rows_kernel<bf16> : attention_rows_kernel<f16>;
   launch(kernel, dim3(static_cast<unsigned>(tiles * planes)), dim3(kRowThreads), 0, stream, op, sizes(p), p, rows,

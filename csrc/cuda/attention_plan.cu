@@ -1,5 +1,5 @@
-// Packed segments as tiles, on the device: from cu_seqlens alone, the costly ones first, so that nobody waits for a count
-// on the host and the longest work starts first. Layout: attention.h.
+// Packed segments as tiles, on the device: from cu_seqlens alone, the costly ones first, so that nobody waits for a
+// count on the host and the longest work starts first. Layout: attention.h.
 //
 // Warp s ranks segment s among all by counting those that go before it: no sort, no atomics. Cost: S + 1 warps, each
 // reads cu_seqlens once (8 bytes a segment, from the caches).

@@ -12,9 +12,7 @@ Brick brick(const py::handle& b) {
 }
 
 // (address of the plan, programs of a head, brick of queries, brick of keys)
-Cut cut(const py::tuple& t) {
-  return {pointer<const int32_t>(t, 0), item(t, 1), brick(part(t, 2)), brick(part(t, 3))};
-}
+Cut cut(const py::tuple& t) { return {pointer<const int32_t>(t, 0), item(t, 1), brick(part(t, 2)), brick(part(t, 3))}; }
 
 // (d_o, d_lse, dq, dk, dv), each (address, strides) or None
 AttentionGradParams gradient_parameters(const py::tuple& shared, const py::tuple& g) {
@@ -43,8 +41,14 @@ void bind_attention(py::module_& m) {
       "attention_plan",
       [](const py::tuple& where, const std::string& op, int64_t plan, int64_t cu, int64_t cu_other, int64_t grids,
          int64_t segments, int64_t rows, const py::tuple& window, const py::tuple& own) {
-        PlanParams p{ptr<int32_t>(plan), ptr<const int32_t>(cu), ptr<const int32_t>(cu_other),
-                     ptr<const int32_t>(grids), segments, rows, {}, brick(own)};
+        PlanParams p{ptr<int32_t>(plan),
+                     ptr<const int32_t>(cu),
+                     ptr<const int32_t>(cu_other),
+                     ptr<const int32_t>(grids),
+                     segments,
+                     rows,
+                     {},
+                     brick(own)};
         copy(p.window, window);
         const Stream s = stream(where);
         py::gil_scoped_release release;
@@ -64,8 +68,7 @@ void bind_attention(py::module_& m) {
       "o = softmax(scale * q k^T) v over the visible keys, and lse; see fastdit/attention.h.");
   m.def(
       "attention_backward_rows",
-      [](const py::tuple& where, const std::string& op, const py::tuple& shared, const py::tuple& grads,
-         int64_t rows) {
+      [](const py::tuple& where, const std::string& op, const py::tuple& shared, const py::tuple& grads, int64_t rows) {
         const AttentionGradParams p = gradient_parameters(shared, grads);
         const Stream s = stream(where);
         py::gil_scoped_release release;
