@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from test_attention_backward_triton import BASELINE, GRIDS, _dense as dense, _segments as segments
+from test_attention_triton import MISSING, WANTED, check_partial_merge
 from test_contract import HOT_SAMPLES
 
 import fastdit
@@ -346,6 +347,19 @@ def test_plan(lengths, tail, data):
     assert sorted(order[:-1]) == list(range(len(lengths) + 1)) and order[-2] == len(lengths)
     assert [keys[s] for s in order[:-2]] == sorted(keys, reverse=True)
     assert first == [0, *itertools.accumulate(count[s] for s in order[:-1])]
+
+
+# ---- merge ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
+@pytest.mark.parametrize("sample", samples("merge_attention"), ids=str)
+def test_merge(sample, dtype):
+    both(sample, dtype)
+
+
+@MISSING
+@WANTED
+def test_merge_partial_gradients(missing, wanted):
+    check_partial_merge(missing, wanted, "cuda", DEVICE)
 
 
 # ---- what is not served ---------------------------------------------------------------------------------------------

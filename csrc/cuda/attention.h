@@ -43,4 +43,7 @@ void attention_backward_keys(const AttentionGradParams& p, const float* rows, co
 void attention_backward_queries(const AttentionGradParams& p, const float* rows, const Cut& cut, Stream stream,
                                 const char* op);
 
+void merge_attention_forward(const MergeAttentionParams& p, Stream stream, const char* op);
+void merge_attention_backward(const MergeAttentionGradParams& p, Stream stream, const char* op);
+
 }  // namespace fastdit::cuda

@@ -77,6 +77,31 @@ void bind_attention(py::module_& m) {
       "rows: (2, B * H * N) fp32, lse in base 2 and sum(do * o) - dlse.");
   m.def("attention_backward_keys", &backward<attention_backward_keys>, "dk and dv of attention_forward.");
   m.def("attention_backward_queries", &backward<attention_backward_queries>, "dq of attention_forward.");
+  m.def(
+      "merge_attention_forward",
+      [](const py::tuple& where, const std::string& op, const py::tuple& shared, py::handle o, py::handle lse) {
+        MergeAttentionParams p;
+        fill(p, shared);
+        tensor(p.o, p.o_stride, o), tensor(p.lse, p.lse_stride, lse);
+        const Stream s = stream(where);
+        py::gil_scoped_release release;
+        merge_attention_forward(p, s, op.c_str());
+      },
+      "The attention over the union of two sets of keys; see fastdit/attention.h.");
+  m.def(
+      "merge_attention_backward",
+      [](const py::tuple& where, const std::string& op, const py::tuple& shared, py::handle d_o, py::handle d_lse,
+         py::handle d_o1, py::handle d_lse1, py::handle d_o2, py::handle d_lse2) {
+        MergeAttentionGradParams p;
+        fill(p, shared);
+        tensor(p.d_o, p.d_o_stride, d_o), tensor(p.d_lse, p.d_lse_stride, d_lse);
+        tensor(p.d_o1, p.d_o1_stride, d_o1), tensor(p.d_lse1, p.d_lse1_stride, d_lse1);
+        tensor(p.d_o2, p.d_o2_stride, d_o2), tensor(p.d_lse2, p.d_lse2_stride, d_lse2);
+        const Stream s = stream(where);
+        py::gil_scoped_release release;
+        merge_attention_backward(p, s, op.c_str());
+      },
+      "Every gradient of merge_attention_forward; see fastdit/attention.h.");
 }
 
 }  // namespace fastdit::cuda

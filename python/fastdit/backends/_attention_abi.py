@@ -47,3 +47,13 @@ def packed(q, k, v, o, lse, cu_q, cu_k, frame_tokens_of, grids, frame_tokens, wi
         cu_q.shape[0] - 1, cu_q.data_ptr(), cu_k.data_ptr(), 0, pointer(frame_tokens_of), frame_tokens, windowed,
         scale, DTYPE[q.dtype], torch.get_num_threads(),
     )  # fmt: skip
+
+
+def two(o1, lse1, o2, lse2):
+    """Of merge_attention: the inputs, in any strides."""
+    batch, tokens = (1, o1.shape[0]) if o1.dim() == 3 else o1.shape[:2]
+    return (
+        o1.data_ptr(), lse1.data_ptr(), o2.data_ptr(), lse2.data_ptr(),
+        of_o(o1), of_lse(lse1), of_o(o2), of_lse(lse2),
+        batch, tokens, *o1.shape[-2:], DTYPE[o1.dtype], torch.get_num_threads(),
+    )  # fmt: skip

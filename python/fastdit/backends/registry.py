@@ -23,8 +23,8 @@ AUTO: dict[str, tuple[str, ...]] = {
     "cuda": ("cuda", "triton", "flash_attn", "sdpa", "reference"),
 }
 ELSEWHERE = ("sdpa", "reference")
-# Ops with an order of their own on CUDA. No GPU has measured ours yet: dense attention without masks is what the vendors'
-# libraries are best at, and Triton's kernels have sm_90's matrix unit, which the CUDA kernels (mma.sync) leave idle.
+# Ops with an order of their own on CUDA. No GPU has measured ours yet: dense attention without masks is what the
+# vendors' libraries are best at, and Triton's kernels use sm_90's matrix unit, the CUDA kernels (mma.sync) do not.
 ON_CUDA: dict[str, tuple[str, ...]] = {
     "attention": ("flash_attn", "sdpa", "triton", "cuda", "reference"),
     "attention_varlen": ("triton", "cuda", "flash_attn", "sdpa", "reference"),

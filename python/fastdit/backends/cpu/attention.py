@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from ... import _cpu
-from .._attention_abi import dense, given_lse, given_o, of_lse, of_o, packed
+from .._attention_abi import dense, given_lse, given_o, packed, two
 from .._tensors import contiguous, empty, rows_contiguous
 from ..registry import Impl, register as _register
-from ._abi import DTYPE, on_cpu
+from ._abi import on_cpu
 
 
 def _lse_dtype(q):
@@ -74,19 +74,10 @@ def attention_varlen_backward(
 
 
 # ---- merge ----------------------------------------------------------------------------------------------
-def _two(o1, lse1, o2, lse2):
-    batch, tokens = (1, o1.shape[0]) if o1.dim() == 3 else o1.shape[:2]
-    return (
-        o1.data_ptr(), lse1.data_ptr(), o2.data_ptr(), lse2.data_ptr(),
-        of_o(o1), of_lse(lse1), of_o(o2), of_lse(lse2),
-        batch, tokens, *o1.shape[-2:], DTYPE[o1.dtype], torch.get_num_threads(),
-    )  # fmt: skip
-
-
 def merge_attention(o1, lse1, o2, lse2):
     o, lse = empty(o1), empty(lse1)
     if lse.numel():
-        _cpu.merge_attention_forward(_two(o1, lse1, o2, lse2), given_o(o), given_lse(lse))
+        _cpu.merge_attention_forward(two(o1, lse1, o2, lse2), given_o(o), given_lse(lse))
     return o, lse
 
 
@@ -97,7 +88,7 @@ def merge_attention_backward(do, dlse, o1, lse1, o2, lse2, needs):
     do = torch.zeros_like(o1) if do is None else rows_contiguous(do)
     d_o1, d_lse1, d_o2, d_lse2 = grads
     _cpu.merge_attention_backward(
-        _two(o1, lse1, o2, lse2),
+        two(o1, lse1, o2, lse2),
         given_o(do),
         given_lse(dlse),
         given_o(d_o1),
