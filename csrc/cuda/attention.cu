@@ -256,11 +256,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <class T, int D>
 void run(const AttentionParams& p, const Cut& cut, Stream stream, const char* op) {
-  const int64_t planes = (cut.plan ? 1 : p.batch) * p.heads;
   // a scale of 0 becomes one that no score survives
   const float factor = std::abs(static_cast<float>(p.scale)) * kLog2e;
-  launch(attention_forward_kernel<T, D>, dim3(static_cast<unsigned>(planes * cut.programs)), dim3(kThreads),
-         Forward<T, D>::bytes, stream, op, sizes(p), p, cut, factor > 0 ? factor : 1e-30f);
+  launch(attention_forward_kernel<T, D>, grid_of(p, cut, false, op), dim3(kThreads), Forward<T, D>::bytes, stream, op,
+         sizes(p), p, cut, factor > 0 ? factor : 1e-30f);
 }
 
 }  // namespace

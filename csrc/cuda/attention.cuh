@@ -345,4 +345,12 @@ inline void check_attention(const AttentionParams& p, const char* op) {
       refuse("the CUDA kernels read rows of aligned 16-byte packs, less than 2^32 bytes apart");
 }
 
+// A block for every program of every head.
+inline dim3 grid_of(const AttentionParams& p, const Cut& cut, bool keys, const char* op) {
+  const int64_t blocks = (cut.plan ? 1 : p.batch) * (keys ? p.kv_heads : p.heads) * cut.programs;
+  if (blocks > 0x7fffffff)
+    throw std::invalid_argument(std::string(op) + ": more tiles than a launch has blocks; got " + sizes(p));
+  return dim3(static_cast<unsigned>(blocks));
+}
+
 }  // namespace fastdit::cuda

@@ -331,8 +331,7 @@ template <bool keys>
 struct Launch {
   template <class T, int D>
   static void run(const AttentionGradParams& p, const float* rows, const Cut& cut, Stream stream, const char* op) {
-    const int64_t planes = (cut.plan ? 1 : p.batch) * (keys ? p.kv_heads : p.heads);
-    launch(attention_backward_kernel<T, D, keys>, dim3(static_cast<unsigned>(planes * cut.programs)), dim3(kThreads),
+    launch(attention_backward_kernel<T, D, keys>, grid_of(p, cut, keys, op), dim3(kThreads),
            Backward<T, D, keys>::bytes, stream, op, sizes(p), p, cut, rows, static_cast<float>(p.scale) * kLog2e);
   }
 };

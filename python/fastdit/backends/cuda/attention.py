@@ -33,10 +33,11 @@ def _supports(q, *_) -> str | None:
 
 def _fit(t):
     """Rows as the kernels copy them: 16-byte packs, less than 2^32 bytes apart."""
-    strides = t.stride()[:-1]
-    if t.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in strides) and strides[-2] < 1 << 31:
-        return t
-    return t.clone(memory_format=torch.contiguous_format)
+    strides = t.stride()
+    low = t.data_ptr() >> 1
+    for stride in strides[:-1]:  # all of them at once
+        low |= stride
+    return t if low % 8 == 0 and strides[-3] < 1 << 31 else t.clone(memory_format=torch.contiguous_format)
 
 
 def _line(tokens: int) -> tuple[int, int, int]:
@@ -89,16 +90,8 @@ class _Packed:
             of_own, of_met = bricks(sides, stride, own, met, keys)
             programs += tiles  # only the device knows how many bricks there are: programs may take several
         plan = cu.new_empty((2, cu.shape[0] + 1))
-        arguments = (
-            pointer(plan),
-            pointer(cu),
-            pointer(cu_other),
-            pointer(grids),
-            cu.shape[0] - 1,
-            rows,
-            sides,
-            of_own,
-        )
+        pointers = (pointer(plan), pointer(cu), pointer(cu_other), pointer(grids))
+        arguments = (*pointers, cu.shape[0] - 1, rows, sides, of_own)
         launch("attention_plan", self.op, self.q, arguments, (cu, cu_other, grids), (plan,))
         return (pointer(plan), programs, of_own, of_met), plan
 
@@ -130,7 +123,7 @@ def _backward(Call, do, dlse, q, k, v, *rest):
     call = Call(q, k, v, *facts)
     op = f"{call.op}_backward"
     do = torch.zeros_like(o) if do is None else _fit(rows_contiguous(do))
-    o, lse = o.contiguous(), lse.contiguous()
+    o, lse = _fit(o.contiguous()), lse.contiguous()
     shared = call.shared(o, lse)
     given = (given_o(do), given_lse(dlse), *(given_o(g) for g in grads))
     rows = torch.empty((2, *lse.shape), dtype=torch.float32, device=q.device)
