@@ -157,10 +157,8 @@ def test_length_that_neighbours_meet(window, stride, of_keys):
 def test_bricks_of_tiled_windows_waste_nothing():
     """Sliding tiles of 8 x 8: a program's queries share one window, and bricks of keys fill it exactly."""
     own, other = bricks((16, 24, 24), (16, 8, 8), 64, 64, False)
-    walked = math.prod(
-        walked(w, s, a, b, False) for w, s, a, b in zip((16, 24, 24), (16, 8, 8), own, other, strict=True)
-    )
-    assert math.prod(own) == math.prod(other) == 64 and walked == 16 * 24 * 24
+    keys = math.prod(walked(w, s, a, b, False) for w, s, a, b in zip((16, 24, 24), (16, 8, 8), own, other, strict=True))
+    assert math.prod(own) == math.prod(other) == 64 and keys == 16 * 24 * 24
 
 
 # ---- laws -------------------------------------------------------------------------------------------------------
