@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from fastdit import ops
+from fastdit.backends._attention_bricks import bricks, walked
 from fastdit.testing import close, contract
 from fastdit.testing.poison import poisoned
 from fastdit.testing.workloads import Maker, Sample, attention as workloads
@@ -150,16 +151,14 @@ def test_length_that_neighbours_meet(window, stride, of_keys):
                 found.append(int(((start <= x + own - 1) & (start + window > x)).sum()))
             else:
                 found.append(int(start[x + own - 1] - start[x]) + window)
-        assert adapter._walked(window, stride, own, 1, of_keys) == pytest.approx(sum(found) / len(found))
+        assert walked(window, stride, own, 1, of_keys) == pytest.approx(sum(found) / len(found))
 
 
 def test_bricks_of_tiled_windows_waste_nothing():
     """Sliding tiles of 8 x 8: a program's queries share one window, and bricks of keys fill it exactly."""
-    own, other = adapter.bricks((16, 24, 24), (16, 8, 8), 64, 64, False)
-    walked = math.prod(
-        adapter._walked(w, s, a, b, False) for w, s, a, b in zip((16, 24, 24), (16, 8, 8), own, other, strict=True)
-    )
-    assert math.prod(own) == math.prod(other) == 64 and walked == 16 * 24 * 24
+    own, other = bricks((16, 24, 24), (16, 8, 8), 64, 64, False)
+    keys = math.prod(walked(w, s, a, b, False) for w, s, a, b in zip((16, 24, 24), (16, 8, 8), own, other, strict=True))
+    assert math.prod(own) == math.prod(other) == 64 and keys == 16 * 24 * 24
 
 
 # ---- laws -------------------------------------------------------------------------------------------------------

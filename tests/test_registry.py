@@ -110,4 +110,5 @@ def test_dense_attention_prefers_the_libraries_on_a_gpu():
     on_gpu = SimpleNamespace(is_cpu=False, is_cuda=True, device=torch.device("cuda"))
     dense, packed = (registry.order(op, on_gpu) for op in ("attention", "attention_varlen"))
     assert dense.index("sdpa") < dense.index("triton") and packed.index("triton") < packed.index("sdpa")
+    assert dense.index("triton") < dense.index("cuda") and packed.index("triton") < packed.index("cuda")
     assert set(dense) == set(packed) == set(registry.BACKENDS) - {"cpu"}

@@ -131,6 +131,7 @@ inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __uint_as_float(unsigned u) { return fastdit::simt::float_of(u); }
+inline int __clz(int x) { return __builtin_clz(static_cast<unsigned>(x)); }
 inline unsigned __float_as_uint(float f) { return fastdit::simt::bits_of(f); }
 using std::max;
 using std::min;

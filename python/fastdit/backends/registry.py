@@ -23,8 +23,12 @@ AUTO: dict[str, tuple[str, ...]] = {
     "cuda": ("cuda", "triton", "flash_attn", "sdpa", "reference"),
 }
 ELSEWHERE = ("sdpa", "reference")
-# Dense attention without masks is what the vendors' libraries are best at; no GPU has measured ours against them yet.
-DENSE = ("cuda", "flash_attn", "sdpa", "triton", "reference")
+# Ops with an order of their own on CUDA. No GPU has measured ours yet: dense attention without masks is what the
+# vendors' libraries are best at, and Triton's kernels use sm_90's matrix unit, the CUDA kernels (mma.sync) do not.
+ON_CUDA: dict[str, tuple[str, ...]] = {
+    "attention": ("flash_attn", "sdpa", "triton", "cuda", "reference"),
+    "attention_varlen": ("triton", "cuda", "flash_attn", "sdpa", "reference"),
+}
 BACKENDS = ("cuda", "triton", "cpu", "flash_attn", "sdpa", "reference")
 
 
@@ -141,8 +145,8 @@ def requested(backend: str | None) -> str | None:
 def order(op: str, x: torch.Tensor) -> tuple[str, ...]:
     if x.is_cpu:  # 0.05 us; device.type costs 0.25
         return AUTO["cpu"]
-    if op == "attention" and x.is_cuda:
-        return DENSE
+    if op in ON_CUDA and x.is_cuda:
+        return ON_CUDA[op]
     return AUTO.get(x.device.type, ELSEWHERE)
 
 

@@ -108,9 +108,11 @@ class _Record(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def torch_calls(sample: Sample, backend: str, device: str = "cpu") -> list[tuple[Any, tuple]]:
+def torch_calls(
+    sample: Sample, backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[tuple[Any, tuple]]:
     """The torch.ops.fastdit calls behind a public call, forward and backward, with their arguments."""
-    args, kwargs = sample.make(Maker(torch.float32, device))
+    args, kwargs = sample.make(Maker(dtype, device))
     args, kwargs, leaves = _leaves(sample, args, kwargs)
     with _Record() as record:
         out = [o for o in close.flat(public(sample.op)(*args, **kwargs, backend=backend)) if o.requires_grad]
@@ -119,9 +121,9 @@ def torch_calls(sample: Sample, backend: str, device: str = "cpu") -> list[tuple
     return record.calls
 
 
-def opcheck(sample: Sample, backend: str, device: str = "cpu") -> int:
+def opcheck(sample: Sample, backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> int:
     """All torch.library.opcheck utilities on every op behind the call; returns how many ops were checked."""
-    calls = torch_calls(sample, backend, device)
+    calls = torch_calls(sample, backend, device, dtype)
     if not calls:
         raise AssertionError(f"{sample}: no torch.ops.fastdit call was reached")
     for func, args in calls:
@@ -174,7 +176,11 @@ def gradcheck(sample: Sample, backend: str) -> None:
 
 
 def compile_dynamic(
-    sample: Sample, backend: str, lengths: tuple[int, ...] = (6, 8, 12, 20), device: str = "cpu"
+    sample: Sample,
+    backend: str,
+    lengths: tuple[int, ...] = (6, 8, 12, 20),
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """fullgraph=True over several token counts: no graph break, one static and one dynamic graph, the eager result."""
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -188,7 +194,7 @@ def compile_dynamic(
 
     compiled = torch.compile(call, fullgraph=True, backend=counter)
     for n in lengths:
-        args, kwargs = sample.make(Maker(torch.float32, device, n=n))
+        args, kwargs = sample.make(Maker(dtype, device, n=n))
         eager = close.flat(call(args, kwargs))
         graph = close.flat(compiled(args, kwargs))
         for a, b in zip(graph, eager, strict=True):

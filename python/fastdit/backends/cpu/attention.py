@@ -5,47 +5,23 @@ from __future__ import annotations
 import torch
 
 from ... import _cpu
+from .._attention_abi import dense, given_lse, given_o, packed, two
 from .._tensors import contiguous, empty, rows_contiguous
 from ..registry import Impl, register as _register
-from ._abi import DTYPE, on_cpu, pointer
-
-
-def _strides(t):
-    """(batch, token, head) of (B, N, H, D), or of packed (N, H, D)."""
-    strides = t.stride()
-    return strides[:3] if len(strides) == 4 else (0, *strides[:2])
+from ._abi import on_cpu
 
 
 def _lse_dtype(q):
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-# ---- dense and packed: what the kernel is told, forward and backward; o and lse are contiguous ---------------
-def _dense(q, k, v, o, lse, kv_len, frame_tokens_of, frame_tokens, scale):
-    return (
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), lse.data_ptr(),
-        q.shape, k.shape, q.stride(), k.stride(), v.stride(),
-        0, 0, 0, pointer(kv_len), pointer(frame_tokens_of), frame_tokens, None,
-        scale, DTYPE[q.dtype], torch.get_num_threads(),
-    )  # fmt: skip
-
-
-def _packed(q, k, v, o, lse, cu_q, cu_k, frame_tokens_of, grids, frame_tokens, window, window_stride, scale):
-    windowed = None if grids is None else (grids.data_ptr(), tuple(window), tuple(window_stride))
-    return (
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), lse.data_ptr(),
-        q.shape, k.shape, q.stride(), k.stride(), v.stride(),
-        cu_q.shape[0] - 1, cu_q.data_ptr(), cu_k.data_ptr(), 0, pointer(frame_tokens_of), frame_tokens, windowed,
-        scale, DTYPE[q.dtype], torch.get_num_threads(),
-    )  # fmt: skip
-
-
+# ---- dense and packed -------------------------------------------------------------------------------------
 def attention(q, k, v, kv_len, frame_tokens_of, frame_tokens, scale, return_lse, deterministic):
     batch, tokens, heads, _ = q.shape
     o, lse = empty(q), torch.empty((batch, heads, tokens), dtype=_lse_dtype(q))
     if batch and tokens and heads:
         kv_len, frame_tokens_of = contiguous(kv_len), contiguous(frame_tokens_of)
-        _cpu.attention_forward(_dense(q, k, v, o, lse, kv_len, frame_tokens_of, frame_tokens, scale))
+        _cpu.attention_forward(dense(q, k, v, o, lse, kv_len, frame_tokens_of, frame_tokens, scale))
     return o, lse
 
 
@@ -59,7 +35,7 @@ def attention_varlen(
         cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
         frame_tokens_of, grids = contiguous(frame_tokens_of), contiguous(grids)
         _cpu.attention_forward(
-            _packed(q, k, v, o, lse, cu_q, cu_k, frame_tokens_of, grids, frame_tokens, window, window_stride, scale)
+            packed(q, k, v, o, lse, cu_q, cu_k, frame_tokens_of, grids, frame_tokens, window, window_stride, scale)
         )
     return o, lse
 
@@ -71,7 +47,7 @@ def _gradients(do, dlse, q, k, v, o, lse, needs, tell):
         return tuple(None if g is None else g.zero_() for g in grads)
     do = torch.zeros_like(o) if do is None else rows_contiguous(do)
     o, lse = o.contiguous(), lse.contiguous()
-    _cpu.attention_backward(tell(o, lse), _of_o(do), _of_lse(dlse), *(_of_o(g) for g in grads))
+    _cpu.attention_backward(tell(o, lse), given_o(do), given_lse(dlse), *(given_o(g) for g in grads))
     return tuple(grads)
 
 
@@ -81,7 +57,7 @@ def attention_backward(
     indices = contiguous(kv_len), contiguous(frame_tokens_of)
     return _gradients(
         *(do, dlse, q, k, v, o, lse, needs),
-        lambda o, lse: _dense(q, k, v, o, lse, *indices, frame_tokens, scale),
+        lambda o, lse: dense(q, k, v, o, lse, *indices, frame_tokens, scale),
     )
 
 
@@ -93,38 +69,15 @@ def attention_varlen_backward(
     frames, grids = contiguous(frame_tokens_of), contiguous(grids)
     return _gradients(
         *(do, dlse, q, k, v, o, lse, needs),
-        lambda o, lse: _packed(q, k, v, o, lse, cu_q, cu_k, frames, grids, frame_tokens, window, window_stride, scale),
+        lambda o, lse: packed(q, k, v, o, lse, cu_q, cu_k, frames, grids, frame_tokens, window, window_stride, scale),
     )
 
 
 # ---- merge ----------------------------------------------------------------------------------------------
-def _lse_layout(lse):
-    """(batch, head, token) strides."""
-    strides = lse.stride()
-    return strides if len(strides) == 3 else (0, *strides)
-
-
-def _two(o1, lse1, o2, lse2):
-    batch, tokens = (1, o1.shape[0]) if o1.dim() == 3 else o1.shape[:2]
-    return (
-        o1.data_ptr(), lse1.data_ptr(), o2.data_ptr(), lse2.data_ptr(),
-        _strides(o1), _lse_layout(lse1), _strides(o2), _lse_layout(lse2),
-        batch, tokens, *o1.shape[-2:], DTYPE[o1.dtype], torch.get_num_threads(),
-    )  # fmt: skip
-
-
-def _of_o(t):
-    return None if t is None else (t.data_ptr(), _strides(t))
-
-
-def _of_lse(t):
-    return None if t is None else (t.data_ptr(), _lse_layout(t))
-
-
 def merge_attention(o1, lse1, o2, lse2):
     o, lse = empty(o1), empty(lse1)
     if lse.numel():
-        _cpu.merge_attention_forward(_two(o1, lse1, o2, lse2), _of_o(o), _of_lse(lse))
+        _cpu.merge_attention_forward(two(o1, lse1, o2, lse2), given_o(o), given_lse(lse))
     return o, lse
 
 
@@ -135,7 +88,13 @@ def merge_attention_backward(do, dlse, o1, lse1, o2, lse2, needs):
     do = torch.zeros_like(o1) if do is None else rows_contiguous(do)
     d_o1, d_lse1, d_o2, d_lse2 = grads
     _cpu.merge_attention_backward(
-        _two(o1, lse1, o2, lse2), _of_o(do), _of_lse(dlse), _of_o(d_o1), _of_lse(d_lse1), _of_o(d_o2), _of_lse(d_lse2)
+        two(o1, lse1, o2, lse2),
+        given_o(do),
+        given_lse(dlse),
+        given_o(d_o1),
+        given_lse(d_lse1),
+        given_o(d_o2),
+        given_lse(d_lse2),
     )
     return tuple(grads)
 

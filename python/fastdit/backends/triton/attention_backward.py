@@ -6,14 +6,11 @@ tile has one owner (kernels/attention_backward.py). Beside the gradients 8 bytes
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
-
 import torch
 
 from ...kernels.attention_backward import attention_dkdv, attention_rows, attention_varlen_dkdv
 from ...kernels.attention_backward_dq import attention_dq, attention_varlen_dq
+from .._attention_bricks import bricks
 from .._tensors import contiguous, empty, rows_contiguous
 from ._config import Config, choose, tunable
 from ._launch import dot_precision, launch
@@ -194,39 +191,3 @@ def _plan(cu, cu_other, grids, rows, own, other, window, stride, of_keys):
     owned, walked = bricks(window, stride, own, other, of_keys)
     made = plan_bricks(cu, grids, rows, owned, window)
     return made, (window, stride, *((walked, owned) if of_keys else (owned, walked))), programs + programs // 2
-
-
-@functools.cache
-def bricks(window: tuple, stride: tuple, own: int, other: int, of_keys: bool) -> tuple[tuple, tuple]:
-    """The brick of `own` tokens that a program keeps and the one of `other` tokens in which it walks those that it
-    meets, inside a large grid: the pair that walks the fewest."""
-    far = [
-        {(a, b): _walked(w, s, a, b, of_keys) for a in _powers(own) for b in _powers(other)}
-        for w, s in zip(window, stride, strict=True)
-    ]
-    pairs = itertools.product(_shapes(own), _shapes(other))
-    return min(pairs, key=lambda pair: math.prod(axis[a, b] for axis, a, b in zip(far, *pair, strict=True)))
-
-
-def _walked(window: int, stride: int, own: int, other: int, of_keys: bool) -> float:
-    """Mean length of what `own` neighbours meet on an axis without ends, rounded up to whole bricks of `other`."""
-    shift = stride // 2 - window // 2
-
-    def met(x):
-        y = x + own - 1
-        if of_keys:
-            return ((y - shift) // stride + 1) * stride - -((window - 1 + shift - x) // stride) * stride
-        return y // stride * stride - x // stride * stride + window
-
-    lengths = [met(x) for x in range(0, math.lcm(own, stride), own)]
-    return sum(-(-n // other) * other for n in lengths) / len(lengths)
-
-
-def _powers(tokens: int) -> list[int]:
-    return [1 << i for i in range(tokens.bit_length())]
-
-
-def _shapes(tokens: int) -> list[tuple[int, int, int]]:
-    """Bricks of `tokens` tokens, widest along w first, then along h."""
-    sides = _powers(tokens)
-    return [(tokens // (h * w), h, w) for w in reversed(sides) for h in reversed(sides) if h * w <= tokens]

@@ -1,0 +1,169 @@
+"""attention on the CUDA kernels (csrc/cuda/attention*.cu): dense and packed, bf16 and fp16, forward and backward.
+
+Launches: 1 forward, 3 backward; packed, one more for each plan of tiles (1 and 2). Deterministic in any case. Tensors
+are read where they lie; those whose rows do not stand on 16 bytes are copied first.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .._attention_abi import dense, given_lse, given_o, packed, two
+from .._attention_bricks import bricks
+from .._tensors import contiguous, empty, rows_contiguous
+from ..cpu._abi import pointer
+from ..registry import Impl, register as _register
+from ._launch import launch, unfit
+
+QUERIES, KEYS, TILE = 128, 64, 64  # tokens: kAttentionQueries, kAttentionKeys, kAttentionGradTile
+CHANNELS = 128
+
+
+def _supports(q, *_) -> str | None:
+    refusal, channels = unfit(q), q.shape[-1]
+    if refusal is None and q.dtype == torch.float32:
+        refusal = "multiplies 16-bit values; got torch.float32"
+    if refusal is None and (channels > CHANNELS or channels % 8):
+        refusal = f"holds heads of 8 to {CHANNELS} channels, a multiple of 8; got {channels}"
+    return refusal
+
+
+def _fit(t):
+    """Rows as the kernels copy them: 16-byte packs, less than 2^32 bytes apart."""
+    strides = t.stride()
+    low = t.data_ptr() >> 1
+    for stride in strides[:-1]:  # all of them at once
+        low |= stride
+    return t if low % 8 == 0 and strides[-3] < 1 << 31 else t.clone(memory_format=torch.contiguous_format)
+
+
+def _line(tokens: int) -> tuple[int, int, int]:
+    return (1, 1, tokens)
+
+
+class _Dense:
+    """What a dense call tells its kernels."""
+
+    def __init__(self, q, k, v, kv_len, frame_tokens_of, frame_tokens, scale, *_):
+        self.op = "attention"
+        self.q, self.k, self.v = _fit(q), _fit(k), _fit(v)
+        self.indices = contiguous(kv_len), contiguous(frame_tokens_of)
+        self._rest = frame_tokens, scale
+
+    def shared(self, o, lse) -> tuple:
+        return dense(self.q, self.k, self.v, o, lse, *self.indices, *self._rest)
+
+    def cut(self, own: int, met: int, keys: bool = False) -> tuple[tuple, None]:
+        """(plan, programs of a head, bricks of `own` and of `met` tokens), and the tensor of the plan."""
+        rows = self.k if keys else self.q
+        return (0, -(-rows.shape[1] // own), _line(own), _line(met)), None
+
+
+class _Packed:
+    """What a packed call tells its kernels."""
+
+    def __init__(
+        self, q, k, v, cu_seqlens_q, cu_seqlens_k, frame_tokens_of, grids, max_seqlen_q, max_seqlen_k, frame_tokens,
+        window, window_stride, scale, *_,
+    ):  # fmt: skip
+        self.op = "attention_varlen"
+        self.q, self.k, self.v = _fit(q), _fit(k), _fit(v)
+        self.indices = (
+            cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), contiguous(frame_tokens_of), contiguous(grids)
+        )  # fmt: skip
+        self._rest = frame_tokens, window, window_stride, scale
+        self._window = None if grids is None else (tuple(window), tuple(window_stride))
+
+    def shared(self, o, lse) -> tuple:
+        return packed(self.q, self.k, self.v, o, lse, *self.indices, *self._rest)
+
+    def cut(self, own: int, met: int, keys: bool = False) -> tuple[tuple, Tensor]:
+        cu_q, cu_k, _, grids = self.indices
+        cu, cu_other, rows = (cu_k, cu_q, self.k.shape[0]) if keys else (cu_q, cu_k, self.q.shape[0])
+        tiles, sides = -(-rows // own), (0, 0, 0)
+        programs, of_own, of_met = tiles + cu.shape[0], _line(own), _line(met)
+        if self._window is not None:
+            sides, stride = self._window
+            of_own, of_met = bricks(sides, stride, own, met, keys)
+            programs += tiles  # only the device knows how many bricks there are: programs may take several
+        plan = cu.new_empty((2, cu.shape[0] + 1))
+        pointers = (pointer(plan), pointer(cu), pointer(cu_other), pointer(grids))
+        arguments = (*pointers, cu.shape[0] - 1, rows, sides, of_own)
+        launch("attention_plan", self.op, self.q, arguments, (cu, cu_other, grids), (plan,))
+        return (pointer(plan), programs, of_own, of_met), plan
+
+
+# ---- forward ------------------------------------------------------------------------------------------------
+def _forward(Call, q, *rest):
+    *batch, tokens, heads, _ = q.shape
+    o = empty(q)
+    lse = torch.empty((*batch, heads, tokens), dtype=torch.float32, device=q.device)
+    if o.numel():
+        call = Call(q, *rest)
+        cut, plan = call.cut(QUERIES, KEYS)
+        reads = (call.q, call.k, call.v, *call.indices, plan)
+        launch("attention_forward", call.op, call.q, (call.shared(o, lse), cut), reads, (o, lse))
+    return o, lse
+
+
+attention = partial(_forward, _Dense)
+attention_varlen = partial(_forward, _Packed)
+
+
+# ---- backward -----------------------------------------------------------------------------------------------
+def _backward(Call, do, dlse, q, k, v, *rest):
+    """Beside the gradients 8 bytes a query row are allocated, for its statistics."""
+    *facts, o, lse, needs = rest
+    dq, dk, dv = grads = [empty(t) if need else None for t, need in zip((q, k, v), needs, strict=True)]
+    if q.numel() == 0 or k.numel() == 0 or (do is None and dlse is None):
+        return tuple(None if g is None else g.zero_() for g in grads)
+    call = Call(q, k, v, *facts)
+    op = f"{call.op}_backward"
+    do = torch.zeros_like(o) if do is None else _fit(rows_contiguous(do))
+    o, lse = _fit(o.contiguous()), lse.contiguous()
+    shared = call.shared(o, lse)
+    given = (given_o(do), given_lse(dlse), *(given_o(g) for g in grads))
+    rows = torch.empty((2, *lse.shape), dtype=torch.float32, device=q.device)
+    launch("attention_backward_rows", op, q, (shared, given, pointer(rows)), (do, dlse, o, lse), (rows,))
+    for entry, made, keys in (("keys", (dk, dv), True), ("queries", (dq,), False)):
+        if any(g is not None for g in made):
+            cut, plan = call.cut(TILE, TILE, keys)
+            reads = (call.q, call.k, call.v, do, rows, *call.indices, plan)
+            launch(f"attention_backward_{entry}", op, q, (shared, given, pointer(rows), cut), reads, made)
+    return tuple(grads)
+
+
+attention_backward = partial(_backward, _Dense)
+attention_varlen_backward = partial(_backward, _Packed)
+
+
+# ---- merge --------------------------------------------------------------------------------------------------
+def merge_attention(o1, lse1, o2, lse2):
+    o, lse = empty(o1), empty(lse1)
+    if lse.numel():
+        reads = (o1, lse1, o2, lse2)
+        arguments = (two(*reads), given_o(o), given_lse(lse))
+        launch("merge_attention_forward", "merge_attention", o1, arguments, reads, (o, lse))
+    return o, lse
+
+
+def merge_attention_backward(do, dlse, o1, lse1, o2, lse2, needs):
+    grads = [empty(t) if need else None for t, need in zip((o1, lse1, o2, lse2), needs, strict=True)]
+    if lse1.numel() == 0 or (do is None and dlse is None):
+        return tuple(None if g is None else g.zero_() for g in grads)
+    do = torch.zeros_like(o1) if do is None else rows_contiguous(do)
+    reads = (o1, lse1, o2, lse2)
+    d_o1, d_lse1, d_o2, d_lse2 = grads
+    made = (given_o(d_o1), given_lse(d_lse1), given_o(d_o2), given_lse(d_lse2))
+    arguments = (two(*reads), given_o(do), given_lse(dlse), *made)
+    launch("merge_attention_backward", "merge_attention_backward", o1, arguments, (*reads, do, dlse), grads)
+    return tuple(grads)
+
+
+def register() -> None:
+    for name in ("attention", "attention_varlen"):
+        _register(Impl(name, "cuda", _supports, globals()[name], globals()[f"{name}_backward"]))
+    _register(Impl("merge_attention", "cuda", lambda o1, *_: unfit(o1), merge_attention, merge_attention_backward))
