@@ -17,7 +17,6 @@ namespace fastdit::cuda {
 namespace {
 
 constexpr int kThreads = 256, kRows = 128, kStages = 4, kSpan = 64;  // kSpan: bytes of channels in a step
-constexpr int kRun = 8;                                              // steps of one fp32 sum
 constexpr int kSharedBytes = 96 * 1024;  // of tiles; sm_86 and sm_89 have no more for a block
 
 struct Plan {
@@ -43,6 +42,7 @@ struct Block {
   static constexpr int PER = 16 / sizeof(T), CHANNELS = kSpan / sizeof(T);
   static constexpr int WEIGHTS = BN * kSpan;         // bytes of a stage
   static constexpr int PITCH = BN * sizeof(T) + 16;  // of the tile on its way out
+  using Sums = Accumulator<T, MI, NI>;
   static_assert(MI >= 1 && NI % 2 == 0);
 
   const ConvParams& p;
@@ -128,7 +128,7 @@ struct Block {
 
   // The products of a step. corner: patch row of this lane's pixels at the patch's first tap; shift: rows from there to
   // the tap; c: first of the channels.
-  __device__ __forceinline__ void product(float (&sum)[MI][NI][4], const int (&corner)[MI], Rows x, Rows w, int shift,
+  __device__ __forceinline__ void product(Sums& total, const int (&corner)[MI], Rows x, Rows w, int shift,
                                           int c) const {
 #pragma unroll
     for (int k = 0; k < kSpan / 32; ++k) {
@@ -142,11 +142,11 @@ struct Block {
         load_matrices<false>(two, w.at((warp_n * NI + j) * 8 + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
         bb[j][0] = two[0], bb[j][1] = two[1], bb[j + 1][0] = two[2], bb[j + 1][1] = two[3];
       }
-      multiply<T>(sum, a, bb);
+      total.add(a, bb);
     }
   }
 
-  __device__ __forceinline__ void sums(float (&total)[MI][NI][4]) const {
+  __device__ __forceinline__ void sums(Sums& total) const {
     const int shared_taps = plan.taps_h * plan.taps_w;
     const int patches = static_cast<int>((frames.end - frames.begin) * (p.kernel[1] * p.kernel[2] / shared_taps)) *
                         ((C + CHANNELS - 1) / CHANNELS);
@@ -155,7 +155,6 @@ struct Block {
     const int shift_h = static_cast<int>(p.dilation[1]) * plan.patch_w - plan.taps_w * shift_w;
     int corner[MI], h, w;
     const bool live = pixel(warp_m * MI * 16, h, w) && n0 + warp_n * NI * 8 < p.cout;  // of this warp
-    [[maybe_unused]] float run[MI][NI][4] = {};
 #pragma unroll
     for (int i = 0; i < MI; ++i) {
       const int m = (warp_m * MI + i) * 16 + lane % 16;
@@ -172,14 +171,7 @@ struct Block {
       __syncthreads();
       if (s + kStages - 1 < steps) fetch(next, s + kStages - 1), advance(next);
       copy_commit();
-      if (live) {
-        if constexpr (std::is_same_v<T, float>) {
-          product(run, corner, patch(number), weights(s), shift, c);
-          if (s % kRun == kRun - 1 || s + 1 == steps) settle(total, run);
-        } else {
-          product(total, corner, patch(number), weights(s), shift, c);
-        }
-      }
+      if (live) product(total, corner, patch(number), weights(s), shift, c);
       shift += shift_w;
       if (++tap_w == plan.taps_w) tap_w = 0, shift += shift_h;
       if (++tap == shared_taps) {
@@ -205,18 +197,18 @@ struct Block {
   __device__ __forceinline__ T* staged(int m, int n) const { return reinterpret_cast<T*>(bytes + m * PITCH) + n; }
 
   template <class F>
-  __device__ __forceinline__ void fragments(float (&sum)[MI][NI][4], F&& body) const {
+  __device__ __forceinline__ void fragments(const Sums& sum, F&& body) const {
 #pragma unroll
     for (int i = 0; i < MI; ++i)
 #pragma unroll
       for (int j = 0; j < NI; ++j)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          body((warp_m * MI + i) * 16 + half * 8 + lane / 4, (warp_n * NI + j) * 8 + lane % 4 * 2, sum[i][j][2 * half],
-               sum[i][j][2 * half + 1]);
+          body((warp_m * MI + i) * 16 + half * 8 + lane / 4, (warp_n * NI + j) * 8 + lane % 4 * 2,
+               sum.value(i, j, 2 * half), sum.value(i, j, 2 * half + 1));
   }
 
-  __device__ __forceinline__ void store(float (&sum)[MI][NI][4], bool residual_packs, bool y_packs) const {
+  __device__ __forceinline__ void store(const Sums& sum, bool residual_packs, bool y_packs) const {
     if (p.wide) {
       float* y = static_cast<float*>(p.y);
       fragments(sum, [&](int m, int n, float first, float second) {
@@ -276,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, BN > 128 || std::is_same_v<T, float>
   FASTDIT_SHARED_DYNAMIC(bytes, 128);
   using Whole = Block<T, BN, WM>;
   Whole tile(p, taps, plan, bytes);
-  float sum[Whole::MI][Whole::NI][4] = {};
+  typename Whole::Sums sum;
   tile.sums(sum);
   tile.store(sum, residual_packs, y_packs);
 }

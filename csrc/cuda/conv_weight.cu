@@ -11,8 +11,8 @@
 namespace fastdit::cuda {
 namespace {
 
-constexpr int kThreads = 128, kPixels = 32, kStages = 3, kRun = 4;  // kRun: sets of one fp32 sum
-constexpr int kLanes = kThreads / kPixels;                          // threads that copy a pixel
+constexpr int kThreads = 128, kPixels = 32, kStages = 3;
+constexpr int kLanes = kThreads / kPixels;  // threads that copy a pixel
 
 template <class T, int SIDE>
 struct WeightTile {
@@ -89,7 +89,7 @@ struct WeightTile {
          static_cast<int>(p.cin));
   }
 
-  __device__ __forceinline__ void product(float (&sum)[MI][NI][4], Rows g, Rows x, int n, int c) const {
+  __device__ __forceinline__ void product(Accumulator<T, MI, NI>& sum, Rows g, Rows x, int n, int c) const {
     uint32_t a[MI][4], b[NI][2];
     if constexpr (std::is_same_v<T, float>) {  // ldmatrix transposes 16-bit values only
       const int row = static_cast<int>(threadIdx.x) % 4, column = static_cast<int>(threadIdx.x) % 32 / 4;
@@ -106,7 +106,7 @@ struct WeightTile {
         for (int j = 0; j < NI; ++j)
 #pragma unroll
           for (int e = 0; e < 2; ++e) b[j][e] = value(x, k + row + e * 4, c + j * 8 + column);
-        multiply<T>(sum, a, b);
+        sum.add(a, b);
       }
     } else {
       const Fragments<Operand::a_by_k, SIDE> from_g(g);
@@ -121,7 +121,7 @@ struct WeightTile {
           from_x(two, k, c + j * 8);
           b[j][0] = two[0], b[j][1] = two[1], b[j + 1][0] = two[2], b[j + 1][1] = two[3];
         }
-        multiply<T>(sum, a, b);
+        sum.add(a, b);
       }
     }
   }
@@ -131,8 +131,7 @@ struct WeightTile {
     const int n = warp / 2 * (SIDE / 2), c = warp % 2 * (SIDE / 2);
     const bool live = n0 + n < p.cout && c0 + c < p.cin;  // of this warp
     const int steps = end - begin;
-    float total[MI][NI][4] = {};
-    [[maybe_unused]] float run[MI][NI][4] = {};
+    Accumulator<T, MI, NI> total;
     if (steps > 0) {
       Place next{begin % sets(), first + begin / sets() % frames, begin / sets() / frames};
       for (int s = 0; s < kStages - 1; ++s) {
@@ -144,13 +143,7 @@ struct WeightTile {
         __syncthreads();
         if (s + kStages - 1 < steps) fetch(next, s + kStages - 1), advance(next);
         copy_commit();
-        if (!live) continue;
-        if constexpr (std::is_same_v<T, float>) {
-          product(run, grads(s), inputs(s), n, c);
-          if (s % kRun == kRun - 1 || s + 1 == steps) settle(total, run);
-        } else {
-          product(total, grads(s), inputs(s), n, c);
-        }
+        if (live) product(total, grads(s), inputs(s), n, c);
       }
     }
     const int taps = static_cast<int>(p.kernel[0] * p.kernel[1] * p.kernel[2]);
@@ -162,7 +155,7 @@ struct WeightTile {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const int row = n0 + n + i * 16 + k / 2 * 8 + lane / 4, column = c0 + c + j * 8 + lane % 4 * 2 + k % 2;
-          if (row < p.cout && column < p.cin) to[int64_t{row} * taps * p.cin + column] = total[i][j][k];
+          if (row < p.cout && column < p.cin) to[int64_t{row} * taps * p.cin + column] = total.value(i, j, k);
         }
   }
 };
