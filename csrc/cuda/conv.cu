@@ -131,16 +131,20 @@ struct Block {
   __device__ __forceinline__ void product(Sums& total, const int (&corner)[MI], Rows x, Rows w, int shift,
                                           int c) const {
 #pragma unroll
-    for (int k = 0; k < kSpan / 32; ++k) {
+    for (int k = 0; k < kSpan / 32; k += Sums::LOADS) {
       if (k && C - c <= k * (CHANNELS / 2)) break;  // the same for every thread
-      uint32_t a[MI][4], bb[NI][2];
+      uint32_t a[Sums::LOADS][MI][4], bb[Sums::LOADS][NI][2];
 #pragma unroll
-      for (int i = 0; i < MI; ++i) load_matrices<false>(a[i], x.at(corner[i] + shift, 2 * k + lane / 16));
+      for (int l = 0; l < Sums::LOADS; ++l) {
 #pragma unroll
-      for (int j = 0; j < NI; j += 2) {
-        uint32_t two[4];
-        load_matrices<false>(two, w.at((warp_n * NI + j) * 8 + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
-        bb[j][0] = two[0], bb[j][1] = two[1], bb[j + 1][0] = two[2], bb[j + 1][1] = two[3];
+        for (int i = 0; i < MI; ++i) load_matrices<false>(a[l][i], x.at(corner[i] + shift, 2 * (k + l) + lane / 16));
+#pragma unroll
+        for (int j = 0; j < NI; j += 2) {
+          uint32_t two[4];
+          const int row = (warp_n * NI + j) * 8 + lane % 8 + lane / 16 * 8;
+          load_matrices<false>(two, w.at(row, 2 * (k + l) + lane / 8 % 2));
+          bb[l][j][0] = two[0], bb[l][j][1] = two[1], bb[l][j + 1][0] = two[2], bb[l][j + 1][1] = two[3];
+        }
       }
       total.add(a, bb);
     }

@@ -1,5 +1,6 @@
-// The products of the convolution's GEMMs. bf16 and fp16 as they are; fp32 as three products of tf32, high and low
-// parts, eight of K at a time, whose sums are added with their rounding errors kept: as good as fp32 itself.
+// The products of the convolution's GEMMs. bf16 and fp16 as they are. fp32 is the sum of three bf16, all its 24 bits:
+// six products of bf16, what they leave out is below 2^-25; sums over 16 of K are added with their rounding errors
+// kept.
 #pragma once
 
 #include "conv.cuh"
@@ -11,17 +12,19 @@ namespace fastdit::cuda {
 template <class T, int MI, int NI>
 struct Accumulator {
   static constexpr bool wide = std::is_same_v<T, float>;
+  static constexpr int LOADS = wide ? 2 : 1;  // fragments of 32 bytes along K that make 16 values
   float sum[MI][NI][4] = {};
   float rest[wide ? MI : 1][wide ? NI : 1][4] = {};
 
-  __device__ __forceinline__ void add(uint32_t (&a)[MI][4], uint32_t (&b)[NI][2]) {
+  // As ldmatrix gives them: 16-bit values as mma.h says; of fp32 a lane has column lane % 4 + 4 (i / 2) of 8.
+  __device__ __forceinline__ void add(const uint32_t (&a)[LOADS][MI][4], const uint32_t (&b)[LOADS][NI][2]) {
     if constexpr (wide)
       add_split(a, b);
     else
 #pragma unroll
       for (int i = 0; i < MI; ++i)
 #pragma unroll
-        for (int j = 0; j < NI; ++j) multiply_add<T>(sum[i][j], a[i], b[j][0], b[j][1]);
+        for (int j = 0; j < NI; ++j) multiply_add<T>(sum[i][j], a[0][i], b[0][j][0], b[0][j][1]);
   }
   __device__ __forceinline__ float value(int i, int j, int k) const {
     if constexpr (wide) return fabsf(sum[i][j][k]) < INFINITY ? sum[i][j][k] + rest[i][j][k] : sum[i][j][k];
@@ -29,33 +32,39 @@ struct Accumulator {
   }
 
  private:
-  // The nearest of tf32 (ties away from zero); a NaN stays one.
-  static __device__ __forceinline__ uint32_t high(uint32_t bits) {
-    return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fffe000u : (bits + 0x1000u) & 0xffffe000u;
+  // Two fp32 as three pairs of bf16, high ones first.
+  static __device__ __forceinline__ void split(uint32_t low, uint32_t high, uint32_t& first, uint32_t& second,
+                                               uint32_t& third) {
+    float x = __uint_as_float(low), y = __uint_as_float(high);
+    first = pair<bf16>(x, y);
+    x -= __uint_as_float(first << 16), y -= __uint_as_float(first & 0xffff0000u);
+    second = pair<bf16>(x, y);
+    x -= __uint_as_float(second << 16), y -= __uint_as_float(second & 0xffff0000u);
+    third = pair<bf16>(x, y);
   }
-  static __device__ __forceinline__ uint32_t low(uint32_t bits) {
-    return high(__float_as_uint(__uint_as_float(bits) - __uint_as_float(high(bits))));
-  }
-  __device__ __forceinline__ void add_split(uint32_t (&a)[MI][4], uint32_t (&b)[NI][2]) {
-    uint32_t a_low[MI][4], b_low[NI][2];
+  // The order of K is free as long as both operands have the same: columns q and q + 4 of 8 make a pair.
+  __device__ __forceinline__ void add_split(const uint32_t (&a)[LOADS][MI][4], const uint32_t (&b)[LOADS][NI][2]) {
+    uint32_t x[3][MI][4];
 #pragma unroll
     for (int i = 0; i < MI; ++i)
 #pragma unroll
-      for (int k = 0; k < 4; ++k) a_low[i][k] = low(a[i][k]), a[i][k] = high(a[i][k]);
+      for (int k = 0; k < 4; ++k) split(a[k / 2][i][k % 2], a[k / 2][i][k % 2 + 2], x[0][i][k], x[1][i][k], x[2][i][k]);
 #pragma unroll
-    for (int j = 0; j < NI; ++j)
+    for (int j = 0; j < NI; ++j) {
+      uint32_t y[3][2];
 #pragma unroll
-      for (int k = 0; k < 2; ++k) b_low[j][k] = low(b[j][k]), b[j][k] = high(b[j][k]);
+      for (int k = 0; k < 2; ++k) split(b[k][j][0], b[k][j][1], y[0][k], y[1][k], y[2][k]);
 #pragma unroll
-    for (int i = 0; i < MI; ++i)
-#pragma unroll
-      for (int j = 0; j < NI; ++j) {
+      for (int i = 0; i < MI; ++i) {
         float part[4] = {};
-        mma_tf32(part, a_low[i], b[j]);
-        mma_tf32(part, a[i], b_low[j]);
+        mma_bf16(part, x[0][i], y[2]);
+        mma_bf16(part, x[2][i], y[0]);
+        mma_bf16(part, x[1][i], y[1]);
+        mma_bf16(part, x[0][i], y[1]);
+        mma_bf16(part, x[1][i], y[0]);
 #pragma unroll
         for (int k = 0; k < 4; ++k) part[k] = fabsf(part[k]) < INFINITY ? part[k] : 0;  // the high parts say which
-        mma_tf32(part, a[i], b[j]);
+        mma_bf16(part, x[0][i], y[0]);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const float before = sum[i][j][k];
@@ -63,6 +72,7 @@ struct Accumulator {
           rest[i][j][k] += part[k] - (sum[i][j][k] - before);
         }
       }
+    }
   }
 };
 

@@ -18,6 +18,7 @@ template <class T, int SIDE>
 struct WeightTile {
   static constexpr int PER = 16 / sizeof(T), CHUNKS = SIDE / PER, MI = SIDE / 32, NI = SIDE / 16;
   using Rows = Tile<SIDE* static_cast<int>(sizeof(T)) / 2>;  // SIDE channels each
+  using Sums = Accumulator<T, MI, NI>;
   static constexpr int BYTES = kPixels * SIDE * static_cast<int>(sizeof(T));
 
   const ConvWeightGradParams& q;
@@ -89,23 +90,27 @@ struct WeightTile {
          static_cast<int>(p.cin));
   }
 
-  __device__ __forceinline__ void product(Accumulator<T, MI, NI>& sum, Rows g, Rows x, int n, int c) const {
-    uint32_t a[MI][4], b[NI][2];
+  __device__ __forceinline__ void product(Sums& sum, Rows g, Rows x, int n, int c) const {
+    uint32_t a[Sums::LOADS][MI][4], b[Sums::LOADS][NI][2];
     if constexpr (std::is_same_v<T, float>) {  // ldmatrix transposes 16-bit values only
       const int row = static_cast<int>(threadIdx.x) % 4, column = static_cast<int>(threadIdx.x) % 32 / 4;
       const auto value = [](Rows tile, int k, int m) {
         return reinterpret_cast<const uint32_t*>(tile.at(k, m / 4))[m % 4];
       };
 #pragma unroll
-      for (int k = 0; k < kPixels; k += 8) {
+      for (int k = 0; k < kPixels; k += 16) {
 #pragma unroll
-        for (int i = 0; i < MI; ++i)
+        for (int l = 0; l < 2; ++l) {
+          const int first_row = k + 8 * l + row;
 #pragma unroll
-          for (int e = 0; e < 4; ++e) a[i][e] = value(g, k + row + e / 2 * 4, n + i * 16 + column + e % 2 * 8);
+          for (int i = 0; i < MI; ++i)
 #pragma unroll
-        for (int j = 0; j < NI; ++j)
+            for (int e = 0; e < 4; ++e) a[l][i][e] = value(g, first_row + e / 2 * 4, n + i * 16 + column + e % 2 * 8);
 #pragma unroll
-          for (int e = 0; e < 2; ++e) b[j][e] = value(x, k + row + e * 4, c + j * 8 + column);
+          for (int j = 0; j < NI; ++j)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) b[l][j][e] = value(x, first_row + e * 4, c + j * 8 + column);
+        }
         sum.add(a, b);
       }
     } else {
@@ -114,12 +119,12 @@ struct WeightTile {
 #pragma unroll
       for (int k = 0; k < kPixels; k += 16) {
 #pragma unroll
-        for (int i = 0; i < MI; ++i) from_g(a[i], k, n + i * 16);
+        for (int i = 0; i < MI; ++i) from_g(a[0][i], k, n + i * 16);
 #pragma unroll
         for (int j = 0; j < NI; j += 2) {
           uint32_t two[4];
           from_x(two, k, c + j * 8);
-          b[j][0] = two[0], b[j][1] = two[1], b[j + 1][0] = two[2], b[j + 1][1] = two[3];
+          b[0][j][0] = two[0], b[0][j][1] = two[1], b[0][j + 1][0] = two[2], b[0][j + 1][1] = two[3];
         }
         sum.add(a, b);
       }
@@ -131,7 +136,7 @@ struct WeightTile {
     const int n = warp / 2 * (SIDE / 2), c = warp % 2 * (SIDE / 2);
     const bool live = n0 + n < p.cout && c0 + c < p.cin;  // of this warp
     const int steps = end - begin;
-    Accumulator<T, MI, NI> total;
+    Sums total;
     if (steps > 0) {
       Place next{begin % sets(), first + begin / sets() % frames, begin / sets() / frames};
       for (int s = 0; s < kStages - 1; ++s) {
