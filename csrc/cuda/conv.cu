@@ -10,7 +10,6 @@
 // patch, stand in shared memory once for those taps (halo), each tap reading its own rows of it: L2 sees 1.4 instead of
 // 9 reads of x. Where strides or dilations make that patch larger than what is read, a tap has a patch of its own.
 // Padding is the zero fill of cp.async, repeated pixels another address. Nothing is copied, padded or concatenated.
-//
 #include "conv_product.cuh"
 
 namespace fastdit::cuda {

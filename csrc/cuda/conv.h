@@ -31,6 +31,8 @@ struct WeightMove {
 };
 void conv_move_weight(const WeightMove& m, Stream stream, const char* op);
 
+int conv_processors(int device);  // what a caller fits its programs to
+
 // Frames before those of x; null: none.
 struct Cache {
   const void* data;

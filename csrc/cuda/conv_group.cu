@@ -224,6 +224,8 @@ void sums(const NormSiluGradParams& q, const float* stats, float* parts, int pro
 
 }  // namespace
 
+int conv_processors(int device) { return processors(device); }
+
 void conv_group_statistics(const NormSiluParams& p, float* parts, int programs, Stream stream, const char* op) {
   FASTDIT_CONV_DTYPES(p.dtype, statistics, p, parts, programs, stream, op)
 }
