@@ -166,7 +166,8 @@ struct WeightTile {
 };
 
 template <class T, int SIDE>
-__global__ void __launch_bounds__(kThreads) weight_grad_kernel(const ConvWeightGradParams q, int parts) {
+__global__ void __launch_bounds__(kThreads, SIDE == 96 ? 3 : 2)
+    weight_grad_kernel(const ConvWeightGradParams q, int parts) {
   FASTDIT_SHARED_DYNAMIC(bytes, 128);
   const WeightTile<T, SIDE> tile(q, bytes, parts);
   tile.run();
