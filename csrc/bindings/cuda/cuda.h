@@ -12,10 +12,14 @@ inline Stream stream(const py::tuple& where) { return {static_cast<int>(item(whe
 
 void bind_modulation(py::module_& m);
 void bind_attention(py::module_& m);
+void bind_conv(py::module_& m);
+void bind_conv_norm(py::module_& m);
 
 inline void bind_families(py::module_& m) {
   bind_modulation(m);
   bind_attention(m);
+  bind_conv(m);
+  bind_conv_norm(m);
 }
 
 }  // namespace fastdit::cuda

@@ -7,7 +7,7 @@ import importlib
 from .. import registry
 from ._launch import _cuda, missing
 
-FAMILIES = ("modulation", "attention")
+FAMILIES = ("modulation", "attention", "conv")
 
 
 def register_all() -> None:

@@ -8,7 +8,6 @@ and fill no cp.async; x itself is read in place where it is channels_last_3d and
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import gcd
 
 import torch
@@ -16,17 +15,15 @@ from torch import Tensor
 
 from fastdit.kernels import conv as kernels, conv_weight
 
-from ...reference.conv import output_shape
+from .._conv import NORM, Kernels, backward, forward, norms
 from .._facts import kept
-from .._video import empty, next_cache_backward
+from .._video import next_cache_backward
 from ..registry import Impl, register as _register
 from . import conv_norm
 from ._config import Config, choose, tunable
 from ._launch import INTERPRET, Launch, dot_precision, unfit
 from ._tiles import power
-from .conv_norm import NORM, WIDEST, laid, next_cache, norm_silu
-
-PAD = {"zeros": 0, "first": 1, "replicate": 1, "reflect": 2}
+from .conv_norm import WIDEST, laid
 
 tunable(
     "conv",  # BLOCK_M, N0, N1, K
@@ -142,35 +139,17 @@ def _plan(
     )  # fmt: skip
 
 
-_shape = lru_cache(4096)(output_shape)
-
-
-def causal_conv3d(
-    x, weight, bias, cache, norm_weight, residual,
-    stride, dilation, padding, time_pad, space_pad, norm, norm_eps, act, algo,
-):  # fmt: skip
-    stride, dilation, padding = tuple(stride), tuple(dilation), tuple(padding)
-    y = empty(x, _shape(x.shape, weight.shape, stride, dilation, padding))
-    if y.numel():
-        start = ((0 if cache is None else cache.shape[2]) - padding[0], -padding[2], -padding[4])
-        x, cache = video_ready(x, cache, norm_weight, norm, norm_eps, act)
-        packed = pack(weight, x.dtype)
-        n, _, *taps = packed.stride()
-        convolve(
-            y, x, cache, packed, packed.shape[2:], (0, n, *taps), bias, residual,
-            stride, dilation, start, time_pad == "first", PAD[space_pad],
-        )  # fmt: skip
-    return y
-
-
 def register() -> None:
     from . import conv_backward  # which needs what is defined here
 
-    _register(
-        Impl("causal_conv3d", "triton", _supports, causal_conv3d, conv_backward.causal_conv3d_backward),
-    )
+    k = Kernels(
+        video_ready, pack, convolve, conv_backward.weight_gradient, conv_norm.normalize, conv_norm.normalize_backward,
+        conv_norm.statistics, conv_norm.group_backward, conv_norm.sum_rows, conv_norm.pixel_sums,
+    )  # fmt: skip
+    norm_silu, norm_silu_backward, next_cache = norms(k)
+    _register(Impl("causal_conv3d", "triton", _supports, forward(k), backward(k)))
     _register(Impl("next_cache", "triton", _moves, next_cache, next_cache_backward))
-    _register(Impl("norm_silu", "triton", _supports_norm, norm_silu, conv_norm.norm_silu_backward))
+    _register(Impl("norm_silu", "triton", _supports_norm, norm_silu, norm_silu_backward))
 
 
 def _moves(x, *_):

@@ -10,14 +10,11 @@ from torch import Tensor
 
 from fastdit.kernels import conv_group, conv_norm as kernels
 
-from ...reference.conv import NORM_EPS
 from .._facts import kept
-from .._video import empty, zeros_or_none
 from ._config import Config, choose, tunable
 from ._launch import Launch, launch, processors
 from ._tiles import power
 
-NORM = {None: 0, "channel_l2": 1, "channel_rms": 2, "group": 3}
 WIDEST = 8192  # channels of a pixel in one tile
 
 # values a thread; the backward holds two tensors
@@ -49,17 +46,6 @@ NOTHING = (0, 1, (0, 0, 0, 0, 0))
 def laid(t: Tensor | None) -> tuple[int, int, tuple[int, ...]]:
     """(LAYOUT, ALIGN, strides with 0 for dims of size 1): see kernels/conv_index.py."""
     return NOTHING if t is None else _laid(t)
-
-
-def video(t: Tensor, group: bool = False) -> Tensor:
-    """Any norm_silu input as (B, C, T, H, W); without pixels the rows are them, where no statistics forbid it."""
-    if t.dim() == 5:
-        return t
-    if t.dim() == 4:
-        return t[:, :, None]
-    if t.dim() == 3:
-        return t[:, :, None, None]
-    return t[:, :, None, None, None] if group else t.t()[None, :, None, None]
 
 
 def choice(name: str, x: Tensor) -> Config:
@@ -169,7 +155,7 @@ def _group_launch(kernel, tensors: tuple, x: Tensor, strides: tuple, layouts: tu
     launch(kernel, grid, tensors, (programs, T, H, W, *strides), (C, *layouts, block_p, block_c), warps)
 
 
-def _statistics(x: Tensor, groups: int, eps: float) -> Tensor:
+def statistics(x: Tensor, groups: int, eps: float) -> Tensor:
     """(B, 2, C): mean and rstd of each channel's group."""
     B, C = x.shape[:2]
     layout, align, stride = laid(x)
@@ -184,40 +170,12 @@ def _statistics(x: Tensor, groups: int, eps: float) -> Tensor:
     return stats
 
 
-def norm_silu(x, weight, bias, norm, groups, eps):
-    y = empty(x)
-    if y.numel():
-        group = norm == "group"
-        eps = NORM_EPS[norm] if eps is None else eps
-        x, out = video(x, group), video(y, group)
-        stats = _statistics(x, groups, eps) if group else None
-        normalize(out, x, None, weight, bias, stats, NORM[norm], eps, True)
-    return y
-
-
-def norm_silu_backward(grad, x, weight, bias, norm, groups, eps, needs):
-    need_x, need_weight, need_bias = (need and t is not None for need, t in zip(needs, (x, weight, bias), strict=True))
-    if grad is None or grad.numel() == 0:
-        return zeros_or_none((x, weight, bias), needs)
-    d_x = empty(x) if need_x else None
-    group = norm == "group"
-    eps = NORM_EPS[norm] if eps is None else eps
-    x, g = video(x, group), video(grad, group)
-    out = None if d_x is None else video(d_x, group)
-    if group:
-        parts = _group_backward(out, x, g, weight, bias, groups, eps)
-    else:
-        parts = normalize_backward(out, x, g, weight, bias, NORM[norm], eps, True, need_weight or need_bias)
-    d_weight = sum_rows(parts, 0, weight) if need_weight else None
-    return d_x, d_weight, sum_rows(parts, 1, bias) if need_bias else None
-
-
-def _group_backward(dx, x: Tensor, g: Tensor, weight, bias, groups: int, eps: float) -> Tensor:
+def group_backward(dx, x: Tensor, g: Tensor, weight, bias, groups: int, eps: float) -> Tensor:
     """Writes dx (or None); returns (B, 2, C): each sample's sums for weight and bias."""
     B, C, T, H, W = x.shape
     x_layout, x_align, x_stride = laid(x)
     g_layout, g_align, g_stride = laid(g)
-    stats = _statistics(x, groups, eps)
+    stats = statistics(x, groups, eps)
     parts = _group_parts(x, 2)
     _group_launch(
         conv_group.group_sums, (parts, x, g, weight, bias, stats), x, (*x_stride, *g_stride),
@@ -242,13 +200,3 @@ def _group_backward(dx, x: Tensor, g: Tensor, weight, bias, groups: int, eps: fl
             warps,
         )
     return sums
-
-
-def next_cache(x, cache, k_t):
-    new = min(k_t - 1, x.shape[2])
-    old = 0 if cache is None else min(k_t - 1 - new, cache.shape[2])
-    out = empty(x, (*x.shape[:2], old + new, *x.shape[3:]))
-    if out.numel():
-        x = x if new == x.shape[2] else x[:, :, x.shape[2] - new :]
-        normalize(out, x, cache, None, None, None, 0, 0.0, False)
-    return out

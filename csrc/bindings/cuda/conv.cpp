@@ -1,0 +1,83 @@
+#include "video.h"
+
+namespace fastdit::cuda {
+namespace {
+
+// (x, cache, y, kernel, stride, dilation, pads before T, H and W, time_pad, space_pad); of y only the sizes are used
+ConvParams parameters(const py::tuple& a, const Video& y) {
+  const Video x(part(a, 0)), cache(part(a, 1));
+  ConvParams p{};
+  p.x = x.data, p.cache = cache.data, p.dtype = x.dtype;
+  p.n = y.shape[0], p.cin = x.shape[1], p.cout = y.shape[1], p.cache_t = cache.shape[2];
+  p.t = x.shape[2], p.h = x.shape[3], p.w = x.shape[4], p.to = y.shape[2], p.ho = y.shape[3], p.wo = y.shape[4];
+  copy(x.stride, p.x_stride), copy(cache.stride, p.cache_stride);
+  integers(part(a, 2), p.kernel), integers(part(a, 3), p.stride), integers(part(a, 4), p.dilation);
+  int64_t pad[3];
+  integers(part(a, 5), pad);
+  p.pad_t = pad[0], p.pad_h = pad[1], p.pad_w = pad[2];
+  p.time_pad = static_cast<int>(item(a, 6)), p.space_pad = static_cast<int>(item(a, 7));
+  return p;
+}
+
+ConvWeightGradParams weight_gradient_parameters(const py::tuple& shared, const py::tuple& grad) {
+  const Video g(grad);
+  ConvWeightGradParams q{};
+  q.forward = parameters(shared, g);
+  q.grad = g.data;
+  copy(g.stride, q.grad_stride);
+  return q;
+}
+
+}  // namespace
+
+void bind_conv(py::module_& m) {
+  m.def(
+      "conv_forward",
+      [](const py::tuple& where, const std::string& op, const py::tuple& shared, const py::tuple& taps,
+         const py::object& bias, const py::object& residual, const py::tuple& out) {
+        const Video y(out), r(residual);
+        ConvParams p = parameters(shared, y);
+        p.y = y.data, p.wide = y.dtype != p.dtype, p.residual = r.data;
+        copy(y.stride, p.y_stride), copy(r.stride, p.residual_stride);
+        vector(bias, p.bias, p.bias_dtype);
+        const ConvTaps w{pointer<const void>(taps, 0), item(taps, 1), item(taps, 2), item(taps, 3), item(taps, 4)};
+        const Stream s = stream(where);
+        py::gil_scoped_release release;
+        conv_forward(p, w, s, op.c_str());
+      },
+      "y = conv(pad(cat(cache, x)), taps) + bias + residual; see fastdit/conv.h. taps: address, strides of N, T, H, "
+      "W.");
+  m.def(
+      "conv_weight_grad_parts",
+      [](int device, const py::tuple& shared, const py::tuple& grad) {
+        return conv_weight_grad_parts(weight_gradient_parameters(shared, grad), device);
+      },
+      "In how many parts conv_weight_grad sums.");
+  m.def(
+      "conv_weight_grad",
+      [](const py::tuple& where, const std::string& op, const py::tuple& shared, const py::tuple& grad, int64_t to,
+         int parts) {
+        ConvWeightGradParams q = weight_gradient_parameters(shared, grad);
+        q.d_weight = ptr<void>(to);
+        const Stream s = stream(where);
+        py::gil_scoped_release release;
+        conv_weight_grad(q, parts, s, op.c_str());
+      },
+      "to: (parts, Cout, taps, C) fp32, whose sum is the gradient of the weight.");
+  m.def(
+      "conv_move_weight",
+      [](const py::tuple& where, const std::string& op, const py::tuple& from, const py::tuple& to, int64_t parts,
+         int64_t part_stride) {
+        const Video source(from), target(to);
+        WeightMove w{source.data, target.data, source.dtype, target.dtype, target.shape[0], target.shape[1],
+                     {},          {},          {},           parts,        part_stride};
+        std::copy(target.shape + 2, target.shape + 5, w.kernel);
+        copy(source.stride, w.from_stride), copy(target.stride, w.to_stride);
+        const Stream s = stream(where);
+        py::gil_scoped_release release;
+        conv_move_weight(w, s, op.c_str());
+      },
+      "to (N, C, kt, kh, kw) = the sum over parts of from, in their order.");
+}
+
+}  // namespace fastdit::cuda

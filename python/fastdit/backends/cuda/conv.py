@@ -1,0 +1,228 @@
+"""conv on the CUDA kernels (csrc/cuda/conv.cu, conv_weight.cu, conv_norm.cu): implicit GEMMs on the warp's matrix unit.
+
+Launches: 1 for the convolution; 1 to pack the weight unless it lies in channels_last_3d in x's dtype; 1 for norm and
+SiLU, or where x's pixels do not lie on 16 bytes (NCDHW, three channels): act(norm(cat(cache, x))), written once, 2 *
+itemsize bytes a value. Cache and padding are never copied for their own sake. fp32 is three products of tf32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._conv import NORM, Kernels, backward, forward, norms
+from .._facts import kept
+from .._video import empty, next_cache_backward
+from ..cpu._abi import DTYPE, pointer
+from ..registry import Impl, register as _register
+from ._launch import ask, launch, unfit
+
+WIDEST = 512  # channels that one block of the norms' backward holds
+
+
+def _strides(t: Tensor) -> tuple[int, ...]:
+    """As the kernels compare them: 0 along dims of size 1, where a frame of one row or column stays one run."""
+    shape = t.shape
+    s_b, s_c, s_t, s_h, s_w = (0 if n == 1 else s for n, s in zip(shape, t.stride(), strict=True))
+    s_w = s_h if shape[4] == 1 else s_w
+    return s_b, 1 if shape[1] == 1 else s_c, s_t, s_w * shape[4] if shape[3] == 1 else s_h, s_w
+
+
+@kept
+def _facts(t: Tensor) -> tuple:
+    return DTYPE[t.dtype], tuple(t.shape), _strides(t)
+
+
+def _video(t: Tensor | None):
+    return None if t is None else (t.data_ptr(), *_facts(t))
+
+
+def _vector(t: Tensor | None):
+    return None if t is None else (t.data_ptr(), DTYPE[t.dtype])
+
+
+@kept
+def _adjacent(t: Tensor) -> bool:
+    """Whether channels are adjacent and all else is a multiple of 16 bytes."""
+    s_b, s_c, *rest = _strides(t)
+    return s_c == 1 and all(s * t.element_size() % 16 == 0 for s in (s_b, *rest))
+
+
+def _lies(t: Tensor | None) -> bool:
+    return t is None or (_adjacent(t) and t.data_ptr() % 16 == 0)
+
+
+def _padded(like: Tensor, shape: tuple, dtype: torch.dtype) -> Tensor:
+    """(N, C, T, H, W) with adjacent channels, each pixel on 16 bytes."""
+    N, C, *rest = shape
+    unit = 16 // dtype.itemsize
+    memory = torch.empty((N, *rest, -(-C // unit) * unit), dtype=dtype, device=like.device)
+    return memory[..., :C].permute(0, 4, 1, 2, 3)
+
+
+def _ready(x: Tensor, cache, norm_weight, norm, norm_eps: float, act) -> tuple[Tensor, Tensor | None]:
+    """(x, cache) as the convolution reads them: as they are, or act(norm(cat of both)) written once."""
+    if cache is not None and cache.shape[2] == 0:
+        cache = None
+    if norm is None and act is None and _lies(x) and _lies(cache):
+        return x, cache
+    B, C, T, H, W = x.shape
+    h = _padded(x, (B, C, T + (0 if cache is None else cache.shape[2]), H, W), x.dtype)
+    if h.numel():
+        _normalize(h, x, cache, norm_weight, None, None, NORM[norm], norm_eps, act == "silu")
+    return h, None
+
+
+def _pack(weight: Tensor, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+    given = weight.transpose(0, 1) if transposed else weight
+    if weight.dtype == dtype and _lies(given):
+        return given
+    out = _padded(weight, tuple(given.shape), dtype)
+    _move(out, given)
+    return out
+
+
+def _move(out: Tensor, given: Tensor, parts: int = 1, distance: int = 0, reads: Tensor | None = None) -> None:
+    """out[n, c, tap] = given's, or the sum of `parts` of them `distance` elements apart, which `reads` holds."""
+    launch(
+        "conv_move_weight", "causal_conv3d", out, (_video(given), _video(out), parts, distance),
+        (given if reads is None else reads,), (out,),
+    )  # fmt: skip
+
+
+def _geometry(x, cache, kernel, stride, dilation, start, time_first: bool, space: int) -> tuple:
+    before = tuple(-s for s in start)
+    return _video(x), _video(cache), tuple(kernel), stride, dilation, before, int(time_first), space
+
+
+def _convolve(
+    y, x, cache, weight, kernel, w_stride, bias, residual, stride, dilation, start, time_first: bool, space: int
+) -> None:
+    shared = _geometry(x, cache, kernel, stride, dilation, start, time_first, space)
+    corner, *steps = w_stride
+    sizes = (weight.shape[0], *kernel)
+    steps = (0 if n == 1 else s for n, s in zip(sizes, steps, strict=True))
+    taps = (weight.data_ptr() + corner * weight.element_size(), *steps)
+    launch(
+        "conv_forward", "causal_conv3d", x, (shared, taps, _vector(bias), _video(residual), _video(y)),
+        (x, cache, weight, bias, residual), (y,),
+    )  # fmt: skip
+
+
+def _normalize(y, x, cache, weight, bias, stats, norm: int, eps: float, act: bool) -> None:
+    """y (B, C, T, H, W) = act(norm(the last T frames of cat(cache, x))); all of x is among them."""
+    cached = y.shape[2] - x.shape[2]
+    cache = None if cached == 0 else cache[:, :, cache.shape[2] - cached :]
+    shared = (_video(x), norm, 1, eps, _vector(weight), _vector(bias))
+    launch(
+        "conv_normalize", "norm_silu", x, (shared, _video(cache), act, pointer(stats), _video(y)),
+        (x, cache, weight, bias, stats), (y,),
+    )  # fmt: skip
+
+
+def _normalize_backward(dx, x, g, weight, bias, norm: int, eps: float, act: bool, sums: bool, stats=None, moments=None):
+    if dx is not None and dx.data_ptr() == g.data_ptr() and x.shape[1] > WIDEST:
+        g = g.clone()  # a block would read what another has written
+    B, C, T, H, W = x.shape
+    programs = min(-(-B * T * H * W // 64), 4 * _processors(x))
+    parts = torch.empty((programs, 2, C), dtype=torch.float32, device=x.device) if sums else None
+    shared = (_video(x), norm, 1, eps, _vector(weight), _vector(bias))
+    launch(
+        "conv_normalize_backward", "norm_silu_backward", x,
+        (shared, _video(g), act, _video(dx), pointer(stats), pointer(moments), pointer(parts), programs),
+        (x, g, weight, bias, stats, moments), (dx, parts),
+    )  # fmt: skip
+    return parts
+
+
+def _sum_rows(parts: Tensor, which: int, like: Tensor) -> Tensor:
+    out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    rows, C = parts.shape[0], parts.shape[-1]
+    launch(
+        "conv_sum_rows", "norm_silu_backward", parts, (parts[0, which].data_ptr(), _vector(out), rows, C, 2 * C),
+        (parts,), (out,),
+    )  # fmt: skip
+    return out
+
+
+# ---- groups -------------------------------------------------------------------------------------------
+def _processors(x: Tensor) -> int:
+    return ask("conv_processors", x)
+
+
+def _group_parts(x: Tensor, kinds: int) -> Tensor:
+    """(B, programs, kinds, C): enough programs to fill the device, each with pixels to walk over."""
+    B, C, T, H, W = x.shape
+    programs = max(1, min(-(-T * H * W // 256), 4 * _processors(x) // B))
+    return torch.empty((B, programs, kinds, C), dtype=torch.float32, device=x.device)
+
+
+def _statistics(x: Tensor, groups: int, eps: float) -> Tensor:
+    parts = _group_parts(x, 3)
+    stats = torch.empty((x.shape[0], 2, x.shape[1]), dtype=torch.float32, device=x.device)
+    shared = (_video(x), NORM["group"], groups, eps, None, None)
+    launch(
+        "conv_group_statistics", "norm_silu", x, (shared, parts.data_ptr(), stats.data_ptr(), parts.shape[1]),
+        (x,), (parts, stats),
+    )  # fmt: skip
+    return stats
+
+
+def _group_sums(x, g: Tensor, weight, bias, stats) -> Tensor:
+    parts = _group_parts(g, 2)
+    shared = (_video(x), NORM["group"], 1, 0.0, _vector(weight), _vector(bias))
+    launch(
+        "conv_group_sums", "norm_silu_backward", g,
+        (shared, _video(g), pointer(stats), parts.data_ptr(), parts.shape[1]), (x, g, weight, bias, stats), (parts,),
+    )  # fmt: skip
+    return parts
+
+
+def _group_backward(dx, x: Tensor, g: Tensor, weight, bias, groups: int, eps: float) -> Tensor:
+    stats = _statistics(x, groups, eps)
+    parts = _group_sums(x, g, weight, bias, stats)
+    sums, moments = torch.empty((2, x.shape[0], 2, x.shape[1]), dtype=torch.float32, device=x.device)
+    shared = (_video(x), NORM["group"], groups, eps, _vector(weight), None)
+    launch(
+        "conv_group_moments", "norm_silu_backward", x,
+        (shared, parts.data_ptr(), sums.data_ptr(), moments.data_ptr(), parts.shape[1]),
+        (x, weight, parts), (sums, moments),
+    )  # fmt: skip
+    if dx is not None:
+        _normalize_backward(dx, x, g, weight, bias, NORM["group"], eps, True, False, stats, moments)
+    return sums
+
+
+def _pixel_sums(g: Tensor, like: Tensor) -> Tensor:
+    return _sum_rows(_group_sums(None, g, None, None, None).view(-1, 2, g.shape[1]), 1, like)
+
+
+def _weight_gradient(grad, x, cache, weight, stride, dilation, start, time_first: bool, space: int) -> Tensor:
+    N, C, *taps = weight.shape
+    shared = _geometry(x, cache, taps, stride, dilation, start, time_first, space)
+    count = ask("conv_weight_grad_parts", x, shared, _video(grad))
+    parts = torch.empty((count, N, *taps, C), dtype=torch.float32, device=x.device)
+    op = "causal_conv3d_backward"
+    launch("conv_weight_grad", op, x, (shared, _video(grad), parts.data_ptr(), count), (x, cache, grad), (parts,))
+    out = empty(weight)
+    _move(out, parts[0].permute(0, 4, 1, 2, 3), count, parts.stride(0), parts)
+    return out
+
+
+def register() -> None:
+    k = Kernels(
+        _ready, _pack, _convolve, _weight_gradient, _normalize, _normalize_backward, _statistics, _group_backward,
+        _sum_rows, _pixel_sums,
+    )  # fmt: skip
+    norm_silu, norm_silu_backward, next_cache = norms(k)
+    _register(Impl("causal_conv3d", "cuda", _supports, forward(k), backward(k)))
+    _register(Impl("next_cache", "cuda", _moves, next_cache, next_cache_backward))
+    _register(Impl("norm_silu", "cuda", _moves, norm_silu, norm_silu_backward))
+
+
+def _moves(x, *_) -> str | None:
+    return unfit(x)
+
+
+def _supports(x, *rest) -> str | None:
+    return "has no winograd; algo='auto' takes direct" if rest[-1] == "winograd" else unfit(x)
