@@ -158,30 +158,26 @@ void run(const PatchEmbedParams& p, Stream stream, const char* op) {
     e.wide = e.wide && fits(p.items[i].pos, static_cast<int>(itemsize(static_cast<DType>(p.pos_dtype))), 8,
                             {p.items[i].pos_stride[0], p.items[i].pos_stride[1]});
 
-  const auto tiles_of = [](const PatchItem& i) {
-    return (i.batch * i.grid[0] * i.grid[1] * i.grid[2] + kTokens - 1) / kTokens;
-  };
   const int limit = shared_limit(stream.device);
-  each_launch(
-      p.items, p.num_items, p.channels, p.patch, item, op, tiles_of, [&](const Videos& v, int x_width, int tiles) {
-        e.x_width = x_width;
-        const int packs = K / x_width + K / e.weight_width;
-        const auto shared = [&](int chunk, int chunks, int slab) {
-          return static_cast<int>(Layout<T>(chunk, chunks, slab, packs).bytes);
-        };
-        const int whole = (K + Panel<T>::kStep - 1) / Panel<T>::kStep * Panel<T>::kStep;
-        e.chunk = whole, e.chunks = 1;
-        if (shared(whole, 1, kColumns) > limit)
-          e.chunk = 128 / static_cast<int>(sizeof(T)), e.chunks = (K - 1) / e.chunk + 1;
-        // three blocks on a processor hide what one waits for
-        e.slab = e.chunks == 1 && D > kColumns && 3 * shared(whole, 1, 2 * kColumns) <= limit ? 2 * kColumns : kColumns;
-        const int slabs = (D + e.slab - 1) / e.slab;
-        // enough blocks for the card; beyond that a block keeps its patches for all outputs
-        const int wanted = (4 * processors(stream.device) + tiles - 1) / tiles, parts = wanted < slabs ? wanted : slabs;
-        e.per = (slabs + parts - 1) / parts, e.parts = (slabs + e.per - 1) / e.per;
-        launch(patch_embed_kernel<TX, T>, dim3(static_cast<unsigned>(tiles) * e.parts), dim3(kThreads),
-               shared(e.chunk, e.chunks, e.slab), stream, op, sizes(p), v, e);
-      });
+  each_launch(p, kTokens, op, [&](const Videos& v, int x_width, int tiles) {
+    e.x_width = x_width;
+    const int packs = K / x_width + K / e.weight_width;
+    const auto shared = [&](int chunk, int chunks, int slab) {
+      return static_cast<int>(Layout<T>(chunk, chunks, slab, packs).bytes);
+    };
+    const int whole = (K + Panel<T>::kStep - 1) / Panel<T>::kStep * Panel<T>::kStep;
+    e.chunk = whole, e.chunks = 1;
+    if (shared(whole, 1, kColumns) > limit)
+      e.chunk = 128 / static_cast<int>(sizeof(T)), e.chunks = (K - 1) / e.chunk + 1;
+    // three blocks on a processor hide what one waits for
+    e.slab = e.chunks == 1 && D > kColumns && 3 * shared(whole, 1, 2 * kColumns) <= limit ? 2 * kColumns : kColumns;
+    const int slabs = (D + e.slab - 1) / e.slab;
+    // enough blocks for the card; beyond that a block keeps its patches for all outputs
+    const int wanted = (4 * processors(stream.device) + tiles - 1) / tiles, parts = wanted < slabs ? wanted : slabs;
+    e.per = (slabs + parts - 1) / parts, e.parts = (slabs + e.per - 1) / e.per;
+    launch(patch_embed_kernel<TX, T>, dim3(static_cast<unsigned>(tiles) * e.parts), dim3(kThreads),
+           shared(e.chunk, e.chunks, e.slab), stream, op, sizes(p), v, e);
+  });
 }
 
 }  // namespace

@@ -25,7 +25,7 @@ struct Video {
 };
 struct Videos {
   Video at[kVideos];
-  int count, channels, pt, ph, pw;
+  int count, pt, ph, pw;
 };
 
 __device__ __forceinline__ const Video& video_of(const Videos& videos, int tile) {
@@ -117,42 +117,55 @@ inline int pack_width(const void* at, int itemsize, const int64_t (&size)[4], co
   return width;
 }
 
-// The launches of a list: `run` gets as many videos as one can tell apart, in tiles of so many tokens, the widest packs
-// that all their values allow, and the tiles. tiles_of(item): of one item.
-template <class TilesOf, class Run>
-void each_launch(const PatchItem* items, int64_t count, int64_t channels, const int64_t (&patch)[3], int itemsize,
-                 const char* op, TilesOf&& tiles_of, Run&& run) {
+// The packs that the patches of a video allow.
+inline int patch_width(const PatchItem& item, int64_t channels, const int64_t (&patch)[3], int itemsize) {
+  const auto along = [](int64_t n, int64_t stride) { return n > 1 ? stride : 0; };
+  return pack_width(item.x, itemsize, {channels, patch[0], patch[1], patch[2]}, item.stride + 1,
+                    {along(item.batch, item.stride[0]), along(item.grid[0], item.stride[2] * patch[0]),
+                     along(item.grid[1], item.stride[3] * patch[1]), along(item.grid[2], item.stride[4] * patch[2])});
+}
+inline int64_t tokens_of(const PatchItem& item) { return item.batch * item.grid[0] * item.grid[1] * item.grid[2]; }
+
+// The launches of a list: `run` gets as many videos as one can tell apart, the least of their width_of(item) and the
+// sum of their tiles_of(item).
+template <class WidthOf, class TilesOf, class Run>
+void each_launch(const PatchItem* items, int64_t count, const int64_t (&patch)[3], const char* op, WidthOf&& width_of,
+                 TilesOf&& tiles_of, Run&& run) {
   for (int64_t i = 0; i < count;) {
     Videos videos{};
-    videos.channels = static_cast<int>(channels);
-    videos.pt = static_cast<int>(patch[0]), videos.ph = static_cast<int>(patch[1]),
+    videos.pt = static_cast<int>(patch[0]), videos.ph = static_cast<int>(patch[1]);
     videos.pw = static_cast<int>(patch[2]);
-    int width = 16 / itemsize;
+    int width = 16;
     int64_t tiles = 0;
     for (; i < count && videos.count < kVideos; ++i) {
       const PatchItem& item = items[i];
-      const int64_t plane = item.grid[1] * item.grid[2], tokens = item.grid[0] * plane, rows = item.batch * tokens;
+      const int64_t rows = tokens_of(item);
       if (rows == 0) continue;
       if (rows + tiles > 0x7fff0000)
         throw std::invalid_argument(std::string(op) + ": too many tokens; got " + std::to_string(rows) +
                                     " of one video, expected fewer than 2^31; split the call");
-      const auto along = [](int64_t n, int64_t stride) { return n > 1 ? stride : 0; };
-      const int fits =
-          pack_width(item.x, itemsize, {channels, patch[0], patch[1], patch[2]}, item.stride + 1,
-                     {along(item.batch, item.stride[0]), along(item.grid[0], item.stride[2] * patch[0]),
-                      along(item.grid[1], item.stride[3] * patch[1]), along(item.grid[2], item.stride[4] * patch[2])});
+      const int fits = width_of(item);
       width = fits < width ? fits : width;
       Video& v = videos.at[videos.count++];
       v.x = item.x, v.rows = item.pos, v.first_row = item.first_row;
       for (int d = 0; d < 5; ++d) v.stride[d] = item.stride[d];
       v.row_stride[0] = item.pos_stride[0], v.row_stride[1] = item.pos_stride[1];
-      v.count = static_cast<int>(rows), v.tokens = static_cast<int>(tokens), v.plane = static_cast<int>(plane);
-      v.w = static_cast<int>(item.grid[2]);
+      v.count = static_cast<int>(rows), v.tokens = static_cast<int>(rows / item.batch);
+      v.plane = static_cast<int>(item.grid[1] * item.grid[2]), v.w = static_cast<int>(item.grid[2]);
       v.first_tile = static_cast<int>(tiles);
       tiles += tiles_of(item);
     }
     if (tiles) run(videos, width, static_cast<int>(tiles));
   }
+}
+// Of the embedding and its gradients: tiles of so many tokens, packs of the patches' values.
+template <class Run>
+void each_launch(const PatchEmbedParams& p, int tile, const char* op, Run&& run) {
+  const int size = static_cast<int>(itemsize(static_cast<DType>(p.dtype)));
+  each_launch(
+      p.items, p.num_items, p.patch, op,
+      [&](const PatchItem& item) { return patch_width(item, p.channels, p.patch, size); },
+      [&](const PatchItem& item) { return (tokens_of(item) + tile - 1) / tile; }, run);
 }
 
 // Calls run<TX, T>(...) for the dtypes of x and weight.
