@@ -89,21 +89,32 @@ __device__ __forceinline__ void multiply(float (&d)[M][N][4], const Panel<T>& A,
       }
     }
   } else {
+    constexpr int run = 32;  // of the inner dimension, summed by themselves first: fewer roundings of a large sum
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const Panel<T> mine_a = A.template from<along_a>(lane / 4), mine_b = B.template from<along_b>(lane % 4 * 2);
-    for (int k = 0; k < depth; k += 4) {
-      float a[2 * M][4];
+    for (int begin = 0; begin < depth; begin += run) {
+      float part[M][N][4] = {};
+      const int end = begin + run < depth ? begin + run : depth;
+      for (int k = begin; k < end; k += 4) {
+        float a[2 * M][4];
 #pragma unroll
-      for (int i = 0; i < 2 * M; ++i) load_four<along_a>(a[i], mine_a.template from<along_a>(8 * i, k));
+        for (int i = 0; i < 2 * M; ++i) load_four<along_a>(a[i], mine_a.template from<along_a>(8 * i, k));
 #pragma unroll
-      for (int j = 0; j < 2 * N; ++j) {
-        float b[4];
-        load_four<along_b>(b, mine_b.template from<along_b>(j / 2 * 8 + j % 2, k));
+        for (int j = 0; j < 2 * N; ++j) {
+          float b[4];
+          load_four<along_b>(b, mine_b.template from<along_b>(j / 2 * 8 + j % 2, k));
 #pragma unroll
-        for (int i = 0; i < 2 * M; ++i)
+          for (int i = 0; i < 2 * M; ++i)
 #pragma unroll
-          for (int s = 0; s < 4; ++s) d[i / 2][j / 2][i % 2 * 2 + j % 2] += a[i][s] * b[s];
+            for (int s = 0; s < 4; ++s) part[i / 2][j / 2][i % 2 * 2 + j % 2] += a[i][s] * b[s];
+        }
       }
+#pragma unroll
+      for (int i = 0; i < M; ++i)
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) d[i][j][e] += part[i][j][e];
     }
   }
 }

@@ -40,7 +40,7 @@ struct Layout {
 };
 
 template <class TX, class T>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
     patch_embed_kernel(const __grid_constant__ Videos videos, const __grid_constant__ Embed p) {
   FASTDIT_SHARED_DYNAMIC(bytes, 16);
   const int x_packs = p.K / p.x_width, weight_packs = p.K / p.weight_width;

@@ -11,6 +11,8 @@
 namespace fastdit::cuda {
 
 constexpr int kVideos = 16;  // that one launch can tell apart
+template <class T>
+constexpr int kBlocks = sizeof(T) == 2 ? 2 : 1;  // of a processor, at least: fp32 needs more than 128 registers
 
 // A video, or a batch of equal ones.
 struct Video {

@@ -15,8 +15,6 @@ namespace {
 constexpr int kSide = 128, kThreads = 256, kColumns = 64, kGroups = kSide / kColumns;  // warps stand 4 x 2
 template <class T>
 constexpr int kInner = 128 / sizeof(T);  // of the inner dimension a stage: 64 of 16 bits, 32 of fp32
-template <class T>
-constexpr int kBlocks = sizeof(T) == 2 ? 2 : 1;  // of a processor: fp32 needs more than 128 registers
 
 struct EmbedGrad {
   const void *weight, *grad;
