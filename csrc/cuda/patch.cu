@@ -87,51 +87,53 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
           return d < p.D ? weight + d * p.weight_stride[0] : nullptr;
         },
         [&](int pack) { return offset[pack]; });
-    copy_commit();
   };
 
   const int warp = thread / 32, lane = thread % 32, rows = warp / 2 * 32, columns = warp % 2 * 32;
-  const auto store = [&](const float (&sum)[2][4][4], int d) {  // eight outputs of four tokens
+  // What a lane has of a product: eight neighbouring outputs, from d on, of four tokens.
+  const auto store = [&](const float (&sum)[2][4][4], int d) {
     float bias[8] = {};
-    if (p.wide) {
-      if (d >= p.D) return;
-      if (p.bias) load_as<8>(p.bias, p.bias_dtype, d, bias);
+    if (p.bias) {
+      if (p.wide && d < p.D) load_parameter<8, TX>(p.bias, p.bias_dtype, d, bias);
+      if (!p.wide) {
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          float one[1] = {};
+          if (d + c < p.D) load_parameter<1, TX>(p.bias, p.bias_dtype, d + c, one);
+          bias[c] = one[0];
+        }
+      }
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int r = rows + 8 * i + lane / 4;
-      if (row0 + r >= v.count) return;
+      if (row0 + r >= v.count || d >= p.D) continue;
       TX* y = static_cast<TX*>(p.y) + (v.first_row + row0 + r) * p.D + d;
       float out[8];
 #pragma unroll
-      for (int c = 0; c < 8; ++c) out[c] = sum[i / 2][c / 2][i % 2 * 2 + c % 2];
+      for (int c = 0; c < 8; ++c) out[c] = sum[i / 2][c / 2][i % 2 * 2 + c % 2] + bias[c];
       if (p.wide) {
         float pos[8] = {};
-        if (v.rows) load_as<8>(v.rows, p.pos_dtype, positions[r] + d, pos);
+        if (v.rows) load_parameter<8, TX>(v.rows, p.pos_dtype, positions[r] + d, pos);
 #pragma unroll
-        for (int c = 0; c < 8; ++c) out[c] = out[c] + bias[c] + pos[c];
+        for (int c = 0; c < 8; ++c) out[c] += pos[c];
         store_once(y, narrow<TX, 8>(out));
       } else {
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
-          if (d + c >= p.D) break;
-          float one[1];
-          if (p.bias) load_as<1>(p.bias, p.bias_dtype, d + c, one), out[c] += one[0];
-          if (v.rows) load_as<1>(v.rows, p.pos_dtype, positions[r] + d + c, one), out[c] += one[0];
-          store_once(y + c, narrow<TX, 1>({out[c]}));
+          if (d + c >= p.D) continue;
+          float pos[1] = {};
+          if (v.rows) load_parameter<1, TX>(v.rows, p.pos_dtype, positions[r] + d + c, pos);
+          store_once(y + c, narrow<TX, 1>({out[c] + pos[0]}));
         }
       }
     }
   };
 
   float sum[2][4][4];
-  issue(0);
-  for (int i = 0; i < steps; ++i) {
-    copy_wait<0>();
-    __syncthreads();  // this step's panels are there, and nobody reads those that the next ones overwrite
-    if (i + 1 < steps) issue(i + 1);
+  pipeline(steps, issue, [&](int i) {
     const int chunk = i % p.chunks, d0 = (first + i / p.chunks) * p.slab;
-    if (row0 + rows >= v.count) continue;
+    if (row0 + rows >= v.count) return;
     for (int c = columns; c < p.slab && d0 + c < p.D; c += kColumns) {  // once where there are several chunks
       if (chunk == 0) {
 #pragma unroll
@@ -141,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
                                            b_panel(i).template from<Along::inner>(c), depth_of(chunk * p.chunk));
       if (chunk == p.chunks - 1) store(sum, d0 + c + lane % 4 * 8);
     }
-  }
+  });
 }
 
 template <class TX, class T>

@@ -55,41 +55,74 @@ __device__ __forceinline__ int64_t inside(const Videos& s, const int64_t* stride
 }
 
 // ---- from global memory to panels --------------------------------------------------------------------------
-// Rows of packs of `width` values: row(r) is where row r stands (null: zeros), and offset(p) where pack p does from
-// there on; beyond `live` packs zeros. across: neighbouring lanes take eight rows, as neighbouring patches lie side by
-// side; else eight packs of a row. A copy of 4, 8 or 16 bytes is asynchronous: the caller commits and waits.
-template <int bytes, bool across, class T, class TX, class Row, class Offset>
-__device__ __forceinline__ void stage_packs(const Panel<T>& to, int rows, int packs, int live, int width,
-                                            const TX* elsewhere, Row&& row, Offset&& offset) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int warps = static_cast<int>(blockDim.x) / 32;
-  constexpr int height = across ? 8 : 4, length = 32 / height;
-  for (int r = height * warp + (across ? lane % 8 : lane / 8); r < rows; r += height * warps) {
-    const TX* from = row(r);
+// One lane's packs of a row: `first` and every `step`th from there on. At `from` + offset(p) stands pack p; null, and
+// beyond `live`: zeros. A copy of 4, 8 or 16 bytes is asynchronous: the caller commits and waits.
+template <int bytes, class T, class TX, class Offset>
+__device__ __forceinline__ void stage_row(T* to, const TX* from, int first, int step, int packs, int live, int width,
+                                          const TX* elsewhere, Offset&& offset) {
 #pragma unroll 4
-    for (int p = across ? lane / 8 : lane % 8; p < packs; p += length) {
-      const bool there = from && p < live;
-      T* at = to.row(r) + p * width;
-      if constexpr (bytes) {
-        copy_async<bytes>(at, there ? from + offset(p) : elsewhere, there ? bytes : 0);
-      } else if constexpr (std::is_same_v<T, TX>) {
-        *at = there ? load_again<1>(from + offset(p)).values[0] : T{};
-      } else {
-        for (int i = 0; i < width; ++i) at[i] = there ? to_float(load_again<1>(from + offset(p) + i).values[0]) : 0.0f;
-      }
+  for (int p = first; p < packs; p += step) {
+    const bool there = from && p < live;
+    T* at = to + p * width;
+    if constexpr (bytes) {
+      copy_async<bytes>(at, there ? from + offset(p) : elsewhere, there ? bytes : 0);
+    } else if constexpr (std::is_same_v<T, TX>) {
+      *at = there ? load_again<1>(from + offset(p)).values[0] : T{};
+    } else {
+      for (int i = 0; i < width; ++i) at[i] = there ? to_float(load_again<1>(from + offset(p) + i).values[0]) : 0.0f;
     }
   }
 }
+// Rows of `packs` packs of `width` values; row(r) is where row r stands, or null. across: neighbouring lanes take eight
+// rows, as neighbouring patches lie side by side; else eight packs of a row.
 template <bool across, class T, class TX, class Row, class Offset>
 __device__ __forceinline__ void stage(const Panel<T>& to, int rows, int packs, int live, int width, const TX* elsewhere,
                                       Row&& row, Offset&& offset) {
-  if constexpr (std::is_same_v<T, TX>) {
-    const int bytes = width * static_cast<int>(sizeof(T));
-    if (bytes == 16) return stage_packs<16, across>(to, rows, packs, live, width, elsewhere, row, offset);
-    if (bytes == 8) return stage_packs<8, across>(to, rows, packs, live, width, elsewhere, row, offset);
-    if (bytes == 4) return stage_packs<4, across>(to, rows, packs, live, width, elsewhere, row, offset);
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int warps = static_cast<int>(blockDim.x) / 32, bytes = width * static_cast<int>(sizeof(T));
+  constexpr int height = across ? 8 : 4, step = 32 / height;
+  const int first = across ? lane / height : lane % step;
+  for (int r = height * warp + (across ? lane % height : lane / step); r < rows; r += height * warps) {
+    const TX* from = row(r);
+    if constexpr (std::is_same_v<T, TX>) {
+      if (bytes == 16) {
+        stage_row<16>(to.row(r), from, first, step, packs, live, width, elsewhere, offset);
+        continue;
+      }
+      if (bytes == 8) {
+        stage_row<8>(to.row(r), from, first, step, packs, live, width, elsewhere, offset);
+        continue;
+      }
+      if (bytes == 4) {
+        stage_row<4>(to.row(r), from, first, step, packs, live, width, elsewhere, offset);
+        continue;
+      }
+    }
+    stage_row<0>(to.row(r), from, first, step, packs, live, width, elsewhere, offset);
   }
-  stage_packs<0, across>(to, rows, packs, live, width, elsewhere, row, offset);
+}
+
+// Panels in two stages: `issue(i)` fills those of step i while `compute(i - 1)` reads the others. Each is called in one
+// place only: they are most of a kernel's code.
+template <class Issue, class Compute>
+__device__ __forceinline__ void pipeline(int steps, Issue&& issue, Compute&& compute) {
+  for (int i = 0; i <= steps; ++i) {
+    if (i > 0) {
+      copy_wait<0>();
+      __syncthreads();  // step i - 1 is there, and nobody reads what step i overwrites
+    }
+    if (i < steps) issue(i), copy_commit();
+    if (i > 0) compute(i - 1);
+  }
+}
+
+// W values of a parameter, which is of x's type or fp32.
+template <int W, class TX>
+__device__ __forceinline__ void load_parameter(const void* p, int dtype, int64_t at, float (&to)[W]) {
+  if (std::is_same_v<TX, float> || dtype == static_cast<int>(DType::f32))
+    widen(load_again<W>(static_cast<const float*>(p) + at), to);
+  else
+    widen(load_again<W>(static_cast<const TX*>(p) + at), to);
 }
 
 // ---- host --------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ void patch_embed3d_forward(const PatchEmbedParams& p, Stream stream, const char*
 void patch_embed3d_dx(const PatchEmbedParams& p, Stream stream, const char* op);
 
 // Gradients of weight (D, C, pt, ph, pw) and bias (D), contiguous, in their dtypes; either may be null. y is the
-// gradient of the tokens. partial: fp32, one row of patch_embed3d_pitch values per split where there are several;
-// splits are added in their order: the same bits every time.
+// gradient of the tokens. partial: fp32, patch_embed3d_splits rows of patch_embed3d_pitch values, which are added in
+// their order: the same bits every time.
 int64_t patch_embed3d_splits(const PatchEmbedParams& p, int device);
 int64_t patch_embed3d_pitch(const PatchEmbedParams& p);
 void patch_embed3d_dw(const PatchEmbedParams& p, void* d_weight, void* d_bias, float* partial, Stream stream,

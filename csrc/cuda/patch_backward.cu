@@ -1,18 +1,18 @@
 // Gradients of patch_embed3d, two products with the patches scattered or gathered on the way, and the sums over splits.
 //
-//   dx[patch(n)][k] = sum_d g[n, d] W[d, k]      a block owns 128 tokens and up to 128 of K, and walks d: g is read
-//   once,
-//                                                and patches do not overlap, so each value is stored once
-//   dW[d, k] = sum_n g[n, d] patch(n)[k]         a block owns 128 outputs, up to 128 of K and some of the tokens; with
-//   db[d]    = sum_n g[n, d]                     several splits of these it writes fp32 partials, which patch_sum adds
-//   in
-//                                                the order of the splits: no atomics, the same bits every time
+//   dx[patch(n)][k] = sum_d g[n, d] W[d, k]
+//     A block owns 128 tokens and up to 128 of K, and walks d: g is read once where K <= 128. Patches do not overlap,
+//     so each value is stored once.
+//   dW[d, k] = sum_n g[n, d] patch(n)[k],   db[d] = sum_n g[n, d]
+//     A block owns 128 outputs, up to 128 of K and a split of the tokens, and writes fp32 partials; patch_sum adds
+//     those in the order of the splits: no atomics, the same bits every time.
 #include "patch.cuh"
 
 namespace fastdit::cuda {
 namespace {
 
 constexpr int kSide = 128, kThreads = 256, kColumns = 64, kGroups = kSide / kColumns;  // warps stand 4 x 2
+constexpr int kQuarters = 4;  // of the threads, that sum rows of g for the bias
 template <class T>
 constexpr int kInner = 128 / sizeof(T);  // of the inner dimension a stage: 64 of 16 bits, 32 of fp32
 
@@ -22,12 +22,11 @@ struct EmbedGrad {
   int D, K;
   int columns, k_tiles;                   // of K: of a block, blocks
   int x_width, weight_width, grad_width;  // values of a pack
-  int pairs;                              // two neighbours of K are neighbours in x, or in d_weight
-  // dw
-  void *d_weight, *d_bias;
-  int d_weight_dtype, d_bias_dtype;
-  int tiles, per, first_split;
+  int pairs;                              // neighbours of K are neighbours in x; dw: in partial
+  // dw: a split's row of partial holds (D, K), then (D); what is not needed is not written
+  int need_weight, need_bias, tiles, per, first_split;
   int64_t pitch;
+  float* partial;
 };
 
 // One stage of a panel of 128 rows, one of `b_rows`, two of each; then tables.
@@ -42,18 +41,6 @@ struct Layout {
         tables(b + sizeof(T) * b_pitch * b_rows * 2),
         bytes(tables + sizeof(int64_t) * table) {}
 };
-
-// Two stages of panels of rows: `issue(i)` fills those of step i while step i - 1 is multiplied.
-template <class Issue, class Compute>
-__device__ __forceinline__ void pipeline(int steps, Issue&& issue, Compute&& compute) {
-  if (steps > 0) issue(0), copy_commit();
-  for (int i = 0; i < steps; ++i) {
-    copy_wait<0>();
-    __syncthreads();  // this step's panels are there, and nobody reads those that the next ones overwrite
-    if (i + 1 < steps) issue(i + 1), copy_commit();
-    compute(i);
-  }
-}
 
 using SumsOfWarp = float[kGroups][2][4][4];
 
@@ -148,7 +135,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     patch_dw_kernel(const __grid_constant__ Videos videos, const __grid_constant__ EmbedGrad p) {
   FASTDIT_SHARED_DYNAMIC(bytes, 16);
-  FASTDIT_SHARED(float[kSide], other_half);
+  FASTDIT_SHARED(float[kQuarters][kSide], column_sums);
   constexpr int inner = kInner<T>;
   const Layout<T> layout(inner, kSide, inner, p.columns, 0);
   int64_t* const x_offset = reinterpret_cast<int64_t*>(bytes + layout.tables);
@@ -182,34 +169,43 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
         [&](int r) { return row0 + r < v.count ? x + Token(v, row0 + r).corner(videos, v) : nullptr; },
         [&](int pack) { return x_offset[pack * p.x_width]; });
   };
-  const bool biased = p.d_bias && k0 == 0;
-  float total = 0;  // of one column of g, over half of the rows of each step
+  const bool biased = p.need_bias && k0 == 0;
+  const int pair = thread % (kSide / 2) * 2, quarter = thread / (kSide / 2);
+  float total[2] = {};  // of two columns of g, over a quarter of the rows of each step
   SumsOfWarp sum = {};
   pipeline(steps, issue, [&](int i) {
     if (d0 + thread / 64 * 32 < p.D) multiply_groups<Along::outer>(sum, a_panel(i), b_panel(i), wanted, inner);
     if (!biased) return;
-    float part = 0;
-#pragma unroll 8
-    for (int r = 0; r < inner / 2; ++r)
-      part += to_float(a_panel(i).row(thread / kSide * (inner / 2) + r)[thread % kSide]);
-    total += part;
+    float part[2] = {};
+#pragma unroll
+    for (int r = 0; r < inner / kQuarters; ++r) {
+      Pack<T, 2> two;
+      two.words[0] =
+          *reinterpret_cast<const typename Pack<T, 2>::word*>(a_panel(i).row(quarter * (inner / kQuarters) + r) + pair);
+      float v[2];
+      widen(two, v);
+      part[0] += v[0], part[1] += v[1];
+    }
+    total[0] += part[0], total[1] += part[1];
   });
-  const int64_t base = (p.first_split + split) * p.pitch;
-  if (p.d_weight) {
+  float* const partial = p.partial + (p.first_split + split) * p.pitch;
+  if (p.need_weight) {
     each_pair([&](int r, int c, int g, int i, int j, int e) {
       if (d0 + r >= p.D || c >= wanted) return;
-      const int64_t at = base + int64_t{d0 + r} * p.K + k0 + c;
+      float* at = partial + int64_t{d0 + r} * p.K + k0 + c;
       const float two[2] = {sum[g][i][j][e], sum[g][i][j][e + 1]};
-      if (p.pairs) return store_as<2>(p.d_weight, p.d_weight_dtype, at, two);
-      store_as<1>(p.d_weight, p.d_weight_dtype, at, {two[0]});
-      if (c + 1 < wanted) store_as<1>(p.d_weight, p.d_weight_dtype, at + 1, {two[1]});
+      if (p.pairs) return store_once(at, narrow<float, 2>(two));
+      at[0] = two[0];
+      if (c + 1 < wanted) at[1] = two[1];
     });
   }
   if (!biased) return;
-  if (thread >= kSide) other_half[thread - kSide] = total;
+  column_sums[quarter][pair] = total[0], column_sums[quarter][pair + 1] = total[1];
   __syncthreads();
-  if (thread < kSide && d0 + thread < p.D)
-    store_as<1>(p.d_bias, p.d_bias_dtype, base + d0 + thread, {total + other_half[thread]});
+  if (thread >= kSide || d0 + thread >= p.D) return;
+  float all = 0;
+  for (int q = 0; q < kQuarters; ++q) all += column_sums[q][thread];
+  partial[int64_t{p.D} * p.K + d0 + thread] = all;
 }
 
 // ---- sums --------------------------------------------------------------------------------------------------
@@ -298,15 +294,8 @@ int64_t patch_embed3d_pitch(const PatchEmbedParams& p) { return (p.dim * values(
 void patch_embed3d_dw(const PatchEmbedParams& p, void* d_weight, void* d_bias, float* partial, Stream stream,
                       const char* op) {
   EmbedGrad e = common(p, 32);
-  const int64_t size = p.dim * e.K, splits = patch_embed3d_splits(p, stream.device);
-  e.d_weight = d_weight, e.d_bias = d_bias;
-  e.d_weight_dtype = p.weight_dtype, e.d_bias_dtype = p.bias_dtype;
-  e.pairs = e.K % 2 == 0;
-  if (splits > 1) {
-    e.pitch = patch_embed3d_pitch(p);
-    e.d_weight = d_weight ? partial : nullptr, e.d_bias = d_bias ? partial + size : nullptr;
-    e.d_weight_dtype = e.d_bias_dtype = static_cast<int>(DType::f32);
-  }
+  e.need_weight = d_weight != nullptr, e.need_bias = d_bias != nullptr;
+  e.partial = partial, e.pitch = patch_embed3d_pitch(p), e.pairs = e.K % 2 == 0;
   const auto first = [&] {
     switch (static_cast<DType>(p.dtype)) {
       case DType::f32:
@@ -318,7 +307,7 @@ void patch_embed3d_dw(const PatchEmbedParams& p, void* d_weight, void* d_bias, f
     }
   };
   first();
-  if (splits == 1) return;
+  const int64_t size = p.dim * e.K, splits = patch_embed3d_splits(p, stream.device);
   const int f32 = static_cast<int>(DType::f32);
   if (d_weight) patch_sum({partial, f32, splits, e.pitch, d_weight, p.weight_dtype, size}, stream, op);
   if (d_bias) patch_sum({partial + size, f32, splits, e.pitch, d_bias, p.bias_dtype, p.dim}, stream, op);

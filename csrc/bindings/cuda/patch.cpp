@@ -33,7 +33,7 @@ void bind_patch(py::module_& m) {
         const PatchEmbedParams p = patch_embed_parameters(a, items);
         return std::pair(patch_embed3d_splits(p, device), patch_embed3d_pitch(p));
       },
-      "How many rows of how many fp32 values patch_embed3d_dw needs, where there is more than one.");
+      "How many rows of how many fp32 values patch_embed3d_dw needs.");
   m.def(
       "patch_embed3d_dw",
       [](const py::tuple& where, const std::string& op, int64_t d_weight, int64_t d_bias, int64_t partial,

@@ -61,9 +61,8 @@ def patch_embed3d_backward(grad, x, weight, bias, pos, grids, needs):
         db = torch.empty(bias.shape, dtype=bias.dtype, device=x.device)
     if dw is not None or db is not None:
         arguments = embed_arguments(x, weight, bias, None, g, grids)
-        splits, pitch = ask("patch_embed3d_partials", x, *arguments)
-        partial = torch.empty((splits, pitch), dtype=torch.float32, device=x.device) if splits > 1 else None
-        arguments = (pointer(dw), pointer(db), pointer(partial), *arguments)
+        partial = torch.empty(ask("patch_embed3d_partials", x, *arguments), dtype=torch.float32, device=x.device)
+        arguments = (pointer(dw), pointer(db), partial.data_ptr(), *arguments)
         launch("patch_embed3d_dw", op, x, arguments, (x, g), (dw, db, partial))
     if needs[3] and pos is not None:
         if summed(pos, x):
