@@ -197,8 +197,10 @@ def test_tokens_too_wide_are_refused():
 
 def test_explain():
     x, w = torch.randn(1, 4, 1, 4, 4, device=DEVICE), torch.randn(8, 4, 1, 2, 2, device=DEVICE)
-    assert "cuda        " in fastdit.explain("patch_embed3d", x, w)
-    assert "cuda        no" not in fastdit.explain("patch_embed3d", x, w)
+    verdict = "chosen" if DEVICE == "cuda" else "can run, never chosen by itself here"
+    assert f"cuda        {verdict}" in fastdit.explain("patch_embed3d", x, w)
+    move = dict(grid=(1, 2, 2), patch=(1, 2, 2), channels=4)
+    assert f"cuda        {verdict}" in fastdit.explain("unpatchify3d", torch.randn(1, 4, 16, device=DEVICE), **move)
     with pytest.raises(fastdit.NoBackend, match=r"has no kernel for torch\.float64"):
         ops.patch_embed3d(x.double(), w.double(), backend="cuda")
 

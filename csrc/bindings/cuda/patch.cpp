@@ -5,25 +5,27 @@
 
 namespace fastdit::cuda {
 
+// f(parameters, stream) without the GIL; `a` holds the embedding's parameters (csrc/bindings/patch.h).
+template <class F>
+static void embed(const py::tuple& where, const py::tuple& a, F&& f) {
+  const PatchItems items = patch_items(part(a, 0));
+  const PatchEmbedParams p = patch_embed_parameters(a, items);
+  const Stream s = stream(where);
+  const py::gil_scoped_release release;
+  f(p, s);
+}
+
 void bind_patch(py::module_& m) {
   m.def(
       "patch_embed3d_forward",
       [](const py::tuple& where, const std::string& op, const py::args& a) {
-        const PatchItems items = patch_items(part(a, 0));
-        const PatchEmbedParams p = patch_embed_parameters(a, items);
-        const Stream s = stream(where);
-        const py::gil_scoped_release release;
-        patch_embed3d_forward(p, s, op.c_str());
+        embed(where, a, [&](const PatchEmbedParams& p, Stream s) { patch_embed3d_forward(p, s, op.c_str()); });
       },
       "y[n, d] = sum_k patch(n)[k] weight[d, k] + bias[d] + pos[n, d]; see csrc/bindings/patch.h.");
   m.def(
       "patch_embed3d_dx",
       [](const py::tuple& where, const std::string& op, const py::args& a) {
-        const PatchItems items = patch_items(part(a, 0));
-        const PatchEmbedParams p = patch_embed_parameters(a, items);
-        const Stream s = stream(where);
-        const py::gil_scoped_release release;
-        patch_embed3d_dx(p, s, op.c_str());
+        embed(where, a, [&](const PatchEmbedParams& p, Stream s) { patch_embed3d_dx(p, s, op.c_str()); });
       },
       "The gradient of x, to the items' x; y is the gradient of the tokens.");
   m.def(
@@ -38,11 +40,9 @@ void bind_patch(py::module_& m) {
       "patch_embed3d_dw",
       [](const py::tuple& where, const std::string& op, int64_t d_weight, int64_t d_bias, int64_t partial,
          const py::args& a) {
-        const PatchItems items = patch_items(part(a, 0));
-        const PatchEmbedParams p = patch_embed_parameters(a, items);
-        const Stream s = stream(where);
-        const py::gil_scoped_release release;
-        patch_embed3d_dw(p, ptr<void>(d_weight), ptr<void>(d_bias), ptr<float>(partial), s, op.c_str());
+        embed(where, a, [&](const PatchEmbedParams& p, Stream s) {
+          patch_embed3d_dw(p, ptr<void>(d_weight), ptr<void>(d_bias), ptr<float>(partial), s, op.c_str());
+        });
       },
       "Gradients of weight and bias; y is the gradient of the tokens.");
   m.def(
