@@ -1,4 +1,5 @@
-// Tiles for the matrix unit of a warp (sm_80): rows of 16-bit channels in shared memory, fragments of m16n8k16, cp.async.
+// Tiles for the matrix unit of a warp (sm_80): rows of 16-bit channels in shared memory, fragments of m16n8k16,
+// cp.async.
 //
 // With g = lane / 4 and q = lane % 4 a lane holds
 //   a[4]  of A, 16 x 16   a[i]: row g + 8 (i % 2), columns 2q + 8 (i / 2) and the next, low half first
@@ -18,8 +19,13 @@ template <int channels>
 struct Tile {
   static_assert(channels % 16 == 0);
   static constexpr int chunks = channels / 8;
-  static constexpr int turns = chunks % 8 == 0 ? 8 : chunks % 4 == 0 ? 4 : 2, step = turns == 8 ? 0 : turns == 4 ? 1 : 2;
-  static constexpr int bytes(int rows) { return rows * channels * 2; }
+  static constexpr int turns = chunks % 8 == 0   ? 8
+                               : chunks % 4 == 0 ? 4
+                                                 : 2,
+                       step = turns == 8   ? 0
+                              : turns == 4 ? 1
+                                           : 2;
+  static constexpr __host__ __device__ int bytes(int rows) { return rows * channels * 2; }
   // What is XORed to the chunks of a row; the same for rows that are eight apart.
   static __device__ __forceinline__ int turn(int row) { return row >> step & (turns - 1); }
 
@@ -29,8 +35,8 @@ struct Tile {
   }
 };
 
-// How a tile holds an operand: its rows are rows of A, columns of B (a product with the tile transposed), or, as `by_k`,
-// the dimension that is summed over.
+// How a tile holds an operand: its rows are rows of A, columns of B (a product with the tile transposed), or, as
+// `by_k`, the dimension that is summed over.
 enum class Operand { a, b, a_by_k, b_by_k };
 
 // One lane's view of a tile for ldmatrix: 16 x 16 values from (row, column) on, both multiples of 16.
@@ -43,7 +49,7 @@ class Fragments {
 
  public:
   __device__ __forceinline__ explicit Fragments(Tile<channels> tile, int first_row = 0) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = opaque(static_cast<int>(threadIdx.x) % 32);  // addresses are made where they are used
     const int row = straight ? lane % 16 : lane % 8 + lane / 16 * 8, chunk = straight ? lane / 16 : lane / 8 % 2;
     base_ = tile.data + (first_row + row) * tile.chunks * 16;
     turn_ = chunk ^ tile.turn(row);
@@ -86,12 +92,12 @@ struct Source {
   bool there;
 };
 
-// Starts the copies of `rows` rows by `threads` threads, who then commit. row(r): the Source of row r. `present`: of the
-// tile's channels, a multiple of 8; the others become zero. elsewhere: any address of global memory.
+// Starts the copies of `rows` rows by `threads` threads, who then commit. row(r): the Source of row r. `present`: of
+// the tile's channels, a multiple of 8; the others become zero. elsewhere: any address of global memory.
 template <int rows, int threads, int channels, class Row>
 __device__ __forceinline__ void stage(Tile<channels> to, int thread, int present, const void* elsewhere, Row&& row) {
   constexpr int total = rows * to.chunks;
-#pragma unroll
+#pragma unroll 1  // addresses take registers, and nobody waits for a copy here
   for (int k = 0; k < (total + threads - 1) / threads; ++k) {
     const int i = thread + k * threads, r = i / to.chunks, chunk = i % to.chunks;
     if (total % threads == 0 || i < total) {

@@ -65,6 +65,18 @@ FASTDIT_MMA(mma_f16, "m16n8k16", "f16")
 FASTDIT_MMA(mma_tf32, "m16n8k8", "tf32")
 #undef FASTDIT_MMA
 
+// x, of which the compiler knows nothing: what is computed from it is not carried in registers through a loop around.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+// 2^x to two units of the last place; 0 below 2^-126.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // ---- mbarrier (sm_90) -------------------------------------------------------------------------------------
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
@@ -146,6 +158,9 @@ inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], FASTDIT_CALLED) {
   simt::multiply(d, a, b, d, simt::MmaType::tf32, FASTDIT_SITE("mma.sync"));
 }
+
+inline int opaque(int x) { return x; }
+inline float exp2_fast(float x) { return x < -126 ? 0.0f : std::exp2(x); }
 
 inline void barrier_init(uint64_t* barrier, int arrivals) { async()->barrier_init(barrier, arrivals); }
 inline void barrier_fence_init() { async()->barrier_fence_init(); }
