@@ -36,6 +36,14 @@ inline int processors(int device) {
   return known[device];
 }
 
+// Bytes of shared memory that a block may ask for.
+inline int shared_limit(int device) {
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cuda",
+        "device " + std::to_string(device), "cudaDeviceGetAttribute");
+  return bytes;
+}
+
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream stream, const char* op,
             const std::string& sizes, A&&... arguments) {
@@ -50,6 +58,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream s
 #else
 
 inline int processors(int) { return 4; }
+inline int shared_limit(int) { return static_cast<int>(simt::Memory::kSharedBlock); }
 
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream, const char* op, const std::string&,

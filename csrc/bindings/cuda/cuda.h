@@ -14,12 +14,14 @@ void bind_modulation(py::module_& m);
 void bind_attention(py::module_& m);
 void bind_conv(py::module_& m);
 void bind_conv_norm(py::module_& m);
+void bind_patch(py::module_& m);
 
 inline void bind_families(py::module_& m) {
   bind_modulation(m);
   bind_attention(m);
   bind_conv(m);
   bind_conv_norm(m);
+  bind_patch(m);
 }
 
 }  // namespace fastdit::cuda

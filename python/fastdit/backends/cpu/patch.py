@@ -8,49 +8,21 @@ import torch
 
 from ... import _cpu
 from ...reference import patch as formula
+from .._patch_abi import embed_arguments, embed_shape, inside
+from .._tensors import contiguous
 from ..reference import patch as reference
 from ..registry import Impl, register as _register
-from ._abi import DTYPE, on_cpu
+from ._abi import on_cpu
 
 
 def patch_embed3d(x, weight, bias, pos, grids):
-    D, C, pt, ph, pw = weight.shape
-    many = x.dim() == 1
-    if many:
-        y = torch.empty((sum(math.prod(grids[i : i + 3]) for i in range(0, len(grids), 3)), D), dtype=x.dtype)
-    else:
-        B, _, T, H, W = x.shape
-        t, h, w = T // pt, H // ph, W // pw
-        y = torch.empty((B, t * h * w, D), dtype=x.dtype)
+    y = x.new_empty(embed_shape(x, weight, grids))
     if y.numel() == 0:
         return y
     if x.dtype == torch.float64:  # the kernel knows f32 parameters beside half types only
         weight, bias, pos = (None if t is None else t.double() for t in (weight, bias, pos))
-    if bias is not None:
-        bias = bias.contiguous()
-    dtype = pos_dtype = DTYPE[x.dtype]
-    pos_at = pos_b = pos_n = 0
-    if pos is not None:
-        pos_at, pos_dtype = pos.data_ptr(), DTYPE[pos.dtype]
-        pos_b, pos_n = pos.stride()[:2] if pos.dim() == 3 else (0, pos.stride(0))
-    x_at = x.data_ptr()
-    items: tuple[int, ...]
-    if many:
-        items = ()
-        for i in range(0, len(grids), 3):
-            t, h, w = grids[i : i + 3]
-            T, H, W = t * pt, h * ph, w * pw
-            items += (x_at, 1, t, h, w, 0, T * H * W, H * W, W, 1, pos_at, 0, pos_n)
-            x_at += C * T * H * W * x.element_size()
-            if pos is not None:
-                pos_at += t * h * w * pos_n * pos.element_size()
-    else:
-        items = (x_at, B, t, h, w, *x.stride(), pos_at, pos_b, pos_n)
-    _cpu.patch_embed3d_forward(
-        items, weight.data_ptr(), weight.stride(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), D, C,
-        (pt, ph, pw), dtype, DTYPE[weight.dtype], dtype if bias is None else DTYPE[bias.dtype], pos_dtype,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    bias = contiguous(bias)
+    _cpu.patch_embed3d_forward(*embed_arguments(x, weight, bias, pos, y, grids, torch.get_num_threads()))
     return y
 
 
@@ -100,11 +72,7 @@ def unpatchify3d(tokens, grid, patch, channels, order):
         y = torch.empty((batch, channels, t * pt, h * ph, w * pw), dtype=tokens.dtype)
     if y.numel() == 0:
         return y
-    size = {"c": channels, "t": pt, "h": ph, "w": pw}
-    offset, K = {}, 1  # strides inside a token
-    for letter in reversed(order):
-        offset[letter] = K
-        K *= size[letter]
+    K = channels * pt * ph * pw
     itemsize, tokens_at, y_at = tokens.element_size(), tokens.data_ptr(), y.data_ptr()
     items: tuple[int, ...] = ()
     for i in range(0, len(grid), 3):
@@ -112,7 +80,7 @@ def unpatchify3d(tokens, grid, patch, channels, order):
         items += (tokens_at, y_at, batch, t, h, w, stride_b, stride_n)
         tokens_at += t * h * w * stride_n * itemsize
         y_at += t * h * w * K * itemsize
-    offsets = (offset["c"], offset["t"], offset["h"], offset["w"])
+    offsets = inside(channels, patch, order)
     _cpu.unpatchify3d_forward(items, channels, (pt, ph, pw), offsets, itemsize, torch.get_num_threads())
     return y
 

@@ -7,7 +7,7 @@ import importlib
 from .. import registry
 from ._launch import _cuda, missing
 
-FAMILIES = ("modulation", "attention", "conv")
+FAMILIES = ("modulation", "attention", "conv", "patch")
 
 
 def register_all() -> None:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from fastdit.kernels.patch import patch_embed
 
 from .._facts import kept
+from .._patch import without_values
 from .._tensors import contiguous
 from ..registry import Impl, register as _register
 from ._config import Config, choose, tunable
@@ -92,21 +91,11 @@ def patch_embed3d(x, weight, bias, pos, grids):
     shape, launches = _plan(x, weight, pos, tuple(grids), precision(x, weight))
     y = x.new_empty(shape)
     if launches is None:
-        return _without_values(y, bias, pos)
+        return without_values(y, bias, pos)
     bias = contiguous(bias)
     for launch in launches:
         launch(x, weight, bias, pos, y)
     return y
-
-
-def _without_values(y, bias, pos):
-    """No channels: what is left is bias and pos."""
-    y.zero_()
-    wide = torch.zeros(y.shape, dtype=torch.float32, device=y.device)
-    for t in (bias, pos):
-        if t is not None:
-            wide += t
-    return y.copy_(wide)
 
 
 def register() -> None:

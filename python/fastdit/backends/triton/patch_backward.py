@@ -12,6 +12,7 @@ import torch
 
 from fastdit.kernels.patch_backward import patch_embed_dw, patch_embed_dx, patch_sum
 
+from .._patch import summed, without_tokens
 from ._config import Config, choose, tunable
 from ._launch import dot_precision, launch, processors
 from ._tiles import power
@@ -40,13 +41,9 @@ def _dw_default(wide: bool):
     return lambda arch: Config((32, 64), 4, 2) if wide else Config((64, 128 if arch != 100 else 64), 8, 3)
 
 
-def _zeros(inputs, needs):
-    return tuple(torch.zeros_like(t) if need and t is not None else None for t, need in zip(inputs, needs, strict=True))
-
-
 def patch_embed3d_backward(grad, x, weight, bias, pos, grids, needs):
     if grad is None or grad.numel() == 0 or weight.numel() == 0:
-        return _without_tokens(grad, (x, weight, bias, pos), needs)
+        return without_tokens(grad, (x, weight, bias, pos), needs)
     g = grad.contiguous()
     dense = _dense(x, weight)
     grids = tuple(grids)
@@ -57,21 +54,11 @@ def patch_embed3d_backward(grad, x, weight, bias, pos, grids, needs):
     )
     dpos = None
     if needs[3] and pos is not None:
-        if pos.dim() == 2 and x.dim() == 5 and x.shape[0] != 1:
+        if summed(pos, x):
             dpos = torch.empty(pos.shape, dtype=pos.dtype, device=pos.device)
             _sum(g, dpos, None, x.shape[0])
         else:
             dpos = g.view(pos.shape).to(pos.dtype, copy=True)
-    return dx, dw, db, dpos
-
-
-def _without_tokens(grad, inputs, needs):
-    """Nothing reaches x and weight; what reaches bias and pos needs no kernel of ours."""
-    dx, dw, db, dpos = _zeros(inputs, needs)
-    if grad is not None and grad.numel():
-        db = None if db is None else grad.flatten(0, -2).sum(0, dtype=torch.float32).to(db.dtype)
-        if dpos is not None:
-            dpos = (grad.float().sum(0) if dpos.dim() < grad.dim() else grad.float()).to(dpos.dtype)
     return dx, dw, db, dpos
 
 
