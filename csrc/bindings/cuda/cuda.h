@@ -11,7 +11,11 @@ namespace fastdit::cuda {
 inline Stream stream(const py::tuple& where) { return {static_cast<int>(item(where, 0)), pointer(where, 1)}; }
 
 void bind_modulation(py::module_& m);
+void bind_rotary(py::module_& m);
 
-inline void bind_families(py::module_& m) { bind_modulation(m); }
+inline void bind_families(py::module_& m) {
+  bind_modulation(m);
+  bind_rotary(m);
+}
 
 }  // namespace fastdit::cuda

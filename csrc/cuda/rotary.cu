@@ -1,0 +1,154 @@
+// qk_norm_rope forward: y = n(x), then (y1, y2) -> (y1 cos - y2 sin, y2 cos + y1 sin) for the pairs that rotate.
+//
+// Each channel is read once and written once, by the same thread, so q and k may be their own outputs. The next round of
+// heads, or the next token, is on its way while one is computed.
+#include "rotary.h"
+
+#include "rotary.cuh"
+
+namespace fastdit::cuda {
+namespace {
+
+template <class T, Pairs mode, bool native>
+struct Forward {
+  using L = Lane<T, mode>;
+  const QkNormRopeParams& p;
+  const RotaryOperand& o;
+  const RotaryPlace place;
+  const L own;
+  HeadSums sums;
+  TableRow<T, mode> row;
+  const int heads, tokens, slots;
+  typename L::Raw next;
+
+  __device__ Forward(const QkNormRopeParams& params, const RotaryGrid& g, const RotaryPlace& where,
+                     const RotaryOperand& operand, float (*partial)[2][kMaxWarps])
+      : p(params),
+        o(operand),
+        place(where),
+        own(params, g, where.lane),
+        sums{{partial, g.warps}, g.lanes, params.all_heads},
+        row(params, operand, g, where.is_k),
+        heads(static_cast<int>(operand.heads)),
+        tokens(static_cast<int>(operand.tokens)),
+        slots(32 / g.lanes) {}
+
+  static __device__ __forceinline__ float round(float x) { return rounded<T, native>(x); }
+
+  __device__ __forceinline__ void fetch(int i, int round) {
+    const int b = i / tokens, n = i - b * tokens, head = round * slots + place.slot;
+    if (head < heads)
+      own.fetch(static_cast<const T*>(o.x) + b * o.x_stride[0] + n * o.x_stride[1] + head * o.x_stride[2], next);
+  }
+
+  // eager RMSNorm rounds before its affine part and after each of its steps, F.layer_norm only at the end
+  __device__ __forceinline__ void normalise(float (&a)[kPairs], float (&b)[kPairs], int head) {
+    constexpr int S = L::S;
+    const bool rms = p.norm == RotaryNorm::rms, here = head < heads;
+    const int64_t at = p.all_heads ? static_cast<int64_t>(head) * p.head_dim : 0;
+    const float inverse = 1.0f / static_cast<float>(p.all_heads ? o.heads * p.head_dim : p.head_dim);
+    float mean, root;
+    own.statistics(p, a, b, here, inverse, sums, mean, root);
+    if (!here) return;
+    const auto step = [&](float v) { return rms ? round(v) : v; };
+    own.pieces([&](int j) {
+      float w[S], v[S];
+#pragma unroll
+      for (int k = 0; k < S; ++k) {
+        a[j * S + k] = step((a[j * S + k] - mean) * root);
+        b[j * S + k] = step((b[j * S + k] - mean) * root);
+      }
+      if (o.weight) {
+        own.piece(o.weight, o.weight_dtype, at, j, w, v);
+#pragma unroll
+        for (int k = 0; k < S; ++k) a[j * S + k] = step(a[j * S + k] * w[k]), b[j * S + k] = step(b[j * S + k] * v[k]);
+      }
+      if (o.bias) {
+        own.piece(o.bias, o.bias_dtype, at, j, w, v);
+#pragma unroll
+        for (int k = 0; k < S; ++k) a[j * S + k] = step(a[j * S + k] + w[k]), b[j * S + k] = step(b[j * S + k] + v[k]);
+      }
+      if (!rms)
+#pragma unroll
+        for (int k = 0; k < S; ++k) a[j * S + k] = round(a[j * S + k]), b[j * S + k] = round(b[j * S + k]);
+    });
+  }
+
+  template <bool rounds>
+  __device__ __forceinline__ void turn(float (&a)[kPairs], float (&b)[kPairs]) const {
+    own.each([&](int i, int j) {
+      if (own.pair(j) >= row.turning) return;
+      const float ac = rounded<T, rounds>(a[i] * row.cos[i]), bs = rounded<T, rounds>(b[i] * row.sin[i]);
+      const float bc = rounded<T, rounds>(b[i] * row.cos[i]), as = rounded<T, rounds>(a[i] * row.sin[i]);
+      a[i] = ac - bs, b[i] = bc + as;
+    });
+  }
+
+  __device__ __forceinline__ void run(int begin, int end, int warps) {
+    // under scope "hidden" every warp takes part in the sums of every token
+    const int rounds = p.all_heads ? place.warp + 1 : (heads + slots - 1) / slots;
+    if (begin >= end || place.warp >= rounds) return;
+    fetch(begin, place.warp);
+    for (int i = begin; i < end; ++i) {
+      const int b = i / tokens, n = i - b * tokens;
+      const bool turns = row.turns(n), per_head = row.per_head();
+      if (turns && !per_head) row.load(own, b, n);
+      T* out = static_cast<T*>(o.out) + b * o.out_stride[0] + n * o.out_stride[1];
+      for (int r = place.warp; r < rounds; r += warps) {
+        const int head = r * slots + place.slot;
+        const bool here = head < heads;
+        float x[kPairs], y[kPairs];
+        own.widen_pairs(next, here, x, y);
+        if (r + warps < rounds)
+          fetch(i, r + warps);
+        else if (i + 1 < end)
+          fetch(i + 1, place.warp);
+        if (turns && per_head && here) row.dense(own, b, n, head);
+        if (p.norm != RotaryNorm::none) normalise(x, y, head);
+        if (!here) continue;
+        if (turns) {
+          if (native && row.rounds())
+            turn<native>(x, y);
+          else
+            turn<false>(x, y);
+        }
+        own.store(out + head * o.out_stride[2], x, y);
+      }
+    }
+  }
+};
+
+template <class T, Pairs mode, bool native>
+__global__ void __launch_bounds__(32 * kMaxWarps)
+    qk_norm_rope_kernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ RotaryGrid g) {
+  FASTDIT_SHARED(float[2][2][kMaxWarps], partial);
+  const RotaryPlace place(g);
+  const RotaryOperand& o = place.is_k ? p.k : p.q;
+  const int rows = static_cast<int>(p.batch * o.tokens), per = g.per[place.is_k], begin = place.group * per;
+  Forward<T, mode, native> forward(p, g, place, o, partial);
+  forward.run(min(begin, rows), min(begin + per, rows), g.warps);
+}
+
+template <class T, Pairs mode>
+void start(const QkNormRopeParams& p, const RotaryPlan& plan, Stream stream, const char* op) {
+  constexpr bool half = sizeof(T) == 2;
+  const auto kernel = half && p.native ? qk_norm_rope_kernel<T, mode, half> : qk_norm_rope_kernel<T, mode, false>;
+  launch(kernel, dim3(plan.grid()), dim3(plan.threads()), 0, stream, op, sizes(p), p, plan.g);
+}
+
+template <class T>
+void run(const QkNormRopeParams& p, const RotaryPlan& plan, Stream stream, const char* op) {
+  if (plan.mode == Pairs::neighbours) return start<T, Pairs::neighbours>(p, plan, stream, op);
+  if (plan.mode == Pairs::halves) return start<T, Pairs::halves>(p, plan, stream, op);
+  return start<T, Pairs::single>(p, plan, stream, op);
+}
+
+}  // namespace
+
+void qk_norm_rope_forward(const QkNormRopeParams& p, Stream stream, const char* op) {
+  const RotaryPlan plan = rotary_plan(p, stream.device, 2048, true, true, op);
+  if (!plan.grid()) return;
+  FASTDIT_ROTARY_DTYPES(p, run, p, plan, stream, op)
+}
+
+}  // namespace fastdit::cuda
