@@ -12,12 +12,13 @@ namespace {
 template <class T, Pairs mode, bool native>
 struct Forward {
   using L = Lane<T, mode>;
+  static constexpr bool ahead = mode != Pairs::single;  // single values take too many registers
   const QkNormRopeParams& p;
   const RotaryOperand& o;
   const RotaryPlace place;
   const L own;
   HeadSums sums;
-  TableRow<T, mode> row;
+  TableRow<T, mode, native> row;
   const int heads, tokens, slots;
   typename L::Raw next;
 
@@ -28,7 +29,7 @@ struct Forward {
         place(where),
         own(params, g, where.lane),
         sums{{partial, g.warps}, g.lanes, params.all_heads},
-        row(params, operand, g, where.is_k),
+        row(params, operand, g, where.side),
         heads(static_cast<int>(operand.heads)),
         tokens(static_cast<int>(operand.tokens)),
         slots(32 / g.lanes) {}
@@ -48,7 +49,7 @@ struct Forward {
     const int64_t at = p.all_heads ? static_cast<int64_t>(head) * p.head_dim : 0;
     const float inverse = 1.0f / static_cast<float>(p.all_heads ? o.heads * p.head_dim : p.head_dim);
     float mean, root;
-    own.statistics(p, a, b, here, inverse, sums, mean, root);
+    own.statistics(a, b, here, inverse, sums, mean, root);
     if (!here) return;
     const auto step = [&](float v) { return rms ? round(v) : v; };
     own.pieces([&](int j) {
@@ -88,26 +89,27 @@ struct Forward {
     // under scope "hidden" every warp takes part in the sums of every token
     const int rounds = p.all_heads ? place.warp + 1 : (heads + slots - 1) / slots;
     if (begin >= end || place.warp >= rounds) return;
-    fetch(begin, place.warp);
+    if (ahead) fetch(begin, place.warp);
     for (int i = begin; i < end; ++i) {
       const int b = i / tokens, n = i - b * tokens;
       const bool turns = row.turns(n), per_head = row.per_head();
-      if (turns && !per_head) row.load(own, b, n);
+      if (turns && !per_head) row.load(own, b, n, 0);
       T* out = static_cast<T*>(o.out) + b * o.out_stride[0] + n * o.out_stride[1];
       for (int r = place.warp; r < rounds; r += warps) {
         const int head = r * slots + place.slot;
         const bool here = head < heads;
         float x[kPairs], y[kPairs];
+        if (!ahead) fetch(i, r);
         own.widen_pairs(next, here, x, y);
-        if (r + warps < rounds)
+        if (ahead && r + warps < rounds)
           fetch(i, r + warps);
-        else if (i + 1 < end)
+        else if (ahead && i + 1 < end)
           fetch(i + 1, place.warp);
-        if (turns && per_head && here) row.dense(own, b, n, head);
+        if (turns && per_head && here) row.load(own, b, n, head);
         if (p.norm != RotaryNorm::none) normalise(x, y, head);
         if (!here) continue;
         if (turns) {
-          if (native && row.rounds())
+          if (row.rounds())
             turn<native>(x, y);
           else
             turn<false>(x, y);
@@ -120,11 +122,12 @@ struct Forward {
 
 template <class T, Pairs mode, bool native>
 __global__ void __launch_bounds__(32 * kMaxWarps)
-    qk_norm_rope_kernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ RotaryGrid g) {
+    qk_norm_rope_kernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ RotarySides sides,
+                        const __grid_constant__ RotaryGrid g) {
   FASTDIT_SHARED(float[2][2][kMaxWarps], partial);
   const RotaryPlace place(g);
-  const RotaryOperand& o = place.is_k ? p.k : p.q;
-  const int rows = static_cast<int>(p.batch * o.tokens), per = g.per[place.is_k], begin = place.group * per;
+  const RotaryOperand& o = sides.operand[place.side];
+  const int rows = static_cast<int>(p.batch * o.tokens), per = g.per[place.side], begin = place.group * per;
   Forward<T, mode, native> forward(p, g, place, o, partial);
   forward.run(min(begin, rows), min(begin + per, rows), g.warps);
 }
@@ -133,7 +136,8 @@ template <class T, Pairs mode>
 void start(const QkNormRopeParams& p, const RotaryPlan& plan, Stream stream, const char* op) {
   constexpr bool half = sizeof(T) == 2;
   const auto kernel = half && p.native ? qk_norm_rope_kernel<T, mode, half> : qk_norm_rope_kernel<T, mode, false>;
-  launch(kernel, dim3(plan.grid()), dim3(plan.threads()), 0, stream, op, sizes(p), p, plan.g);
+  launch(kernel, dim3(plan.grid()), dim3(plan.threads()), 0, stream, op, sizes(p), p,
+         RotarySides{{p.q, p.k}, {}}, plan.g);
 }
 
 template <class T>

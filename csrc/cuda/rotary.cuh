@@ -35,15 +35,21 @@ struct RotaryGrid {
   bool turns;                // blocks of q and of k take turns; else q's come first
 };
 
+// q and k, so that a block finds its side by an index.
+struct RotarySides {
+  RotaryOperand operand[2];
+  RotaryGrad grad[2];  // of a backward
+};
+
 // ---- the place of a thread --------------------------------------------------------------------------------
 struct RotaryPlace {
-  bool is_k;
+  int side;                            // 0: q, 1: k
   int block, group, warp, slot, lane;  // of its side; of its side; in its group; of the heads of a round; in a head
 
   __device__ explicit RotaryPlace(const RotaryGrid& g) {
     const int thread = static_cast<int>(threadIdx.x), at = static_cast<int>(blockIdx.x), first = g.blocks[0];
-    is_k = g.turns ? at % 2 : at >= first;
-    block = g.turns ? at / 2 : is_k ? at - first : at;
+    side = g.turns ? at % 2 : at >= first;
+    block = g.turns ? at / 2 : at - side * first;
     warp = thread / 32 % g.warps;
     group = block * g.groups + thread / 32 / g.warps;
     slot = thread % 32 / g.lanes;
@@ -75,38 +81,41 @@ struct Lane {
   static constexpr int W = mode == Pairs::single ? 1 : 16 / static_cast<int>(sizeof(T));
   static constexpr int S = mode == Pairs::neighbours ? W / 2 : W, count = kPairs / S;
 
+  struct Channels {
+    int first, across;
+  };
   struct Raw {
     Pack<T, W> first[count], second[count];  // neighbours: no second
   };
 
-  int lane, lanes, pairs, channels;
-  int at[count], across[count];  // a piece's first channel, and how far the second channels are
+  const QkNormRopeParams& p;
+  const RotaryGrid& g;
+  const int lane, channels;
 
-  __device__ Lane(const QkNormRopeParams& p, const RotaryGrid& g, int head_lane)
-      : lane(head_lane), lanes(g.lanes), pairs(g.pairs), channels(static_cast<int>(p.head_dim)) {
-#pragma unroll
-    for (int j = 0; j < count; ++j) {
-      const int n = pair(j);
-      at[j] = 2 * n, across[j] = 1;
-      if (mode == Pairs::neighbours || (mode == Pairs::single && p.layout == RotaryLayout::interleaved)) continue;
-      int begin = g.turning, width = g.pairs - g.turning;  // what does not rotate
-      if (n < g.turning) begin = g.width[0] + g.width[1], width = g.width[2];
-      if (n < g.width[0] + g.width[1]) begin = g.width[0], width = g.width[1];
-      if (n < g.width[0]) begin = 0, width = g.width[0];
-      at[j] = n + begin, across[j] = width;
-    }
+  __device__ Lane(const QkNormRopeParams& params, const RotaryGrid& grid, int head_lane)
+      : p(params), g(grid), lane(head_lane), channels(static_cast<int>(params.head_dim)) {}
+
+  __device__ __forceinline__ int pair(int piece) const { return (piece * g.lanes + lane) * S; }
+  // A piece's first channel, and how far from it the second one of its pair is. What does not rotate pairs up behind.
+  __device__ __forceinline__ Channels channels_of(int piece) const {
+    const int n = pair(piece);
+    if (mode == Pairs::neighbours || (mode == Pairs::single && p.layout == RotaryLayout::interleaved))
+      return {2 * n, 1};
+    if (n >= g.turning) return {n + g.turning, g.pairs - g.turning};
+    if (n >= g.width[0] + g.width[1]) return {n + g.width[0] + g.width[1], g.width[2]};
+    if (n >= g.width[0]) return {n + g.width[0], g.width[1]};
+    return {n, g.width[0]};
   }
-  __device__ __forceinline__ int pair(int piece) const { return (piece * lanes + lane) * S; }
   // The last pair of an odd number of channels has no second one.
   __device__ __forceinline__ bool whole(int piece) const {
-    return mode != Pairs::single || at[piece] + across[piece] < channels;
+    return mode != Pairs::single || (channels % 2 == 0 || pair(piece) < g.pairs - 1);
   }
 
   template <class F>
   __device__ __forceinline__ void pieces(F&& body) const {
 #pragma unroll
     for (int j = 0; j < count; ++j)
-      if (pair(j) < pairs) body(j);
+      if (pair(j) < g.pairs) body(j);
   }
   // body(pair's register, piece)
   template <class F>
@@ -119,9 +128,10 @@ struct Lane {
 
   __device__ __forceinline__ void fetch(const T* head, Raw& raw) const {
     pieces([&](int j) {
-      raw.first[j] = load_once<W>(head + at[j]);
+      const Channels c = channels_of(j);
+      raw.first[j] = load_once<W>(head + c.first);
       if constexpr (mode != Pairs::neighbours)
-        if (whole(j)) raw.second[j] = load_once<W>(head + at[j] + across[j]);
+        if (whole(j)) raw.second[j] = load_once<W>(head + c.first + c.across);
     });
   }
   // Zeros where there is no channel.
@@ -140,18 +150,19 @@ struct Lane {
     });
   }
   // The values of a piece that stand at `from` on in a vector whose dtype only the parameters know.
-  __device__ __forceinline__ void piece(const void* p, int dtype, int64_t from, int j, float (&a)[S],
+  __device__ __forceinline__ void piece(const void* data, int dtype, int64_t from, int j, float (&a)[S],
                                         float (&b)[S]) const {
+    const Channels c = channels_of(j);
     if constexpr (mode == Pairs::neighbours) {
       float v[W];
-      load_as<W>(p, dtype, from + at[j], v);
+      load_as<W>(data, dtype, from + c.first, v);
 #pragma unroll
       for (int k = 0; k < S; ++k) a[k] = v[2 * k], b[k] = v[2 * k + 1];
     } else {
-      load_as<W>(p, dtype, from + at[j], a);
+      load_as<W>(data, dtype, from + c.first, a);
 #pragma unroll
       for (int k = 0; k < S; ++k) b[k] = 0;
-      if (whole(j)) load_as<W>(p, dtype, from + at[j] + across[j], b);
+      if (whole(j)) load_as<W>(data, dtype, from + c.first + c.across, b);
     }
   }
   template <class X>
@@ -165,16 +176,16 @@ struct Lane {
         else
           v[k] = a[j * S + k], w[k] = b[j * S + k];
       }
-      store_once(head + at[j], narrow<X, W>(v));
+      const Channels c = channels_of(j);
+      store_once(head + c.first, narrow<X, W>(v));
       if constexpr (mode != Pairs::neighbours)
-        if (whole(j)) store_once(head + at[j] + across[j], narrow<X, W>(w));
+        if (whole(j)) store_once(head + c.first + c.across, narrow<X, W>(w));
     });
   }
 
   // (mean, 1 / sqrt(variance + eps)) of a head or of all heads; zeros stand where there is no channel.
-  __device__ __forceinline__ void statistics(const QkNormRopeParams& p, const float (&a)[kPairs],
-                                             const float (&b)[kPairs], bool here, float inverse, HeadSums& sums,
-                                             float& mean, float& root) const {
+  __device__ __forceinline__ void statistics(const float (&a)[kPairs], const float (&b)[kPairs], bool here,
+                                             float inverse, HeadSums& sums, float& mean, float& root) const {
     mean = 0;
     float total[1] = {0};
     if (p.norm == RotaryNorm::layer) {
@@ -230,8 +241,9 @@ struct GridWalk {
   }
 };
 
-// The row of a table that turns a token, or a head where each has its own: a thread's eight cosines and sines.
-template <class T, Pairs mode>
+// The row of a table that turns a token, or a head where each has its own: a thread's eight cosines and sines. Tables
+// are fp32; under the native law they may be of x's dtype.
+template <class T, Pairs mode, bool native>
 struct TableRow {
   using L = Lane<T, mode>;
   static constexpr int S = L::S;
@@ -242,8 +254,8 @@ struct TableRow {
   GridWalk walk;
   float cos[kPairs], sin[kPairs];
 
-  __device__ TableRow(const QkNormRopeParams& params, const RotaryOperand& o, const RotaryGrid& g, bool is_k)
-      : p(params), t(o.table), use_axes(o.use_axes), packs(g.packs[is_k]), turning(g.turning) {}
+  __device__ TableRow(const QkNormRopeParams& params, const RotaryOperand& o, const RotaryGrid& g, int side)
+      : p(params), t(o.table), use_axes(o.use_axes), packs(g.packs[side]), turning(g.turning) {}
 
   __device__ __forceinline__ bool turns(int n) const {
     return (t.cos || use_axes) && n >= p.rope_start && n - p.rope_start < p.rope_len;
@@ -251,32 +263,51 @@ struct TableRow {
   __device__ __forceinline__ bool per_head() const {
     return !use_axes && (t.cos_stride[2] != 0 || t.sin_stride[2] != 0);
   }
-  // The products round as well: tables of x's dtype under the native law.
-  __device__ __forceinline__ bool rounds() const { return (use_axes ? p.axes.dtype : t.dtype) == p.dtype; }
+  // Tables of x's dtype: the products round as well.
+  __device__ __forceinline__ bool rounds() const {
+    return native && static_cast<DType>(use_axes ? p.axes.dtype : t.dtype) != DType::f32;
+  }
 
-  __device__ __forceinline__ void dense(const L& own, int b, int token, int head) {
-    const int64_t n = token - p.rope_start;
-    const int64_t c = b * t.cos_stride[0] + n * t.cos_stride[1] + head * t.cos_stride[2];
-    const int64_t s = b * t.sin_stride[0] + n * t.sin_stride[1] + head * t.sin_stride[2];
+  // What all heads of a token share, or what one head has.
+  __device__ __forceinline__ void load(const L& own, int b, int token, int head) {
+    if constexpr (native) {
+      if (rounds()) return load_as_type<T>(own, b, token, head);
+    }
+    load_as_type<float>(own, b, token, head);
+  }
+
+ private:
+  template <class X>
+  __device__ __forceinline__ void load_as_type(const L& own, int b, int token, int head) {
+    if (use_axes)
+      from_axes<X>(own, b, token - static_cast<int>(p.rope_start));
+    else
+      dense<X>(own, b, token - p.rope_start, head);
+  }
+
+  template <class X>
+  __device__ __forceinline__ void dense(const L& own, int b, int64_t n, int head) {
+    const X* c = static_cast<const X*>(t.cos) + b * t.cos_stride[0] + n * t.cos_stride[1] + head * t.cos_stride[2];
+    const X* s = static_cast<const X*>(t.sin) + b * t.sin_stride[0] + n * t.sin_stride[1] + head * t.sin_stride[2];
 #pragma unroll
     for (int j = 0; j < L::count; ++j) {
       const int pair = own.pair(j);
       if (pair >= turning) continue;
       if (packs) {
-        read(t.cos, t.dtype, c + pair, j, cos), read(t.sin, t.dtype, s + pair, j, sin);
+        read<S>(c + pair, cos + j * S), read<S>(s + pair, sin + j * S);
       } else {
 #pragma unroll
         for (int k = 0; k < S; ++k) {
-          one(t.cos, t.dtype, c + (pair + k) * t.cos_stride[3], cos[j * S + k]);
-          one(t.sin, t.dtype, s + (pair + k) * t.sin_stride[3], sin[j * S + k]);
+          read<1>(c + (pair + k) * t.cos_stride[3], cos + j * S + k);
+          read<1>(s + (pair + k) * t.sin_stride[3], sin + j * S + k);
         }
       }
     }
   }
 
-  __device__ __forceinline__ void from_axes(const L& own, int b, int token) {
+  template <class X>
+  __device__ __forceinline__ void from_axes(const L& own, int b, int n) {
     const RotaryAxes& x = p.axes;
-    int n = token - static_cast<int>(p.rope_start);
     walk.seek(x, b, n);
     n -= walk.first;
     const int32_t* grid = x.grids + walk.segment * x.count;
@@ -285,58 +316,41 @@ struct TableRow {
       const int last = max(grid[x.count - 1], 1), middle = x.count > 2 ? max(grid[1], 1) : 1, rest = n / last;
       place[0] = rest / middle, place[1] = x.count > 2 ? rest % middle : n % last, place[2] = n % last;
     }
-    int row[3];  // of a section's pair 0, were it to begin with the head
-    int begin = 0;
-#pragma unroll
-    for (int a = 0; a < 3; ++a) {
-      const int width = static_cast<int>(x.width[a]);
-      row[a] = min(place[a], static_cast<int>(x.size[a]) - 1) * width - begin;  // no grid leads out of the table
-      begin += width;
-    }
-    const int one_end = static_cast<int>(x.width[0]), two_end = one_end + static_cast<int>(x.width[1]);
-    const auto axis = [&](int pair, const void*& c, const void*& s, int& from) {
-      c = x.cos[0], s = x.sin[0], from = row[0];
-      if (pair >= one_end) c = x.cos[1], s = x.sin[1], from = row[1];
-      if (pair >= two_end) c = x.cos[2], s = x.sin[2], from = row[2];
+    const int second = static_cast<int>(x.width[0]), third = second + static_cast<int>(x.width[1]);
+    const auto row = [&](int axis) {  // no grid leads out of the table
+      return min(place[axis], static_cast<int>(x.size[axis]) - 1) * static_cast<int>(x.width[axis]);
+    };
+    const int rows[3] = {row(0), row(1) - second, row(2) - third};
+    const auto at = [&](int pair, const X*& c, const X*& s) {
+      const int axis = (pair >= second) + (pair >= third);
+      c = static_cast<const X*>(axis == 0 ? x.cos[0] : axis == 1 ? x.cos[1] : x.cos[2]) + pair;
+      s = static_cast<const X*>(axis == 0 ? x.sin[0] : axis == 1 ? x.sin[1] : x.sin[2]) + pair;
+      const int from = axis == 0 ? rows[0] : axis == 1 ? rows[1] : rows[2];
+      c += from, s += from;
     };
 #pragma unroll
     for (int j = 0; j < L::count; ++j) {
       const int pair = own.pair(j);
       if (pair >= turning) continue;
-      const void *c, *s;
-      int from;
+      const X *c, *s;
       if (packs) {
-        axis(pair, c, s, from);
-        read(c, x.dtype, from + pair, j, cos), read(s, x.dtype, from + pair, j, sin);
+        at(pair, c, s);
+        read<S>(c, cos + j * S), read<S>(s, sin + j * S);
       } else {
 #pragma unroll
         for (int k = 0; k < S; ++k) {
-          axis(pair + k, c, s, from);
-          one(c, x.dtype, from + pair + k, cos[j * S + k]), one(s, x.dtype, from + pair + k, sin[j * S + k]);
+          at(pair + k, c, s);
+          read<1>(c, cos + j * S + k), read<1>(s, sin + j * S + k);
         }
       }
     }
   }
 
-  // What all heads of a token share.
-  __device__ __forceinline__ void load(const L& own, int b, int token) {
-    if (use_axes)
-      from_axes(own, b, token);
-    else
-      dense(own, b, token, 0);
-  }
-
- private:
-  static __device__ __forceinline__ void read(const void* p, int dtype, int64_t at, int j, float (&to)[kPairs]) {
-    float v[S];
-    load_as<S>(p, dtype, at, v);
+  template <int count, class X>
+  static __device__ __forceinline__ void read(const X* from, float* to) {
+    const Pack<X, count> v = load_again<count>(from);
 #pragma unroll
-    for (int k = 0; k < S; ++k) to[j * S + k] = v[k];
-  }
-  static __device__ __forceinline__ void one(const void* p, int dtype, int64_t at, float& to) {
-    float v[1];
-    load_as<1>(p, dtype, at, v);
-    to = v[0];
+    for (int k = 0; k < count; ++k) to[k] = to_float(v.values[k]);
   }
 };
 

@@ -7,7 +7,7 @@ import importlib
 from .. import registry
 from ._launch import _cuda, missing
 
-FAMILIES = ("modulation",)
+FAMILIES = ("modulation", "rotary")
 
 
 def register_all() -> None:
