@@ -36,3 +36,9 @@ def _machine():
 @each_sample
 def test_forward(sample, dtype):
     contract.forward(sample, dtype, "cuda", DEVICE)
+
+
+@each_dtype
+@each_sample
+def test_backward(sample, dtype):
+    contract.backward(sample, dtype, "cuda", DEVICE)

@@ -18,18 +18,18 @@ struct Forward {
   const RotaryPlace place;
   const L own;
   HeadSums sums;
-  TableRow<T, mode, native> row;
+  TableRow<T, native> row;
   const int heads, tokens, slots;
   typename L::Raw next;
 
   __device__ Forward(const QkNormRopeParams& params, const RotaryGrid& g, const RotaryPlace& where,
-                     const RotaryOperand& operand, float (*partial)[2][kMaxWarps])
+                     const RotaryOperand& operand, float (*partial)[2][kMaxWarps], char* shared)
       : p(params),
         o(operand),
         place(where),
         own(params, g, where.lane),
         sums{{partial, g.warps}, g.lanes, params.all_heads},
-        row(params, operand, g, where.side),
+        row(params, operand, g, shared),
         heads(static_cast<int>(operand.heads)),
         tokens(static_cast<int>(operand.tokens)),
         slots(32 / g.lanes) {}
@@ -53,22 +53,14 @@ struct Forward {
     if (!here) return;
     const auto step = [&](float v) { return rms ? round(v) : v; };
     own.pieces([&](int j) {
-      float w[S], v[S];
 #pragma unroll
       for (int k = 0; k < S; ++k) {
         a[j * S + k] = step((a[j * S + k] - mean) * root);
         b[j * S + k] = step((b[j * S + k] - mean) * root);
       }
-      if (o.weight) {
-        own.piece(o.weight, o.weight_dtype, at, j, w, v);
-#pragma unroll
-        for (int k = 0; k < S; ++k) a[j * S + k] = step(a[j * S + k] * w[k]), b[j * S + k] = step(b[j * S + k] * v[k]);
-      }
-      if (o.bias) {
-        own.piece(o.bias, o.bias_dtype, at, j, w, v);
-#pragma unroll
-        for (int k = 0; k < S; ++k) a[j * S + k] = step(a[j * S + k] + w[k]), b[j * S + k] = step(b[j * S + k] + v[k]);
-      }
+      if (o.weight)
+        own.apply(o.weight, o.weight_dtype, at, j, a, b, [&](float x, float w) { return step(x * w); });
+      if (o.bias) own.apply(o.bias, o.bias_dtype, at, j, a, b, [&](float x, float w) { return step(x + w); });
       if (!rms)
 #pragma unroll
         for (int k = 0; k < S; ++k) a[j * S + k] = round(a[j * S + k]), b[j * S + k] = round(b[j * S + k]);
@@ -77,11 +69,17 @@ struct Forward {
 
   template <bool rounds>
   __device__ __forceinline__ void turn(float (&a)[kPairs], float (&b)[kPairs]) const {
-    own.each([&](int i, int j) {
-      if (own.pair(j) >= row.turning) return;
-      const float ac = rounded<T, rounds>(a[i] * row.cos[i]), bs = rounded<T, rounds>(b[i] * row.sin[i]);
-      const float bc = rounded<T, rounds>(b[i] * row.cos[i]), as = rounded<T, rounds>(a[i] * row.sin[i]);
-      a[i] = ac - bs, b[i] = bc + as;
+    own.pieces([&](int j) {
+      if (own.pair(j) >= own.g.turning) return;
+      float c[L::S], s[L::S];
+      row.read(own.pair(j), place, c, s);
+#pragma unroll
+      for (int k = 0; k < L::S; ++k) {
+        float &x = a[j * L::S + k], &y = b[j * L::S + k];
+        const float xc = rounded<T, rounds>(x * c[k]), ys = rounded<T, rounds>(y * s[k]);
+        const float yc = rounded<T, rounds>(y * c[k]), xs = rounded<T, rounds>(x * s[k]);
+        x = xc - ys, y = yc + xs;
+      }
     });
   }
 
@@ -93,7 +91,7 @@ struct Forward {
     for (int i = begin; i < end; ++i) {
       const int b = i / tokens, n = i - b * tokens;
       const bool turns = row.turns(n), per_head = row.per_head();
-      if (turns && !per_head) row.load(own, b, n, 0);
+      if (turns && !per_head) row.load(b, n);
       T* out = static_cast<T*>(o.out) + b * o.out_stride[0] + n * o.out_stride[1];
       for (int r = place.warp; r < rounds; r += warps) {
         const int head = r * slots + place.slot;
@@ -105,7 +103,7 @@ struct Forward {
           fetch(i, r + warps);
         else if (ahead && i + 1 < end)
           fetch(i + 1, place.warp);
-        if (turns && per_head && here) row.load(own, b, n, head);
+        if (turns && per_head) row.load(b, n, head, here, place);
         if (p.norm != RotaryNorm::none) normalise(x, y, head);
         if (!here) continue;
         if (turns) {
@@ -121,14 +119,17 @@ struct Forward {
 };
 
 template <class T, Pairs mode, bool native>
-__global__ void __launch_bounds__(32 * kMaxWarps)
+__global__ void __launch_bounds__(mode == Pairs::single ? 32 * kMaxWarps : 768)  // 128 registers, or 80
     qk_norm_rope_kernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ RotarySides sides,
                         const __grid_constant__ RotaryGrid g) {
   FASTDIT_SHARED(float[2][2][kMaxWarps], partial);
+  FASTDIT_SHARED_DYNAMIC(table_rows, 16);
   const RotaryPlace place(g);
-  const RotaryOperand& o = sides.operand[place.side];
+  FASTDIT_SHARED_ALIGNED(RotarySide, side, 8);
+  copy_side(sides, place.side, side);
+  const RotaryOperand& o = side.operand;
   const int rows = static_cast<int>(p.batch * o.tokens), per = g.per[place.side], begin = place.group * per;
-  Forward<T, mode, native> forward(p, g, place, o, partial);
+  Forward<T, mode, native> forward(p, g, place, o, partial, table_rows);
   forward.run(min(begin, rows), min(begin + per, rows), g.warps);
 }
 
@@ -136,8 +137,8 @@ template <class T, Pairs mode>
 void start(const QkNormRopeParams& p, const RotaryPlan& plan, Stream stream, const char* op) {
   constexpr bool half = sizeof(T) == 2;
   const auto kernel = half && p.native ? qk_norm_rope_kernel<T, mode, half> : qk_norm_rope_kernel<T, mode, false>;
-  launch(kernel, dim3(plan.grid()), dim3(plan.threads()), 0, stream, op, sizes(p), p,
-         RotarySides{{p.q, p.k}, {}}, plan.g);
+  launch(kernel, dim3(plan.grid()), dim3(plan.threads()), plan.shared(), stream, op, sizes(p), p,
+         RotarySides{{{p.q, {}}, {p.k, {}}}}, plan.g);
 }
 
 template <class T>
@@ -150,7 +151,7 @@ void run(const QkNormRopeParams& p, const RotaryPlan& plan, Stream stream, const
 }  // namespace
 
 void qk_norm_rope_forward(const QkNormRopeParams& p, Stream stream, const char* op) {
-  const RotaryPlan plan = rotary_plan(p, stream.device, 2048, true, true, op);
+  const RotaryPlan plan = rotary_plan(p, stream.device, 768, true, true, op);
   if (!plan.grid()) return;
   FASTDIT_ROTARY_DTYPES(p, run, p, plan, stream, op)
 }

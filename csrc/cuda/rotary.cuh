@@ -16,7 +16,7 @@
 
 namespace fastdit::cuda {
 
-constexpr int kPairs = 8, kMaxHead = 2 * kPairs * 32;
+constexpr int kPairs = 8;
 
 // Where a thread's pairs lie.
 enum class Pairs : int {
@@ -31,14 +31,16 @@ struct RotaryGrid {
   int pairs, turning;        // of a head: (D + 1) / 2, R / 2
   int width[3];              // pairs of each section of the halves; one section: R / 2, 0, 0
   int blocks[2], per[2];     // of q and of k: blocks, and tokens of a group
-  bool packs[2];             // rows of the table of q, and of k, in packs
   bool turns;                // blocks of q and of k take turns; else q's come first
 };
 
 // q and k, so that a block finds its side by an index.
+struct RotarySide {
+  RotaryOperand operand;
+  RotaryGrad grad;  // of a backward
+};
 struct RotarySides {
-  RotaryOperand operand[2];
-  RotaryGrad grad[2];  // of a backward
+  RotarySide of[2];
 };
 
 // ---- the place of a thread --------------------------------------------------------------------------------
@@ -56,6 +58,15 @@ struct RotaryPlace {
     lane = thread % 32 % g.lanes;
   }
 };
+
+// A block's side in shared memory: as parameters that an index finds they would take a register each.
+__device__ __forceinline__ void copy_side(const RotarySides& sides, int side, RotarySide& to) {
+  const auto* from = reinterpret_cast<const unsigned*>(&sides.of[side]);
+  auto* words = reinterpret_cast<unsigned*>(&to);
+  for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(sizeof(RotarySide) / 4); i += blockDim.x)
+    words[i] = from[i];
+  __syncthreads();
+}
 
 // Sums over a head, or over all heads of a token.
 struct HeadSums {
@@ -149,20 +160,24 @@ struct Lane {
       }
     });
   }
-  // The values of a piece that stand at `from` on in a vector whose dtype only the parameters know.
-  __device__ __forceinline__ void piece(const void* data, int dtype, int64_t from, int j, float (&a)[S],
-                                        float (&b)[S]) const {
+  // a = with(a, v), b = with(b, v) for a piece; v from a vector of the head, whose dtype only the parameters know.
+  template <class F>
+  __device__ __forceinline__ void apply(const void* data, int dtype, int64_t from, int j, float (&a)[kPairs],
+                                        float (&b)[kPairs], F&& with) const {
     const Channels c = channels_of(j);
+    float v[W];
+    load_as<W>(data, dtype, from + c.first, v);
     if constexpr (mode == Pairs::neighbours) {
-      float v[W];
-      load_as<W>(data, dtype, from + c.first, v);
 #pragma unroll
-      for (int k = 0; k < S; ++k) a[k] = v[2 * k], b[k] = v[2 * k + 1];
+      for (int k = 0; k < S; ++k)
+        a[j * S + k] = with(a[j * S + k], v[2 * k]), b[j * S + k] = with(b[j * S + k], v[2 * k + 1]);
     } else {
-      load_as<W>(data, dtype, from + c.first, a);
 #pragma unroll
-      for (int k = 0; k < S; ++k) b[k] = 0;
-      if (whole(j)) load_as<W>(data, dtype, from + c.first + c.across, b);
+      for (int k = 0; k < S; ++k) a[j * S + k] = with(a[j * S + k], v[k]);
+      if (!whole(j)) return;
+      load_as<W>(data, dtype, from + c.first + c.across, v);
+#pragma unroll
+      for (int k = 0; k < S; ++k) b[j * S + k] = with(b[j * S + k], v[k]);
     }
   }
   template <class X>
@@ -241,21 +256,26 @@ struct GridWalk {
   }
 };
 
-// The row of a table that turns a token, or a head where each has its own: a thread's eight cosines and sines. Tables
-// are fp32; under the native law they may be of x's dtype.
-template <class T, Pairs mode, bool native>
+// The row of a table that turns a token, or of each head of a round where heads have their own, in shared memory: a warp
+// reads it once, neighbours by neighbours, and every thread finds the values of its pairs. Tables are fp32; under the
+// native law they may be of x's dtype.
+constexpr int kRow = 32 * kPairs, kRowBytes = 2 * kRow * static_cast<int>(sizeof(float));  // of a warp: cos, then sin
+
+template <class T, bool native>
 struct TableRow {
-  using L = Lane<T, mode>;
-  static constexpr int S = L::S;
   const QkNormRopeParams& p;
   const RotaryTable& t;
-  const bool use_axes, packs;
-  const int turning;
+  const RotaryGrid& g;
+  const bool use_axes;
+  float* const stage;
   GridWalk walk;
-  float cos[kPairs], sin[kPairs];
 
-  __device__ TableRow(const QkNormRopeParams& params, const RotaryOperand& o, const RotaryGrid& g, int side)
-      : p(params), t(o.table), use_axes(o.use_axes), packs(g.packs[side]), turning(g.turning) {}
+  __device__ TableRow(const QkNormRopeParams& params, const RotaryOperand& o, const RotaryGrid& grid, char* shared)
+      : p(params),
+        t(o.table),
+        g(grid),
+        use_axes(o.use_axes),
+        stage(reinterpret_cast<float*>(shared + threadIdx.x / 32 * kRowBytes)) {}
 
   __device__ __forceinline__ bool turns(int n) const {
     return (t.cos || use_axes) && n >= p.rope_start && n - p.rope_start < p.rope_len;
@@ -268,45 +288,56 @@ struct TableRow {
     return native && static_cast<DType>(use_axes ? p.axes.dtype : t.dtype) != DType::f32;
   }
 
-  // What all heads of a token share, or what one head has.
-  __device__ __forceinline__ void load(const L& own, int b, int token, int head) {
-    if constexpr (native) {
-      if (rounds()) return load_as_type<T>(own, b, token, head);
+  // The row of a token, for all heads; the whole warp calls it.
+  __device__ __forceinline__ void load(int b, int token) {
+    const int n = token - static_cast<int>(p.rope_start), lane = static_cast<int>(threadIdx.x) % 32;
+    __syncwarp();  // nobody reads the last row any more
+    if (use_axes)
+      from_axes(b, n, lane);
+    else
+      dense(b, n, 0, stage, lane, 32);
+    __syncwarp();
+  }
+  // The rows of the heads of a round; `head` is this thread's.
+  __device__ __forceinline__ void load(int b, int token, int head, bool here, const RotaryPlace& place) {
+    __syncwarp();
+    if (here)
+      dense(b, token - static_cast<int>(p.rope_start), head, stage + place.slot * g.lanes * kPairs, place.lane, g.lanes);
+    __syncwarp();
+  }
+  // Cosines and sines of S pairs from `pair` on.
+  template <int S>
+  __device__ __forceinline__ void read(int pair, const RotaryPlace& place, float (&c)[S], float (&s)[S]) const {
+    const float* row = stage + (per_head() ? place.slot * g.lanes * kPairs : 0) + pair;
+    using word = typename Pack<float, S>::word;
+    Pack<float, S> v;
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+#pragma unroll
+      for (int i = 0; i < v.pieces; ++i) v.words[i] = reinterpret_cast<const word*>(row + side * kRow)[i];
+#pragma unroll
+      for (int k = 0; k < S; ++k) (side ? s : c)[k] = v.values[k];
     }
-    load_as_type<float>(own, b, token, head);
   }
 
  private:
-  template <class X>
-  __device__ __forceinline__ void load_as_type(const L& own, int b, int token, int head) {
-    if (use_axes)
-      from_axes<X>(own, b, token - static_cast<int>(p.rope_start));
-    else
-      dense<X>(own, b, token - p.rope_start, head);
+  __device__ __forceinline__ float value(const void* from, int dtype, int64_t at) const {
+    if constexpr (native)
+      if (static_cast<DType>(dtype) != DType::f32) return to_float(load_again<1>(static_cast<const T*>(from) + at).values[0]);
+    return load_again<1>(static_cast<const float*>(from) + at).values[0];
   }
 
-  template <class X>
-  __device__ __forceinline__ void dense(const L& own, int b, int64_t n, int head) {
-    const X* c = static_cast<const X*>(t.cos) + b * t.cos_stride[0] + n * t.cos_stride[1] + head * t.cos_stride[2];
-    const X* s = static_cast<const X*>(t.sin) + b * t.sin_stride[0] + n * t.sin_stride[1] + head * t.sin_stride[2];
-#pragma unroll
-    for (int j = 0; j < L::count; ++j) {
-      const int pair = own.pair(j);
-      if (pair >= turning) continue;
-      if (packs) {
-        read<S>(c + pair, cos + j * S), read<S>(s + pair, sin + j * S);
-      } else {
-#pragma unroll
-        for (int k = 0; k < S; ++k) {
-          read<1>(c + (pair + k) * t.cos_stride[3], cos + j * S + k);
-          read<1>(s + (pair + k) * t.sin_stride[3], sin + j * S + k);
-        }
-      }
+  __device__ __forceinline__ void dense(int b, int n, int head, float* row, int first, int step) const {
+    const int64_t c = b * t.cos_stride[0] + n * t.cos_stride[1] + head * t.cos_stride[2];
+    const int64_t s = b * t.sin_stride[0] + n * t.sin_stride[1] + head * t.sin_stride[2];
+#pragma unroll 1
+    for (int i = first; i < g.turning; i += step) {
+      row[i] = value(t.cos, t.dtype, c + i * t.cos_stride[3]);
+      row[kRow + i] = value(t.sin, t.dtype, s + i * t.sin_stride[3]);
     }
   }
 
-  template <class X>
-  __device__ __forceinline__ void from_axes(const L& own, int b, int n) {
+  __device__ __forceinline__ void from_axes(int b, int n, int lane) {
     const RotaryAxes& x = p.axes;
     walk.seek(x, b, n);
     n -= walk.first;
@@ -316,41 +347,18 @@ struct TableRow {
       const int last = max(grid[x.count - 1], 1), middle = x.count > 2 ? max(grid[1], 1) : 1, rest = n / last;
       place[0] = rest / middle, place[1] = x.count > 2 ? rest % middle : n % last, place[2] = n % last;
     }
-    const int second = static_cast<int>(x.width[0]), third = second + static_cast<int>(x.width[1]);
-    const auto row = [&](int axis) {  // no grid leads out of the table
-      return min(place[axis], static_cast<int>(x.size[axis]) - 1) * static_cast<int>(x.width[axis]);
-    };
-    const int rows[3] = {row(0), row(1) - second, row(2) - third};
-    const auto at = [&](int pair, const X*& c, const X*& s) {
-      const int axis = (pair >= second) + (pair >= third);
-      c = static_cast<const X*>(axis == 0 ? x.cos[0] : axis == 1 ? x.cos[1] : x.cos[2]) + pair;
-      s = static_cast<const X*>(axis == 0 ? x.sin[0] : axis == 1 ? x.sin[1] : x.sin[2]) + pair;
-      const int from = axis == 0 ? rows[0] : axis == 1 ? rows[1] : rows[2];
-      c += from, s += from;
-    };
+    int begin = 0;
 #pragma unroll
-    for (int j = 0; j < L::count; ++j) {
-      const int pair = own.pair(j);
-      if (pair >= turning) continue;
-      const X *c, *s;
-      if (packs) {
-        at(pair, c, s);
-        read<S>(c, cos + j * S), read<S>(s, sin + j * S);
-      } else {
-#pragma unroll
-        for (int k = 0; k < S; ++k) {
-          at(pair + k, c, s);
-          read<1>(c, cos + j * S + k), read<1>(s, sin + j * S + k);
-        }
+    for (int a = 0; a < 3; ++a) {
+      if (a == x.count) break;
+      const int width = static_cast<int>(x.width[a]);
+      const int at = min(place[a], static_cast<int>(x.size[a]) - 1) * width;  // no grid leads out of the table
+      for (int i = lane; i < width; i += 32) {
+        stage[begin + i] = value(x.cos[a], x.dtype, at + i);
+        stage[kRow + begin + i] = value(x.sin[a], x.dtype, at + i);
       }
+      begin += width;
     }
-  }
-
-  template <int count, class X>
-  static __device__ __forceinline__ void read(const X* from, float* to) {
-    const Pack<X, count> v = load_again<count>(from);
-#pragma unroll
-    for (int k = 0; k < count; ++k) to[k] = to_float(v.values[k]);
   }
 };
 
@@ -393,30 +401,16 @@ inline Pairs pairs_of(const QkNormRopeParams& p, const RotaryGrid& g) {
   return !wide ? Pairs::single : neighbours ? Pairs::neighbours : Pairs::halves;
 }
 
-// Whether rows of the operand's table can be read S pairs at a time.
-inline bool table_packs(const QkNormRopeParams& p, const RotaryOperand& o, int S) {
-  if (o.use_axes) {
-    const int size = static_cast<int>(itemsize(static_cast<DType>(p.axes.dtype)));
-    bool whole = true;
-    for (int a = 0; a < p.axes.count; ++a)
-      whole = whole && p.axes.width[a] % S == 0 && fits(p.axes.cos[a], size, S, {}) && fits(p.axes.sin[a], size, S, {});
-    return whole;
-  }
-  const RotaryTable& t = o.table;
-  const int size = static_cast<int>(itemsize(static_cast<DType>(t.dtype)));
-  return !t.cos || (t.cos_stride[3] == 1 && t.sin_stride[3] == 1 &&
-                    fits(t.cos, size, S, {t.cos_stride[0], t.cos_stride[1], t.cos_stride[2]}) &&
-                    fits(t.sin, size, S, {t.sin_stride[0], t.sin_stride[1], t.sin_stride[2]}));
-}
-
 struct RotaryPlan {
   RotaryGrid g;
   Pairs mode;
   int threads() const { return 32 * g.warps * g.groups; }
+  int shared() const { return g.warps * g.groups * kRowBytes; }
   int grid() const { return g.blocks[0] + g.blocks[1]; }
 };
 
-// resident: threads that a processor holds. with_q, with_k: which sides take part.
+// resident: threads that a processor holds. with_q, with_k: which sides take part; the blocks of one do not depend on
+// the other's.
 inline RotaryPlan rotary_plan(const QkNormRopeParams& p, int device, int resident, bool with_q, bool with_k,
                               const char* op) {
   RotaryGrid g{};
@@ -425,8 +419,7 @@ inline RotaryPlan rotary_plan(const QkNormRopeParams& p, int device, int residen
   if (p.layout == RotaryLayout::axis_half)
     for (int a = 0; a < 3; ++a) g.width[a] = p.axes.count ? static_cast<int>(p.axes.width[a]) : g.turning / 3;
   for (g.lanes = 1; g.lanes * kPairs < g.pairs && g.lanes < 64;) g.lanes *= 2;
-  const int64_t tokens[2] = {with_q ? rows(p, p.q) : 0, with_k ? rows(p, p.k) : 0};
-  const int64_t heads[2] = {p.q.heads, p.k.heads};
+  const int64_t tokens[2] = {rows(p, p.q), rows(p, p.k)}, heads[2] = {p.q.heads, p.k.heads};
   const auto refuse = [&](const char* what) {
     throw std::invalid_argument(std::string(op) + ": " + what + "; got " + sizes(p));
   };
@@ -441,27 +434,22 @@ inline RotaryPlan rotary_plan(const QkNormRopeParams& p, int device, int residen
     if (g.warps > kMaxWarps) refuse("too many channels in a row");
   }
   g.groups = p.all_heads || g.warps > 1 ? 1 : kRows;
-  RotaryPlan plan{g, Pairs::single};
+  const int64_t most = int64_t{processors(device)} * std::clamp(resident / (32 * g.warps * g.groups), 1, 16);
   const int64_t work[2] = {tokens[0] * heads[0], tokens[1] * heads[1]};
-  const int64_t most = int64_t{processors(device)} * std::clamp(resident / plan.threads(), 1, 16);
   for (int s = 0; s < 2; ++s) {
-    if (!tokens[s]) continue;
+    if (!tokens[s] || !(s ? with_k : with_q)) continue;
     const int64_t share = std::max<int64_t>(most * work[s] / (work[0] + work[1]), 1);
     const int64_t blocks = std::min((tokens[s] + g.groups - 1) / g.groups, share);
     const int64_t per = (tokens[s] + blocks * g.groups - 1) / (blocks * g.groups);
-    plan.g.per[s] = static_cast<int>(per);
-    plan.g.blocks[s] = static_cast<int>((tokens[s] + per * g.groups - 1) / (per * g.groups));
+    g.per[s] = static_cast<int>(per);
+    g.blocks[s] = static_cast<int>((tokens[s] + per * g.groups - 1) / (per * g.groups));
   }
-  plan.g.turns = plan.g.blocks[0] == plan.g.blocks[1];
-  plan.mode = pairs_of(p, g);
-  const int W = static_cast<int>(16 / itemsize(static_cast<DType>(p.dtype)));
-  const int S = plan.mode == Pairs::single ? 1 : plan.mode == Pairs::neighbours ? W / 2 : W;
-  plan.g.packs[0] = table_packs(p, p.q, S), plan.g.packs[1] = table_packs(p, p.k, S);
-  return plan;
+  g.turns = g.blocks[0] == g.blocks[1];
+  return {g, pairs_of(p, g)};
 }
 
 // Calls run<T>(...) for the dtype of q and k.
-#define FASTDIT_ROTARY_DTYPES(p, run, ...)     \
+#define FASTDIT_ROTARY_DTYPES(p, run, ...) \
   switch (static_cast<DType>((p).dtype)) {     \
     case DType::f32:                           \
       return run<float>(__VA_ARGS__);          \

@@ -3,9 +3,9 @@
 //   n = (x - mean) * root,  a = n * w + b,  y = R a
 //   g = R^T dy,  dw += g * n,  db += g,  dx = root * (g w - mean(g w) - n * mean(g w * n))      (rms: without mean(g w))
 //
-// A thread owns the same channels in every round, so it sums their dw and db in registers; a block leaves one row of
-// each (of D, or of all heads under scope "hidden") in fp32, and strips of those rows are added in the order of the
-// blocks. No atomics: the bits do not depend on who ran when.
+// A thread owns the same channels in every round, so it sums their dw in registers; a block leaves one row (of D, or of
+// all heads under scope "hidden") in fp32, and strips of those rows are added in the order of the blocks. No atomics: the
+// bits do not depend on who ran when. db is a pass of its own over dy alone, for registers: few models have a bias.
 #include "rotary.cuh"
 #include "rotary.h"
 #include "strips.h"
@@ -13,38 +13,39 @@
 namespace fastdit::cuda {
 namespace {
 
-// Rows of the sums for q and for k, one per block; null: nobody wants them.
+// Rows of sums for q and for k, one per block; null: nobody wants them.
 struct Partial {
-  float *weight[2], *bias[2];
+  float* rows[2];
+  bool bias;  // sums of g alone: nothing else is made
 };
 
 template <class T, Pairs mode>
 struct Backward {
   using L = Lane<T, mode>;
   static constexpr int S = L::S;
+  static constexpr bool ahead = mode != Pairs::single;  // single values take too many registers
   const QkNormRopeParams& p;
   const RotaryOperand& o;
   const RotaryGrad& d;
   const RotaryPlace place;
   const L own;
   HeadSums sums;
-  TableRow<T, mode, sizeof(T) == 2> row;
-  float *const weight_row, *const bias_row;
+  TableRow<T, sizeof(T) == 2> row;
+  const Partial& partial;
   const int heads, tokens, slots;
-  float wa[kPairs] = {}, wb[kPairs] = {}, ba[kPairs] = {}, bb[kPairs] = {};  // dw and db
+  float sa[kPairs] = {}, sb[kPairs] = {};  // dw, or db
 
   __device__ Backward(const QkNormRopeParams& params, const RotaryOperand& operand, const RotaryGrad& grad,
-                      const RotaryGrid& g, const RotaryPlace& where, const Partial& rows,
-                      float (*partial)[2][kMaxWarps])
+                      const RotaryGrid& g, const RotaryPlace& where, const Partial& sums_of,
+                      float (*buffer)[2][kMaxWarps], char* shared)
       : p(params),
         o(operand),
         d(grad),
         place(where),
         own(params, g, where.lane),
-        sums{{partial, g.warps}, g.lanes, params.all_heads},
-        row(params, operand, g, where.side),
-        weight_row(rows.weight[where.side]),
-        bias_row(rows.bias[where.side]),
+        sums{{buffer, g.warps}, g.lanes, params.all_heads},
+        row(params, operand, g, shared),
+        partial(sums_of),
         heads(static_cast<int>(operand.heads)),
         tokens(static_cast<int>(operand.tokens)),
         slots(32 / g.lanes) {}
@@ -59,17 +60,17 @@ struct Backward {
     own.statistics(na, nb, here, inverse, sums, mean, root);
     if (here)
       own.pieces([&](int j) {
-        float v[S], w[S];
-        if (o.weight) own.piece(o.weight, o.weight_dtype, at, j, v, w);
 #pragma unroll
         for (int k = 0; k < S; ++k) {
           const int i = j * S + k;
           na[i] = (na[i] - mean) * root, nb[i] = own.whole(j) ? (nb[i] - mean) * root : 0;
-          wa[i] += ga[i] * na[i], wb[i] += gb[i] * nb[i];
-          ba[i] += ga[i], bb[i] += gb[i];
-          if (o.weight) ga[i] *= v[k], gb[i] *= w[k];
-          both[0] += ga[i] + gb[i], both[1] += ga[i] * na[i] + gb[i] * nb[i];
+          sa[i] += ga[i] * na[i], sb[i] += gb[i] * nb[i];
         }
+        if (o.weight)
+          own.apply(o.weight, o.weight_dtype, at, j, ga, gb, [](float x, float w) { return x * w; });
+#pragma unroll
+        for (int i = j * S; i < j * S + S; ++i)
+          both[0] += ga[i] + gb[i], both[1] += ga[i] * na[i] + gb[i] * nb[i];
       });
     sums(both);
     const float level = p.norm == RotaryNorm::layer ? both[0] * inverse : 0, slope = both[1] * inverse;
@@ -83,26 +84,38 @@ struct Backward {
   __device__ __forceinline__ void token_gradient(int i, int rounds, int warps) {
     const int b = i / tokens, n = i - b * tokens;
     const bool turns = row.turns(n), per_head = row.per_head();
-    if (turns && !per_head) row.load(own, b, n, 0);
+    if (turns && !per_head) row.load(b, n);
     const T* x = static_cast<const T*>(o.x) + b * o.x_stride[0] + n * o.x_stride[1];
     const T* g = static_cast<const T*>(d.grad) + b * d.grad_stride[0] + n * d.grad_stride[1];
     T* out = static_cast<T*>(o.out) + b * o.out_stride[0] + n * o.out_stride[1];
     for (int r = place.warp; r < rounds; r += warps) {
       const int head = r * slots + place.slot;
-      const bool here = head < heads, normed = p.norm != RotaryNorm::none;
+      const bool here = head < heads, normed = p.norm != RotaryNorm::none && !partial.bias;
       typename L::Raw grad, value;
       if (here) own.fetch(g + head * d.grad_stride[2], grad);
-      if (here && normed) own.fetch(x + head * o.x_stride[2], value);
-      if (turns && per_head && here) row.load(own, b, n, head);
+      if (here && normed && ahead) own.fetch(x + head * o.x_stride[2], value);
+      if (turns && per_head) row.load(b, n, head, here, place);
       float ga[kPairs], gb[kPairs], na[kPairs], nb[kPairs];
       own.widen_pairs(grad, here, ga, gb);
       if (turns)
-        own.each([&](int k, int j) {
-          if (own.pair(j) >= row.turning || !here) return;
-          const float first = ga[k] * row.cos[k] + gb[k] * row.sin[k];
-          gb[k] = gb[k] * row.cos[k] - ga[k] * row.sin[k], ga[k] = first;
+        own.pieces([&](int j) {
+          if (own.pair(j) >= own.g.turning || !here) return;
+          float cos[S], sin[S];
+          row.read(own.pair(j), place, cos, sin);
+#pragma unroll
+          for (int k = 0; k < S; ++k) {
+            float &u = ga[j * S + k], &v = gb[j * S + k];
+            const float turned = u * cos[k] + v * sin[k];
+            v = v * cos[k] - u * sin[k], u = turned;
+          }
         });
+      if (partial.bias) {
+#pragma unroll
+        for (int k = 0; k < kPairs; ++k) sa[k] += ga[k], sb[k] += gb[k];  // zeros where there is no head
+        continue;
+      }
       if (normed) {
+        if (here && !ahead) own.fetch(x + head * o.x_stride[2], value);
         own.widen_pairs(value, here, na, nb);
         through_norm(ga, gb, na, nb, head);
       }
@@ -111,13 +124,13 @@ struct Backward {
   }
 
   // The row of the block: of all heads under scope "hidden", else the sum over the slots and warps that share D channels.
-  __device__ __forceinline__ void keep(float* rows, float (&a)[kPairs], float (&b)[kPairs],
-                                       float (*shared)[2 * kPairs][32]) {
+  __device__ __forceinline__ void keep(float (*shared)[2 * kPairs][32]) {
+    float* rows = partial.rows[place.side];
     if (!rows) return;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
     if (p.all_heads) {
       const int head = place.warp * slots + place.slot;
-      if (head < heads) own.store(rows + (static_cast<int64_t>(place.block) * heads + head) * p.head_dim, a, b);
+      if (head < heads) own.store(rows + (static_cast<int64_t>(place.block) * heads + head) * p.head_dim, sa, sb);
       return;
     }
 #pragma unroll
@@ -125,41 +138,41 @@ struct Backward {
 #pragma unroll
       for (int step = 16; step > 0; step /= 2)
         if (step >= own.g.lanes) {
-          a[i] += __shfl_xor_sync(0xffffffffu, a[i], step);
-          b[i] += __shfl_xor_sync(0xffffffffu, b[i], step);
+          sa[i] += __shfl_xor_sync(0xffffffffu, sa[i], step);
+          sb[i] += __shfl_xor_sync(0xffffffffu, sb[i], step);
         }
-      shared[thread / 32][2 * i][lane] = a[i], shared[thread / 32][2 * i + 1][lane] = b[i];
+      shared[thread / 32][2 * i][lane] = sa[i], shared[thread / 32][2 * i + 1][lane] = sb[i];
     }
     __syncthreads();
-    if (thread < own.g.lanes) {
+    if (thread >= own.g.lanes) return;
 #pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        a[i] = b[i] = 0;
-        for (int w = 0; w < kRows; ++w) a[i] += shared[w][2 * i][lane], b[i] += shared[w][2 * i + 1][lane];
-      }
-      own.store(rows + static_cast<int64_t>(place.block) * p.head_dim, a, b);
+    for (int i = 0; i < kPairs; ++i) {
+      sa[i] = sb[i] = 0;
+      for (int w = 0; w < kRows; ++w) sa[i] += shared[w][2 * i][lane], sb[i] += shared[w][2 * i + 1][lane];
     }
-    __syncthreads();
+    own.store(rows + static_cast<int64_t>(place.block) * p.head_dim, sa, sb);
   }
 
   __device__ __forceinline__ void run(int begin, int end, int warps, float (*shared)[2 * kPairs][32]) {
     const int rounds = p.all_heads ? place.warp + 1 : (heads + slots - 1) / slots;
     for (int i = begin; i < end; ++i) token_gradient(i, rounds, warps);
-    keep(weight_row, wa, wb, shared);
-    keep(bias_row, ba, bb, shared);
+    keep(shared);
   }
 };
 
 template <class T, Pairs mode>
 __global__ void __launch_bounds__(32 * kMaxWarps)
     qk_norm_rope_backward_kernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ RotarySides sides,
-                                 const __grid_constant__ RotaryGrid g, const __grid_constant__ Partial rows) {
-  FASTDIT_SHARED(float[2][2][kMaxWarps], partial);
+                                 const __grid_constant__ RotaryGrid g, const __grid_constant__ Partial sums) {
+  FASTDIT_SHARED(float[2][2][kMaxWarps], buffer);
   FASTDIT_SHARED(float[kRows][2 * kPairs][32], shared);
+  FASTDIT_SHARED_DYNAMIC(table_rows, 16);
   const RotaryPlace place(g);
-  const RotaryOperand& o = sides.operand[place.side];
+  FASTDIT_SHARED_ALIGNED(RotarySide, side, 8);
+  copy_side(sides, place.side, side);
+  const RotaryOperand& o = side.operand;
   const int all = static_cast<int>(p.batch * o.tokens), per = g.per[place.side], begin = place.group * per;
-  Backward<T, mode> backward(p, o, sides.grad[place.side], g, place, rows, partial);
+  Backward<T, mode> backward(p, o, side.grad, g, place, sums, buffer, table_rows);
   backward.run(min(begin, all), min(begin + per, all), g.warps, shared);
 }
 
@@ -188,16 +201,16 @@ __global__ void __launch_bounds__(kStrip* kLanes) rotary_sums_kernel(const __gri
 
 // ---- the host's part --------------------------------------------------------------------------------------
 template <class T, Pairs mode>
-void start(const QkNormRopeGradParams& q, const RotaryPlan& plan, const Partial& rows, Stream stream, const char* op) {
-  launch(qk_norm_rope_backward_kernel<T, mode>, dim3(plan.grid()), dim3(plan.threads()), 0, stream, op,
-         sizes(q.forward), q.forward, RotarySides{{q.forward.q, q.forward.k}, {q.q, q.k}}, plan.g, rows);
+void start(const QkNormRopeGradParams& q, const RotaryPlan& plan, const Partial& sums, Stream stream, const char* op) {
+  launch(qk_norm_rope_backward_kernel<T, mode>, dim3(plan.grid()), dim3(plan.threads()), plan.shared(), stream, op,
+         sizes(q.forward), q.forward, RotarySides{{{q.forward.q, q.q}, {q.forward.k, q.k}}}, plan.g, sums);
 }
 
 template <class T>
-void run(const QkNormRopeGradParams& q, const RotaryPlan& plan, const Partial& rows, Stream stream, const char* op) {
-  if (plan.mode == Pairs::neighbours) return start<T, Pairs::neighbours>(q, plan, rows, stream, op);
-  if (plan.mode == Pairs::halves) return start<T, Pairs::halves>(q, plan, rows, stream, op);
-  return start<T, Pairs::single>(q, plan, rows, stream, op);
+void run(const QkNormRopeGradParams& q, const RotaryPlan& plan, const Partial& sums, Stream stream, const char* op) {
+  if (plan.mode == Pairs::neighbours) return start<T, Pairs::neighbours>(q, plan, sums, stream, op);
+  if (plan.mode == Pairs::halves) return start<T, Pairs::halves>(q, plan, sums, stream, op);
+  return start<T, Pairs::single>(q, plan, sums, stream, op);
 }
 
 bool wants(const RotaryOperand& o, const RotaryGrad& d) { return d.grad && (o.out || d.weight || d.bias); }
@@ -239,17 +252,21 @@ void qk_norm_rope_backward(const QkNormRopeGradParams& q, float* partial, Stream
   const RotaryPlan plan = plan_of(q, stream.device, op);
   if (!plan.grid()) return;
   AllColumns all = columns_of(q, plan);
-  Partial rows{};
+  Partial found[2] = {{{}, false}, {{}, true}};
   int strips = 0;
   for (int i = 0; i < 4; ++i) {
     Columns& c = all.of[i];
     if (!c.width) continue;
-    c.from = (i % 2 ? rows.bias : rows.weight)[i / 2] = partial;
+    c.from = found[i % 2].rows[i / 2] = partial;
     partial += room(c);
     strips = std::max(strips, (c.width + kStrip - 1) / kStrip);
   }
-  const auto first = [&] { FASTDIT_ROTARY_DTYPES(p, run, q, plan, rows, stream, op) };
-  first();
+  for (const Partial& sums : found) {
+    const bool other = !sums.bias && ((q.q.grad && p.q.out) || (q.k.grad && p.k.out));
+    if (!sums.rows[0] && !sums.rows[1] && !other) continue;
+    const auto pass = [&] { FASTDIT_ROTARY_DTYPES(p, run, q, plan, sums, stream, op) };
+    pass();
+  }
   if (strips) launch(rotary_sums_kernel, dim3(strips, 4), dim3(kStrip, kLanes), 0, stream, op, sizes(p), all);
 }
 

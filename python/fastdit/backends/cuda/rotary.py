@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 
 from .._rotary_abi import arguments
-from .._tensors import empty
+from .._tensors import empty, rows_contiguous
+from ..cpu._abi import pointer
 from ..reference import rotary as reference
 from ..registry import Impl, register as _register
-from ._launch import launch, unfit
+from ._launch import ask, launch, unfit
 
 HEAD = 512  # channels of a head at most: eight pairs in each thread of a warp
 WARPS = 16  # of a block, which under scope "hidden" holds all heads of a token
@@ -50,6 +51,37 @@ def qk_norm_rope_(q, k, *args):
     _forward(q, k, q, k, *args)
 
 
+# ---- backward -----------------------------------------------------------------------------------------
+def qk_norm_rope_backward(grad_q, grad_k, q, k, *rest):
+    *args, needs = rest
+    affine = args[:4]
+    used = (grad_q is not None and q.numel() > 0, grad_k is not None and k.numel() > 0)
+    grads: list = [None] * 6
+    for i, (t, need) in enumerate(zip((q, k, *affine), needs, strict=False)):
+        if need and t is not None:
+            grads[i] = empty(t) if used[i % 2] else torch.zeros_like(t, memory_format=torch.contiguous_format)
+    given = [rows_contiguous(g) if u else None for g, u in zip((grad_q, grad_k), used, strict=True)]
+    if any(g is not None and u for g, u in zip(grads, used * 3, strict=True)):
+        _operands(given, q, k, args, grads)
+    return (*grads, *[None] * 10)
+
+
+def _operands(given, q, k, args, grads):
+    """Fills the gradients of q, k and the parameters that are not None, of the sides that `given` names."""
+    mine = [[None] * 3 if g is None else grads[i::2] for i, g in enumerate(given)]
+    shared, kept = arguments(pointer(mine[0][0]), pointer(mine[1][0]), q, k, *args)
+    sides = [
+        None if g is None else (g.data_ptr(), g.stride(), pointer(weight), pointer(bias), None)
+        for g, (_, weight, bias) in zip(given, mine, strict=True)
+    ]
+    partial = torch.empty(ask("qk_norm_rope_partials", q, shared, *sides), dtype=torch.float32, device=q.device)
+    reads = (*given, q, k, *args[:8], *kept)
+    launch(
+        "qk_norm_rope_backward", "qk_norm_rope_backward", q, (partial.data_ptr(), shared, *sides),
+        reads, (partial, *mine[0], *mine[1]),
+    )  # fmt: skip
+
+
 def register() -> None:
-    _register(Impl("qk_norm_rope", "cuda", _supports, qk_norm_rope, reference.qk_norm_rope_backward))
+    _register(Impl("qk_norm_rope", "cuda", _supports, qk_norm_rope, qk_norm_rope_backward))
     _register(Impl("qk_norm_rope_", "cuda", _supports, qk_norm_rope_, reference.no_backward))
