@@ -1,20 +1,24 @@
-"""rotary on the CUDA kernels (csrc/cuda/rotary.cu): one launch for q and k, in place or not.
+"""rotary on the CUDA kernels (csrc/cuda/rotary.cu, rotary_backward.cu, rotary_table.cu).
 
-Bytes: 2 * N * (Hq + Hk) * D * itemsize and one reading of the table.
+Launches: one for q and k, in place or not; backward: one for dq, dk and weights, one over dy for biases, one that adds
+the partial rows. Gradients of tables: one per side, then torch's sums in fp64 or a launch for the tables of the axes.
+Bytes: 2 * N * (Hq + Hk) * D * itemsize and one reading of the table; backward 3 for 2, and a row of fp32 per block.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .._rotary_abi import arguments
-from .._tensors import empty, rows_contiguous
+from .. import _rotary_abi as abi
+from .._rotary import backward, rotated_tokens, table_gradients
+from .._tensors import empty
 from ..cpu._abi import pointer
 from ..reference import rotary as reference
 from ..registry import Impl, register as _register
 from ._launch import ask, launch, unfit
 
 HEAD = 512  # channels of a head at most: eight pairs in each thread of a warp
+_BACKWARD = "qk_norm_rope_backward"
 WARPS = 16  # of a block, which under scope "hidden" holds all heads of a token
 
 
@@ -37,7 +41,7 @@ def _supports(q, k, *args) -> str | None:
 
 
 def _forward(q_out, k_out, q, k, *args):
-    shared, kept = arguments(q_out.data_ptr(), k_out.data_ptr(), q, k, *args)
+    shared, kept = abi.arguments(q_out.data_ptr(), k_out.data_ptr(), q, k, *args)
     launch("qk_norm_rope_forward", "qk_norm_rope", q, (shared,), (q, k, *args[:8], *kept), (q_out, k_out))
 
 
@@ -52,34 +56,50 @@ def qk_norm_rope_(q, k, *args):
 
 
 # ---- backward -----------------------------------------------------------------------------------------
-def qk_norm_rope_backward(grad_q, grad_k, q, k, *rest):
-    *args, needs = rest
-    affine = args[:4]
-    used = (grad_q is not None and q.numel() > 0, grad_k is not None and k.numel() > 0)
-    grads: list = [None] * 6
-    for i, (t, need) in enumerate(zip((q, k, *affine), needs, strict=False)):
-        if need and t is not None:
-            grads[i] = empty(t) if used[i % 2] else torch.zeros_like(t, memory_format=torch.contiguous_format)
-    given = [rows_contiguous(g) if u else None for g, u in zip((grad_q, grad_k), used, strict=True)]
-    if any(g is not None and u for g, u in zip(grads, used * 3, strict=True)):
-        _operands(given, q, k, args, grads)
-    return (*grads, *[None] * 10)
+def _side(grad, weight=None, bias=None):
+    return None if grad is None else (grad.data_ptr(), grad.stride(), pointer(weight), pointer(bias), None)
 
 
 def _operands(given, q, k, args, grads):
     """Fills the gradients of q, k and the parameters that are not None, of the sides that `given` names."""
     mine = [[None] * 3 if g is None else grads[i::2] for i, g in enumerate(given)]
-    shared, kept = arguments(pointer(mine[0][0]), pointer(mine[1][0]), q, k, *args)
-    sides = [
-        None if g is None else (g.data_ptr(), g.stride(), pointer(weight), pointer(bias), None)
-        for g, (_, weight, bias) in zip(given, mine, strict=True)
-    ]
+    shared, kept = abi.arguments(pointer(mine[0][0]), pointer(mine[1][0]), q, k, *args)
+    sides = [_side(g, *of[1:]) for g, of in zip(given, mine, strict=True)]
     partial = torch.empty(ask("qk_norm_rope_partials", q, shared, *sides), dtype=torch.float32, device=q.device)
-    reads = (*given, q, k, *args[:8], *kept)
     launch(
-        "qk_norm_rope_backward", "qk_norm_rope_backward", q, (partial.data_ptr(), shared, *sides),
-        reads, (partial, *mine[0], *mine[1]),
+        "qk_norm_rope_backward", _BACKWARD, q, (partial.data_ptr(), shared, *sides),
+        (*given, q, k, *args[:8], *kept), (partial, *mine[0], *mine[1]),
     )  # fmt: skip
+
+
+def _tables(given, q, k, args, needs):
+    """Gradients of the tables, in fp64: a launch for the rows of each side, then torch's sums or those of the axes."""
+    axes, grids, options = args[8:14], args[14], args[15:]
+    shared, kept = abi.arguments(0, 0, q, k, *args)
+    tensors = (*given, q, k, *args[:8], *kept)
+
+    def rows(side, per_head):
+        x = (q, k)[side]
+        batch, length = rotated_tokens(x, options)
+        shape = (batch, length, x.shape[-2] if per_head else 1, shared[14])
+        cos, sin = (torch.empty(shape, dtype=torch.float32, device=x.device) for _ in "cs")
+        sides = [_side(g) if i == side else None for i, g in enumerate(given)]
+        arguments = (shared, *sides, cos.data_ptr(), sin.data_ptr(), length, per_head)
+        launch("rotary_table_rows", _BACKWARD, x, arguments, tensors, (cos, sin))
+        return cos, sin
+
+    def axis_sums(side):
+        found = rows(side, False)
+        sums = [None if t is None else torch.zeros(t.shape, dtype=torch.float64, device=t.device) for t in axes]
+        compact, index = abi.axes(sums, grids, q.dim() == 3)
+        arguments = (shared, compact, *(t.data_ptr() for t in found), found[0].shape[1])
+        launch("rotary_axes_sums", _BACKWARD, q, arguments, (*found, *kept, index[-1]), sums)
+        return sums
+
+    return table_gradients(given, args[4:14], grids, needs, rows, axis_sums)
+
+
+qk_norm_rope_backward = backward(_operands, _tables)
 
 
 def register() -> None:
