@@ -338,9 +338,8 @@ __global__ void __launch_bounds__(kStrip* kLanes)
   if (run.head >= boundary || run.head < boundary - walk.per) return;
   const int last = (run.tail - 1) / walk.per, c = static_cast<int>(blockIdx.x * kStrip + threadIdx.x);
   const float* rows = walk.partial + static_cast<int64_t>(block_of(q, table)) * walk.programs * 2 * C;
-  const float total[1] = {strip_sum(first, last, partial, [&](int k) {
-    return c < C ? rows[(2ll * k + (k == first)) * C + c] : 0.0f;
-  })};
+  const float total[1] = {
+      strip_sum(first, last, partial, [&](int k) { return c < C ? rows[(2ll * k + (k == first)) * C + c] : 0.0f; })};
   if (threadIdx.y || c >= C) return;
   store_as<1>(grad.data, grad.dtype, static_cast<int64_t>(run.row) * C + c, total);
 }

@@ -1,10 +1,9 @@
 // qk_norm_rope forward: y = n(x), then (y1, y2) -> (y1 cos - y2 sin, y2 cos + y1 sin) for the pairs that rotate.
 //
-// Each channel is read once and written once, by the same thread, so q and k may be their own outputs. The next round of
-// heads, or the next token, is on its way while one is computed.
-#include "rotary.h"
-
+// Each channel is read once and written once, by the same thread, so q and k may be their own outputs. The next round
+// of heads, or the next token, is on its way while one is computed.
 #include "rotary.cuh"
+#include "rotary.h"
 
 namespace fastdit::cuda {
 namespace {
@@ -58,8 +57,7 @@ struct Forward {
         a[j * S + k] = step((a[j * S + k] - mean) * root);
         b[j * S + k] = step((b[j * S + k] - mean) * root);
       }
-      if (o.weight)
-        own.apply(o.weight, o.weight_dtype, at, j, a, b, [&](float x, float w) { return step(x * w); });
+      if (o.weight) own.apply(o.weight, o.weight_dtype, at, j, a, b, [&](float x, float w) { return step(x * w); });
       if (o.bias) own.apply(o.bias, o.bias_dtype, at, j, a, b, [&](float x, float w) { return step(x + w); });
       if (!rms)
 #pragma unroll
@@ -119,7 +117,7 @@ struct Forward {
 };
 
 template <class T, Pairs mode, bool native>
-__global__ void __launch_bounds__(mode == Pairs::single ? 32 * kMaxWarps : 768)  // 128 registers, or 80
+__global__ void __launch_bounds__(mode == Pairs::single ? 512 : 768)  // 128 registers, or 80
     qk_norm_rope_kernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ RotarySides sides,
                         const __grid_constant__ RotaryGrid g) {
   FASTDIT_SHARED(float[2][2][kMaxWarps], partial);

@@ -16,7 +16,7 @@
 
 namespace fastdit::cuda {
 
-constexpr int kPairs = 8;
+constexpr int kPairs = 8, kHeldWarps = 12;  // of a thread in a head; of a block that holds all heads of a token
 
 // Where a thread's pairs lie.
 enum class Pairs : int {
@@ -256,9 +256,9 @@ struct GridWalk {
   }
 };
 
-// The row of a table that turns a token, or of each head of a round where heads have their own, in shared memory: a warp
-// reads it once, neighbours by neighbours, and every thread finds the values of its pairs. Tables are fp32; under the
-// native law they may be of x's dtype.
+// The row of a table that turns a token, or of each head of a round where heads have their own, in shared memory: a
+// warp reads it once, neighbours by neighbours, and every thread finds the values of its pairs. Tables are fp32; under
+// the native law they may be of x's dtype.
 constexpr int kRow = 32 * kPairs, kRowBytes = 2 * kRow * static_cast<int>(sizeof(float));  // of a warp: cos, then sin
 
 template <class T, bool native>
@@ -302,7 +302,8 @@ struct TableRow {
   __device__ __forceinline__ void load(int b, int token, int head, bool here, const RotaryPlace& place) {
     __syncwarp();
     if (here)
-      dense(b, token - static_cast<int>(p.rope_start), head, stage + place.slot * g.lanes * kPairs, place.lane, g.lanes);
+      dense(b, token - static_cast<int>(p.rope_start), head, stage + place.slot * g.lanes * kPairs, place.lane,
+            g.lanes);
     __syncwarp();
   }
   // Cosines and sines of S pairs from `pair` on.
@@ -323,7 +324,8 @@ struct TableRow {
  private:
   __device__ __forceinline__ float value(const void* from, int dtype, int64_t at) const {
     if constexpr (native)
-      if (static_cast<DType>(dtype) != DType::f32) return to_float(load_again<1>(static_cast<const T*>(from) + at).values[0]);
+      if (static_cast<DType>(dtype) != DType::f32)
+        return to_float(load_again<1>(static_cast<const T*>(from) + at).values[0]);
     return load_again<1>(static_cast<const float*>(from) + at).values[0];
   }
 
@@ -377,8 +379,8 @@ inline int64_t rows(const QkNormRopeParams& p, const RotaryOperand& o) {
 inline bool fits(const QkNormRopeParams& p, const RotaryOperand& o, const void* data, const int64_t (&stride)[3],
                  int W) {
   const int size = static_cast<int>(itemsize(static_cast<DType>(p.dtype)));
-  return !data || fits(data, size, W,
-                       {p.batch > 1 ? stride[0] : 0, o.tokens > 1 ? stride[1] : 0, o.heads > 1 ? stride[2] : 0});
+  return !data ||
+         fits(data, size, W, {p.batch > 1 ? stride[0] : 0, o.tokens > 1 ? stride[1] : 0, o.heads > 1 ? stride[2] : 0});
 }
 
 // Elements of a pack: 16 bytes where every tensor of q and of k allows it, else single ones.
@@ -395,7 +397,8 @@ inline Pairs pairs_of(const QkNormRopeParams& p, const RotaryGrid& g) {
   for (const RotaryOperand* o : {&p.q, &p.k}) {
     if (!rows(p, *o)) continue;
     wide = wide && fits(p, *o, o->x, o->x_stride, W) && fits(p, *o, o->out, o->out_stride, W);
-    if (o->weight) wide = wide && fits(o->weight, static_cast<int>(itemsize(static_cast<DType>(o->weight_dtype))), W, {});
+    if (o->weight)
+      wide = wide && fits(o->weight, static_cast<int>(itemsize(static_cast<DType>(o->weight_dtype))), W, {});
     if (o->bias) wide = wide && fits(o->bias, static_cast<int>(itemsize(static_cast<DType>(o->bias_dtype))), W, {});
   }
   return !wide ? Pairs::single : neighbours ? Pairs::neighbours : Pairs::halves;
@@ -431,7 +434,7 @@ inline RotaryPlan rotary_plan(const QkNormRopeParams& p, int device, int residen
     g.warps = 1;
     for (int s = 0; s < 2; ++s)
       if (tokens[s]) g.warps = std::max(g.warps, static_cast<int>((heads[s] + slots - 1) / slots));
-    if (g.warps > kMaxWarps) refuse("too many channels in a row");
+    if (g.warps > kHeldWarps) refuse("too many heads in a row");
   }
   g.groups = p.all_heads || g.warps > 1 ? 1 : kRows;
   const int64_t most = int64_t{processors(device)} * std::clamp(resident / (32 * g.warps * g.groups), 1, 16);
@@ -450,13 +453,13 @@ inline RotaryPlan rotary_plan(const QkNormRopeParams& p, int device, int residen
 
 // Calls run<T>(...) for the dtype of q and k.
 #define FASTDIT_ROTARY_DTYPES(p, run, ...) \
-  switch (static_cast<DType>((p).dtype)) {     \
-    case DType::f32:                           \
-      return run<float>(__VA_ARGS__);          \
-    case DType::bf16:                          \
-      return run<bf16>(__VA_ARGS__);           \
-    default:                                   \
-      return run<f16>(__VA_ARGS__);            \
+  switch (static_cast<DType>((p).dtype)) { \
+    case DType::f32:                       \
+      return run<float>(__VA_ARGS__);      \
+    case DType::bf16:                      \
+      return run<bf16>(__VA_ARGS__);       \
+    default:                               \
+      return run<f16>(__VA_ARGS__);        \
   }
 
 }  // namespace fastdit::cuda

@@ -1,11 +1,12 @@
 // qk_norm_rope backward: one pass over the tokens, then sums in a fixed order for weight and bias.
 //
 //   n = (x - mean) * root,  a = n * w + b,  y = R a
-//   g = R^T dy,  dw += g * n,  db += g,  dx = root * (g w - mean(g w) - n * mean(g w * n))      (rms: without mean(g w))
+//   g = R^T dy,  dw += g * n,  db += g,  dx = root * (g w - mean(g w) - n * mean(g w * n))      (rms: without mean(g
+//   w))
 //
 // A thread owns the same channels in every round, so it sums their dw in registers; a block leaves one row (of D, or of
-// all heads under scope "hidden") in fp32, and strips of those rows are added in the order of the blocks. No atomics: the
-// bits do not depend on who ran when. db is a pass of its own over dy alone, for registers: few models have a bias.
+// all heads under scope "hidden") in fp32, and strips of those rows are added in the order of the blocks. No atomics:
+// the bits do not depend on who ran when. db is a pass of its own over dy alone, for registers: few models have a bias.
 #include "rotary.cuh"
 #include "rotary.h"
 #include "strips.h"
@@ -66,11 +67,9 @@ struct Backward {
           na[i] = (na[i] - mean) * root, nb[i] = own.whole(j) ? (nb[i] - mean) * root : 0;
           sa[i] += ga[i] * na[i], sb[i] += gb[i] * nb[i];
         }
-        if (o.weight)
-          own.apply(o.weight, o.weight_dtype, at, j, ga, gb, [](float x, float w) { return x * w; });
+        if (o.weight) own.apply(o.weight, o.weight_dtype, at, j, ga, gb, [](float x, float w) { return x * w; });
 #pragma unroll
-        for (int i = j * S; i < j * S + S; ++i)
-          both[0] += ga[i] + gb[i], both[1] += ga[i] * na[i] + gb[i] * nb[i];
+        for (int i = j * S; i < j * S + S; ++i) both[0] += ga[i] + gb[i], both[1] += ga[i] * na[i] + gb[i] * nb[i];
       });
     sums(both);
     const float level = p.norm == RotaryNorm::layer ? both[0] * inverse : 0, slope = both[1] * inverse;
@@ -123,7 +122,8 @@ struct Backward {
     }
   }
 
-  // The row of the block: of all heads under scope "hidden", else the sum over the slots and warps that share D channels.
+  // The row of the block: of all heads under scope "hidden", else the sum over the slots and warps that share D
+  // channels.
   __device__ __forceinline__ void keep(float (*shared)[2 * kPairs][32]) {
     float* rows = partial.rows[place.side];
     if (!rows) return;
@@ -161,7 +161,9 @@ struct Backward {
 };
 
 template <class T, Pairs mode>
-__global__ void __launch_bounds__(32 * kMaxWarps)
+__global__ void __launch_bounds__(mode == Pairs::neighbours && sizeof(T) == 2
+                                      ? 512
+                                      : 32 * kHeldWarps)  // 128 registers, or 168
     qk_norm_rope_backward_kernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ RotarySides sides,
                                  const __grid_constant__ RotaryGrid g, const __grid_constant__ Partial sums) {
   FASTDIT_SHARED(float[2][2][kMaxWarps], buffer);
@@ -217,7 +219,7 @@ bool wants(const RotaryOperand& o, const RotaryGrad& d) { return d.grad && (o.ou
 
 RotaryPlan plan_of(const QkNormRopeGradParams& q, int device, const char* op) {
   const QkNormRopeParams& p = q.forward;
-  RotaryPlan plan = rotary_plan(p, device, 1024, wants(p.q, q.q), wants(p.k, q.k), op);
+  RotaryPlan plan = rotary_plan(p, device, 512, wants(p.q, q.q), wants(p.k, q.k), op);
   const int W = static_cast<int>(16 / itemsize(static_cast<DType>(p.dtype)));
   const bool aligned = (!wants(p.q, q.q) || fits(p, p.q, q.q.grad, q.q.grad_stride, W)) &&
                        (!wants(p.k, q.k) || fits(p, p.k, q.k.grad, q.k.grad_stride, W));

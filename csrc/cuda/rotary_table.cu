@@ -1,9 +1,10 @@
-// Gradients of rotary tables, which few models learn: what every rotated token adds to its row of cos and of sin, and the
-// sums of those rows over the positions of an axis. Values are read one by one, whatever the layout.
+// Gradients of rotary tables, which few models learn: what every rotated token adds to its row of cos and of sin, and
+// the sums of those rows over the positions of an axis. Values are read one by one, whatever the layout.
 //
 //   (a1, a2) = n(x),  (g1, g2) = dy:   dcos += g1 a1 + g2 a2,  dsin += g2 a1 - g1 a2
 #include "rotary.cuh"
 #include "rotary.h"
+#include "strips.h"
 
 namespace fastdit::cuda {
 namespace {
@@ -69,7 +70,8 @@ struct Rows {
     if (own.g.warps == 1) return;
     __syncthreads();  // the last token's values have been read
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) shared[place.warp][2 * i][lane] = cos[i], shared[place.warp][2 * i + 1][lane] = sin[i];
+    for (int i = 0; i < kPairs; ++i)
+      shared[place.warp][2 * i][lane] = cos[i], shared[place.warp][2 * i + 1][lane] = sin[i];
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
@@ -79,7 +81,8 @@ struct Rows {
   }
 
   __device__ __forceinline__ void run(int begin, int end, float (*shared)[2 * kPairs][32]) {
-    const int rounds = p.all_heads ? place.warp + 1 : (heads + slots - 1) / slots, length = static_cast<int>(out.length);
+    const int rounds = p.all_heads ? place.warp + 1 : (heads + slots - 1) / slots,
+              length = static_cast<int>(out.length);
     for (int i = begin; i < end; ++i) {
       const int b = i / length, n = i - b * length, token = n + static_cast<int>(p.rope_start);
       const T* x = static_cast<const T*>(o.x) + b * o.x_stride[0] + token * o.x_stride[1];
@@ -97,9 +100,8 @@ struct Rows {
         if (here) own.fetch(g + head * d.grad_stride[2], raw);
         own.widen_pairs(raw, here, ga, gb);
         if (here)
-          own.each([&](int k, int) {
-            cos[k] += ga[k] * na[k] + gb[k] * nb[k], sin[k] += gb[k] * na[k] - ga[k] * nb[k];
-          });
+          own.each(
+              [&](int k, int) { cos[k] += ga[k] * na[k] + gb[k] * nb[k], sin[k] += gb[k] * na[k] - ga[k] * nb[k]; });
         if (!out.per_head) continue;
         if (here) store(static_cast<int64_t>(i) * heads + head);
 #pragma unroll
@@ -113,11 +115,11 @@ struct Rows {
 };
 
 template <class T>
-__global__ void __launch_bounds__(32 * kMaxWarps)
+__global__ void __launch_bounds__(32 * kHeldWarps)
     rotary_table_rows_kernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ RotarySides sides,
                              const __grid_constant__ RotaryGrid g, const __grid_constant__ RotaryTableRows out) {
   FASTDIT_SHARED(float[2][2][kMaxWarps], buffer);
-  FASTDIT_SHARED(float[kMaxWarps][2 * kPairs][32], shared);
+  FASTDIT_SHARED(float[kHeldWarps][2 * kPairs][32], shared);
   FASTDIT_SHARED_ALIGNED(RotarySide, side, 8);
   const RotaryPlace place(g);
   copy_side(sides, place.side, side);
@@ -134,13 +136,13 @@ void run(const QkNormRopeGradParams& q, const RotaryPlan& plan, const RotaryTabl
 }
 
 // ---- the tables of the axes -------------------------------------------------------------------------------
-constexpr int kColumns = 32, kLanes = 8;
+constexpr int kLanes = 8;
 
 // Block (i, axis): the sum of the rows of all tokens at position i of the axis, in fp64 and in a fixed order.
-__global__ void __launch_bounds__(kColumns* kLanes)
+__global__ void __launch_bounds__(kStrip* kLanes)
     rotary_axes_sums_kernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ RotaryAxes sums,
                             const __grid_constant__ RotaryTableRows rows) {
-  FASTDIT_SHARED(double[2][kLanes][kColumns], partial);
+  FASTDIT_SHARED(double[2][kLanes][kStrip], partial);
   const RotaryAxes& x = p.axes;
   const int axis = static_cast<int>(blockIdx.y), position = static_cast<int>(blockIdx.x);
   const int width = static_cast<int>(x.width[axis]), pairs = static_cast<int>(p.rotated / 2);
@@ -148,7 +150,7 @@ __global__ void __launch_bounds__(kColumns* kLanes)
   const int begin = static_cast<int>((axis > 0 ? x.width[0] : 0) + (axis > 1 ? x.width[1] : 0));
   const int lane = static_cast<int>(threadIdx.y), column = static_cast<int>(threadIdx.x);
   const int length = static_cast<int>(rows.length), all = static_cast<int>(p.batch * length);
-  for (int first = 0; first < width; first += kColumns) {
+  for (int first = 0; first < width; first += kStrip) {
     const int c = first + column;
     double cos = 0, sin = 0;
     int segment = 0, from = 0, end = 0;  // packed: the grid at hand, its first token, and where it ends
@@ -191,7 +193,7 @@ __global__ void __launch_bounds__(kColumns* kLanes)
 void rotary_table_rows(const QkNormRopeGradParams& q, const RotaryTableRows& rows, Stream stream, const char* op) {
   QkNormRopeGradParams only = q;  // the tokens that rotate
   only.forward.q.tokens = only.forward.k.tokens = rows.length;
-  const RotaryPlan plan = rotary_plan(only.forward, stream.device, 512, q.q.grad, q.k.grad, op);
+  const RotaryPlan plan = rotary_plan(only.forward, stream.device, 384, q.q.grad, q.k.grad, op);
   if (!plan.grid()) return;
   FASTDIT_ROTARY_DTYPES(q.forward, run, only, plan, rows, stream, op)
 }
@@ -202,7 +204,7 @@ void rotary_axes_sums(const QkNormRopeParams& p, const RotaryAxes& sums, const R
   for (int a = 0; a < p.axes.count; ++a) most = std::max(most, p.axes.size[a]);
   if (!most) return;
   launch(rotary_axes_sums_kernel, dim3(static_cast<unsigned>(most), static_cast<unsigned>(p.axes.count)),
-         dim3(kColumns, kLanes), 0, stream, op, sizes(p), p, sums, rows);
+         dim3(kStrip, kLanes), 0, stream, op, sizes(p), p, sums, rows);
 }
 
 }  // namespace fastdit::cuda

@@ -19,7 +19,7 @@ from ._launch import ask, launch, unfit
 
 HEAD = 512  # channels of a head at most: eight pairs in each thread of a warp
 _BACKWARD = "qk_norm_rope_backward"
-WARPS = 16  # of a block, which under scope "hidden" holds all heads of a token
+WARPS = 12  # of a block, which under scope "hidden" holds all heads of a token
 
 
 def _supports(q, k, *args) -> str | None:
