@@ -1,4 +1,4 @@
-"""Laws of rotary's GPU kernels that the samples do not hold. A test file imports them and has a fixture `on`: a Place."""
+"""Laws of rotary's GPU kernels that the samples do not hold. A test file imports them and has a fixture `on`: Place."""
 
 import pytest
 import torch

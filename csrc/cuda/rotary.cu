@@ -9,29 +9,16 @@ namespace fastdit::cuda {
 namespace {
 
 template <class T, Pairs mode, bool native>
-struct Forward {
+struct Forward : RotaryWorker<T, mode> {
+  FASTDIT_ROTARY_WORKER(T, mode);
   using L = Lane<T, mode>;
   static constexpr bool ahead = mode != Pairs::single;  // single values take too many registers
-  const QkNormRopeParams& p;
-  const RotaryOperand& o;
-  const RotaryPlace place;
-  const L own;
-  HeadSums sums;
   TableRow<T, native> row;
-  const int heads, tokens, slots;
   typename L::Raw next;
 
   __device__ Forward(const QkNormRopeParams& params, const RotaryGrid& g, const RotaryPlace& where,
-                     const RotaryOperand& operand, float (*partial)[2][kMaxWarps], char* shared)
-      : p(params),
-        o(operand),
-        place(where),
-        own(params, g, where.lane),
-        sums{{partial, g.warps}, g.lanes, params.all_heads},
-        row(params, operand, g, shared),
-        heads(static_cast<int>(operand.heads)),
-        tokens(static_cast<int>(operand.tokens)),
-        slots(32 / g.lanes) {}
+                     const RotaryOperand& operand, float (*buffer)[2][kMaxWarps], char* shared)
+      : Base(params, g, where, operand, buffer), row(params, operand, g, shared) {}
 
   static __device__ __forceinline__ float round(float x) { return rounded<T, native>(x); }
 
@@ -45,8 +32,7 @@ struct Forward {
   __device__ __forceinline__ void normalise(float (&a)[kPairs], float (&b)[kPairs], int head) {
     constexpr int S = L::S;
     const bool rms = p.norm == RotaryNorm::rms, here = head < heads;
-    const int64_t at = p.all_heads ? static_cast<int64_t>(head) * p.head_dim : 0;
-    const float inverse = 1.0f / static_cast<float>(p.all_heads ? o.heads * p.head_dim : p.head_dim);
+    const int64_t at = this->affine_at(head);
     float mean, root;
     own.statistics(a, b, here, inverse, sums, mean, root);
     if (!here) return;
@@ -82,14 +68,13 @@ struct Forward {
   }
 
   __device__ __forceinline__ void run(int begin, int end, int warps) {
-    // under scope "hidden" every warp takes part in the sums of every token
-    const int rounds = p.all_heads ? place.warp + 1 : (heads + slots - 1) / slots;
+    const int rounds = this->rounds();
     if (begin >= end || place.warp >= rounds) return;
     if (ahead) fetch(begin, place.warp);
     for (int i = begin; i < end; ++i) {
       const int b = i / tokens, n = i - b * tokens;
-      const bool turns = row.turns(n), per_head = row.per_head();
-      if (turns && !per_head) row.load(b, n);
+      const bool turns = row.turns(n);
+      if (turns && !row.per_head) row.load(b, n);
       T* out = static_cast<T*>(o.out) + b * o.out_stride[0] + n * o.out_stride[1];
       for (int r = place.warp; r < rounds; r += warps) {
         const int head = r * slots + place.slot;
@@ -101,7 +86,7 @@ struct Forward {
           fetch(i, r + warps);
         else if (ahead && i + 1 < end)
           fetch(i + 1, place.warp);
-        if (turns && per_head) row.load(b, n, head, here, place);
+        if (turns && row.per_head) row.load(b, n, head, here, place);
         if (p.norm != RotaryNorm::none) normalise(x, y, head);
         if (!here) continue;
         if (turns) {
@@ -120,14 +105,14 @@ template <class T, Pairs mode, bool native>
 __global__ void __launch_bounds__(mode == Pairs::single ? 512 : 768)  // 128 registers, or 80
     qk_norm_rope_kernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ RotarySides sides,
                         const __grid_constant__ RotaryGrid g) {
-  FASTDIT_SHARED(float[2][2][kMaxWarps], partial);
+  FASTDIT_SHARED(float[2][2][kMaxWarps], buffer);
   FASTDIT_SHARED_DYNAMIC(table_rows, 16);
   const RotaryPlace place(g);
   FASTDIT_SHARED_ALIGNED(RotarySide, side, 8);
   copy_side(sides, place.side, side);
   const RotaryOperand& o = side.operand;
   const int rows = static_cast<int>(p.batch * o.tokens), per = g.per[place.side], begin = place.group * per;
-  Forward<T, mode, native> forward(p, g, place, o, partial, table_rows);
+  Forward<T, mode, native> forward(p, g, place, o, buffer, table_rows);
   forward.run(min(begin, rows), min(begin + per, rows), g.warps);
 }
 

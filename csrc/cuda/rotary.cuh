@@ -266,7 +266,7 @@ struct TableRow {
   const QkNormRopeParams& p;
   const RotaryTable& t;
   const RotaryGrid& g;
-  const bool use_axes;
+  const bool use_axes, per_head;
   float* const stage;
   GridWalk walk;
 
@@ -275,13 +275,11 @@ struct TableRow {
         t(o.table),
         g(grid),
         use_axes(o.use_axes),
+        per_head(!o.use_axes && (o.table.cos_stride[2] != 0 || o.table.sin_stride[2] != 0)),
         stage(reinterpret_cast<float*>(shared + threadIdx.x / 32 * kRowBytes)) {}
 
   __device__ __forceinline__ bool turns(int n) const {
     return (t.cos || use_axes) && n >= p.rope_start && n - p.rope_start < p.rope_len;
-  }
-  __device__ __forceinline__ bool per_head() const {
-    return !use_axes && (t.cos_stride[2] != 0 || t.sin_stride[2] != 0);
   }
   // Tables of x's dtype: the products round as well.
   __device__ __forceinline__ bool rounds() const {
@@ -309,7 +307,7 @@ struct TableRow {
   // Cosines and sines of S pairs from `pair` on.
   template <int S>
   __device__ __forceinline__ void read(int pair, const RotaryPlace& place, float (&c)[S], float (&s)[S]) const {
-    const float* row = stage + (per_head() ? place.slot * g.lanes * kPairs : 0) + pair;
+    const float* row = stage + (per_head ? place.slot * g.lanes * kPairs : 0) + pair;
     using word = typename Pack<float, S>::word;
     Pack<float, S> v;
 #pragma unroll
@@ -363,6 +361,38 @@ struct TableRow {
     }
   }
 };
+
+// What works on the heads of a block's side.
+template <class T, Pairs mode>
+struct RotaryWorker {
+  const QkNormRopeParams& p;
+  const RotaryOperand& o;
+  const RotaryPlace place;
+  const Lane<T, mode> own;
+  HeadSums sums;
+  const int heads, tokens, slots;
+  const float inverse;  // 1 / the channels that share a statistic
+
+  __device__ RotaryWorker(const QkNormRopeParams& params, const RotaryGrid& g, const RotaryPlace& where,
+                          const RotaryOperand& operand, float (*buffer)[2][kMaxWarps])
+      : p(params),
+        o(operand),
+        place(where),
+        own(params, g, where.lane),
+        sums{{buffer, g.warps}, g.lanes, params.all_heads},
+        heads(static_cast<int>(operand.heads)),
+        tokens(static_cast<int>(operand.tokens)),
+        slots(32 / g.lanes),
+        inverse(1.0f / static_cast<float>((params.all_heads ? heads : 1) * static_cast<int>(params.head_dim))) {}
+
+  // The rounds of this warp end here. Under scope "hidden" every warp takes part in the sums of every token.
+  __device__ __forceinline__ int rounds() const { return p.all_heads ? place.warp + 1 : (heads + slots - 1) / slots; }
+  // Where the weight and the bias of a head begin.
+  __device__ __forceinline__ int64_t affine_at(int head) const { return p.all_heads ? head * p.head_dim : 0; }
+};
+#define FASTDIT_ROTARY_WORKER(T, mode) \
+  using Base = RotaryWorker<T, mode>;  \
+  using Base::p, Base::o, Base::place, Base::own, Base::sums, Base::heads, Base::tokens, Base::slots, Base::inverse
 
 // ---- the host's part --------------------------------------------------------------------------------------
 inline std::string sizes(const QkNormRopeParams& p) {

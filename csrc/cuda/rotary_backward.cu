@@ -21,42 +21,28 @@ struct Partial {
 };
 
 template <class T, Pairs mode>
-struct Backward {
+struct Backward : RotaryWorker<T, mode> {
+  FASTDIT_ROTARY_WORKER(T, mode);
   using L = Lane<T, mode>;
   static constexpr int S = L::S;
   static constexpr bool ahead = mode != Pairs::single;  // single values take too many registers
-  const QkNormRopeParams& p;
-  const RotaryOperand& o;
   const RotaryGrad& d;
-  const RotaryPlace place;
-  const L own;
-  HeadSums sums;
   TableRow<T, sizeof(T) == 2> row;
   const Partial& partial;
-  const int heads, tokens, slots;
   float sa[kPairs] = {}, sb[kPairs] = {};  // dw, or db
 
-  __device__ Backward(const QkNormRopeParams& params, const RotaryOperand& operand, const RotaryGrad& grad,
-                      const RotaryGrid& g, const RotaryPlace& where, const Partial& sums_of,
-                      float (*buffer)[2][kMaxWarps], char* shared)
-      : p(params),
-        o(operand),
-        d(grad),
-        place(where),
-        own(params, g, where.lane),
-        sums{{buffer, g.warps}, g.lanes, params.all_heads},
-        row(params, operand, g, shared),
-        partial(sums_of),
-        heads(static_cast<int>(operand.heads)),
-        tokens(static_cast<int>(operand.tokens)),
-        slots(32 / g.lanes) {}
+  __device__ Backward(const QkNormRopeParams& params, const RotarySide& side, const RotaryGrid& g,
+                      const RotaryPlace& where, const Partial& sums_of, float (*buffer)[2][kMaxWarps], char* shared)
+      : Base(params, g, where, side.operand, buffer),
+        d(side.grad),
+        row(params, side.operand, g, shared),
+        partial(sums_of) {}
 
   // g: of y's unrotated channels; becomes that of x.
   __device__ __forceinline__ void through_norm(float (&ga)[kPairs], float (&gb)[kPairs], float (&na)[kPairs],
                                                float (&nb)[kPairs], int head) {
     const bool here = head < heads;
-    const int64_t at = p.all_heads ? static_cast<int64_t>(head) * p.head_dim : 0;
-    const float inverse = 1.0f / static_cast<float>(p.all_heads ? o.heads * p.head_dim : p.head_dim);
+    const int64_t at = this->affine_at(head);
     float mean, root, both[2] = {0, 0};
     own.statistics(na, nb, here, inverse, sums, mean, root);
     if (here)
@@ -82,8 +68,8 @@ struct Backward {
 
   __device__ __forceinline__ void token_gradient(int i, int rounds, int warps) {
     const int b = i / tokens, n = i - b * tokens;
-    const bool turns = row.turns(n), per_head = row.per_head();
-    if (turns && !per_head) row.load(b, n);
+    const bool turns = row.turns(n);
+    if (turns && !row.per_head) row.load(b, n);
     const T* x = static_cast<const T*>(o.x) + b * o.x_stride[0] + n * o.x_stride[1];
     const T* g = static_cast<const T*>(d.grad) + b * d.grad_stride[0] + n * d.grad_stride[1];
     T* out = static_cast<T*>(o.out) + b * o.out_stride[0] + n * o.out_stride[1];
@@ -93,7 +79,7 @@ struct Backward {
       typename L::Raw grad, value;
       if (here) own.fetch(g + head * d.grad_stride[2], grad);
       if (here && normed && ahead) own.fetch(x + head * o.x_stride[2], value);
-      if (turns && per_head) row.load(b, n, head, here, place);
+      if (turns && row.per_head) row.load(b, n, head, here, place);
       float ga[kPairs], gb[kPairs], na[kPairs], nb[kPairs];
       own.widen_pairs(grad, here, ga, gb);
       if (turns)
@@ -154,7 +140,7 @@ struct Backward {
   }
 
   __device__ __forceinline__ void run(int begin, int end, int warps, float (*shared)[2 * kPairs][32]) {
-    const int rounds = p.all_heads ? place.warp + 1 : (heads + slots - 1) / slots;
+    const int rounds = this->rounds();
     for (int i = begin; i < end; ++i) token_gradient(i, rounds, warps);
     keep(shared);
   }
@@ -172,9 +158,8 @@ __global__ void __launch_bounds__(mode == Pairs::neighbours && sizeof(T) == 2
   const RotaryPlace place(g);
   FASTDIT_SHARED_ALIGNED(RotarySide, side, 8);
   copy_side(sides, place.side, side);
-  const RotaryOperand& o = side.operand;
-  const int all = static_cast<int>(p.batch * o.tokens), per = g.per[place.side], begin = place.group * per;
-  Backward<T, mode> backward(p, o, side.grad, g, place, sums, buffer, table_rows);
+  const int all = static_cast<int>(p.batch * side.operand.tokens), per = g.per[place.side], begin = place.group * per;
+  Backward<T, mode> backward(p, side, g, place, sums, buffer, table_rows);
   backward.run(min(begin, all), min(begin + per, all), g.warps, shared);
 }
 
@@ -219,7 +204,8 @@ bool wants(const RotaryOperand& o, const RotaryGrad& d) { return d.grad && (o.ou
 
 RotaryPlan plan_of(const QkNormRopeGradParams& q, int device, const char* op) {
   const QkNormRopeParams& p = q.forward;
-  RotaryPlan plan = rotary_plan(p, device, 512, wants(p.q, q.q), wants(p.k, q.k), op);
+  const bool light = p.layout == RotaryLayout::interleaved && itemsize(static_cast<DType>(p.dtype)) == 2;
+  RotaryPlan plan = rotary_plan(p, device, light ? 512 : 384, wants(p.q, q.q), wants(p.k, q.k), op);
   const int W = static_cast<int>(16 / itemsize(static_cast<DType>(p.dtype)));
   const bool aligned = (!wants(p.q, q.q) || fits(p, p.q, q.q.grad, q.q.grad_stride, W)) &&
                        (!wants(p.k, q.k) || fits(p, p.k, q.k.grad, q.k.grad_stride, W));

@@ -10,34 +10,20 @@ namespace fastdit::cuda {
 namespace {
 
 template <class T>
-struct Rows {
+struct Rows : RotaryWorker<T, Pairs::single> {
+  FASTDIT_ROTARY_WORKER(T, Pairs::single);
   using L = Lane<T, Pairs::single>;
-  const QkNormRopeParams& p;
-  const RotaryOperand& o;
   const RotaryGrad& d;
-  const RotaryPlace place;
-  const L own;
-  HeadSums sums;
   const RotaryTableRows& out;
-  const int heads, slots;
   float cos[kPairs], sin[kPairs];
 
   __device__ Rows(const QkNormRopeParams& params, const RotarySide& side, const RotaryGrid& g, const RotaryPlace& where,
                   const RotaryTableRows& rows, float (*buffer)[2][kMaxWarps])
-      : p(params),
-        o(side.operand),
-        d(side.grad),
-        place(where),
-        own(params, g, where.lane),
-        sums{{buffer, g.warps}, g.lanes, params.all_heads},
-        out(rows),
-        heads(static_cast<int>(o.heads)),
-        slots(32 / g.lanes) {}
+      : Base(params, g, where, side.operand, buffer), d(side.grad), out(rows) {}
 
   __device__ __forceinline__ void normalise(float (&a)[kPairs], float (&b)[kPairs], int head) {
     const bool here = head < heads;
-    const int64_t at = p.all_heads ? static_cast<int64_t>(head) * p.head_dim : 0;
-    const float inverse = 1.0f / static_cast<float>(p.all_heads ? o.heads * p.head_dim : p.head_dim);
+    const int64_t at = this->affine_at(head);
     float mean, root;
     own.statistics(a, b, here, inverse, sums, mean, root);
     if (!here) return;
@@ -81,8 +67,7 @@ struct Rows {
   }
 
   __device__ __forceinline__ void run(int begin, int end, float (*shared)[2 * kPairs][32]) {
-    const int rounds = p.all_heads ? place.warp + 1 : (heads + slots - 1) / slots,
-              length = static_cast<int>(out.length);
+    const int rounds = this->rounds(), length = static_cast<int>(out.length);
     for (int i = begin; i < end; ++i) {
       const int b = i / length, n = i - b * length, token = n + static_cast<int>(p.rope_start);
       const T* x = static_cast<const T*>(o.x) + b * o.x_stride[0] + token * o.x_stride[1];

@@ -1,4 +1,4 @@
-"""The backward of rotary that two backends share: what is wanted of it, and the gradients of tables (few learn them)."""
+"""The backward of rotary that two backends share: what is wanted of it, and the gradients of tables."""
 
 from __future__ import annotations
 
