@@ -115,10 +115,12 @@ def _tables(given, q, k, args, needs):
         cos = tables[2] if side == 1 and tables[2] is not None else tables[0]
         pairs, layout = cos.shape[-1], options[3]
         sections = (pairs // 3,) * 3 if layout == "axis_half" else (pairs,)
-        return _rows(*sides[side], sections, per_head, *options)[:2]
+        x, grad, weight, bias = sides[side]
+        return _rows(x, grad, weight, bias, sections, per_head, *options)[:2]
 
     def axis_sums(side: int):
-        return _axes_gradients(*sides[side], tables[4:], grids, options)
+        x, grad, weight, bias = sides[side]
+        return _axes_gradients(x, grad, weight, bias, tables[4:], grids, options)
 
     return table_gradients(given, tables, grids, needs, rows, axis_sums)
 
