@@ -102,7 +102,7 @@ struct Forward : RotaryWorker<T, mode> {
 };
 
 template <class T, Pairs mode, bool native>
-__global__ void __launch_bounds__(mode == Pairs::single ? 512 : 768)  // 128 registers, or 80
+__global__ void __launch_bounds__(mode == Pairs::single ? 512 : 640)  // 128 registers, or 96
     qk_norm_rope_kernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ RotarySides sides,
                         const __grid_constant__ RotaryGrid g) {
   FASTDIT_SHARED(float[2][2][kMaxWarps], buffer);
@@ -134,7 +134,7 @@ void run(const QkNormRopeParams& p, const RotaryPlan& plan, Stream stream, const
 }  // namespace
 
 void qk_norm_rope_forward(const QkNormRopeParams& p, Stream stream, const char* op) {
-  const RotaryPlan plan = rotary_plan(p, stream.device, 768, true, true, op);
+  const RotaryPlan plan = rotary_plan(p, stream.device, 640, true, true, op);
   if (!plan.grid()) return;
   FASTDIT_ROTARY_DTYPES(p, run, p, plan, stream, op)
 }

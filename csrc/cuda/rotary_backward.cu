@@ -147,9 +147,7 @@ struct Backward : RotaryWorker<T, mode> {
 };
 
 template <class T, Pairs mode>
-__global__ void __launch_bounds__(mode == Pairs::neighbours && sizeof(T) == 2
-                                      ? 512
-                                      : 32 * kHeldWarps)  // 128 registers, or 168
+__global__ void __launch_bounds__(32 * kHeldWarps)  // 168 registers
     qk_norm_rope_backward_kernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ RotarySides sides,
                                  const __grid_constant__ RotaryGrid g, const __grid_constant__ Partial sums) {
   FASTDIT_SHARED(float[2][2][kMaxWarps], buffer);
@@ -204,8 +202,7 @@ bool wants(const RotaryOperand& o, const RotaryGrad& d) { return d.grad && (o.ou
 
 RotaryPlan plan_of(const QkNormRopeGradParams& q, int device, const char* op) {
   const QkNormRopeParams& p = q.forward;
-  const bool light = p.layout == RotaryLayout::interleaved && itemsize(static_cast<DType>(p.dtype)) == 2;
-  RotaryPlan plan = rotary_plan(p, device, light ? 512 : 384, wants(p.q, q.q), wants(p.k, q.k), op);
+  RotaryPlan plan = rotary_plan(p, device, 32 * kHeldWarps, wants(p.q, q.q), wants(p.k, q.k), op);
   const int W = static_cast<int>(16 / itemsize(static_cast<DType>(p.dtype)));
   const bool aligned = (!wants(p.q, q.q) || fits(p, p.q, q.q.grad, q.q.grad_stride, W)) &&
                        (!wants(p.k, q.k) || fits(p, p.k, q.k.grad, q.k.grad_stride, W));

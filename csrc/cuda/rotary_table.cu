@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kStrip* kLanes)
 void rotary_table_rows(const QkNormRopeGradParams& q, const RotaryTableRows& rows, Stream stream, const char* op) {
   QkNormRopeGradParams only = q;  // the tokens that rotate
   only.forward.q.tokens = only.forward.k.tokens = rows.length;
-  const RotaryPlan plan = rotary_plan(only.forward, stream.device, 384, q.q.grad, q.k.grad, op);
+  const RotaryPlan plan = rotary_plan(only.forward, stream.device, 32 * kHeldWarps, q.q.grad, q.k.grad, op);
   if (!plan.grid()) return;
   FASTDIT_ROTARY_DTYPES(q.forward, run, only, plan, rows, stream, op)
 }
