@@ -11,6 +11,7 @@
 // before. modulation_sums_kernel adds those. No atomics: the bits do not depend on who ran when.
 #include "modulation.cuh"
 #include "modulation.h"
+#include "strips.h"
 
 namespace fastdit::cuda {
 namespace {
@@ -316,13 +317,13 @@ __global__ void __launch_bounds__(32 * warps_for(W * V, kinds))
 }
 
 // ---- second stage -----------------------------------------------------------------------------------------
-constexpr int kChannels = 32, kLanes = 8;  // of a block: a line of memory, and partial rows that are summed at once
+constexpr int kLanes = 8;  // of a block: partial rows that are summed at once
 
 // One block per channel strip and boundary between two programs. The run across that boundary, if it begins in the
 // program before it, is summed here, in the order of the programs.
-__global__ void __launch_bounds__(kChannels* kLanes)
+__global__ void __launch_bounds__(kStrip* kLanes)
     modulation_sums_kernel(const ModulationGradParams q, const Walk walk, int table) {
-  FASTDIT_SHARED(float[kLanes][kChannels], partial);
+  FASTDIT_SHARED(float[kLanes][kStrip], partial);
   const ModulationParams& p = q.forward;
   const TableGrad& grad = gradient(q, table);
   const int first = static_cast<int>(blockIdx.y), boundary = (first + 1) * walk.per, C = static_cast<int>(p.C);
@@ -335,17 +336,11 @@ __global__ void __launch_bounds__(kChannels* kLanes)
                        grad, table == kGate ? p.gate_row_index : p.row_index, p.index_is_64, static_cast<int>(p.N),
                        boundary);
   if (run.head >= boundary || run.head < boundary - walk.per) return;
-  const int last = (run.tail - 1) / walk.per, lane = static_cast<int>(threadIdx.y);
-  const int c = static_cast<int>(blockIdx.x) * kChannels + static_cast<int>(threadIdx.x);
+  const int last = (run.tail - 1) / walk.per, c = static_cast<int>(blockIdx.x * kStrip + threadIdx.x);
   const float* rows = walk.partial + static_cast<int64_t>(block_of(q, table)) * walk.programs * 2 * C;
-  float sum = 0;
-  if (c < C)
-    for (int k = first + lane; k <= last; k += kLanes) sum += rows[(2ll * k + (k == first)) * C + c];
-  partial[lane][threadIdx.x] = sum;
-  __syncthreads();
-  if (lane || c >= C) return;
-  float total[1] = {0};
-  for (int k = 0; k < kLanes; ++k) total[0] += partial[k][threadIdx.x];
+  const float total[1] = {
+      strip_sum(first, last, partial, [&](int k) { return c < C ? rows[(2ll * k + (k == first)) * C + c] : 0.0f; })};
+  if (threadIdx.y || c >= C) return;
   store_as<1>(grad.data, grad.dtype, static_cast<int64_t>(run.row) * C + c, total);
 }
 
@@ -416,8 +411,8 @@ void pass(const ModulationGradParams& q, const Walk& walk, const Plan& how, Stre
     const Table& t = i == kGate ? p.gate : i == kShift ? p.shift : p.scale;
     const bool whole = i < kWeight && !walk.offsets && walk.per % t.tokens_per_row == 0 && p.N % t.tokens_per_row == 0;
     if (!gradient(q, i).data || whole) continue;  // no run of it crosses a boundary
-    const dim3 grid(static_cast<unsigned>((p.C + kChannels - 1) / kChannels), static_cast<unsigned>(walk.programs - 1));
-    launch(modulation_sums_kernel, grid, dim3(kChannels, kLanes), 0, stream, op, sizes(p), q, walk, i);
+    const dim3 grid(static_cast<unsigned>((p.C + kStrip - 1) / kStrip), static_cast<unsigned>(walk.programs - 1));
+    launch(modulation_sums_kernel, grid, dim3(kStrip, kLanes), 0, stream, op, sizes(p), q, walk, i);
   }
 }
 

@@ -15,6 +15,7 @@ void bind_attention(py::module_& m);
 void bind_conv(py::module_& m);
 void bind_conv_norm(py::module_& m);
 void bind_patch(py::module_& m);
+void bind_rotary(py::module_& m);
 
 inline void bind_families(py::module_& m) {
   bind_modulation(m);
@@ -22,6 +23,7 @@ inline void bind_families(py::module_& m) {
   bind_conv(m);
   bind_conv_norm(m);
   bind_patch(m);
+  bind_rotary(m);
 }
 
 }  // namespace fastdit::cuda

@@ -38,7 +38,7 @@ struct RotaryAxes {
   int count;  // 0 to 3
   const void* cos[3];
   const void* sin[3];
-  int64_t width[3];
+  int64_t width[3], size[3];
   int dtype;
   const int32_t* grids;  // (segments, count), contiguous
   int64_t segments;

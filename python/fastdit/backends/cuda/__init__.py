@@ -7,7 +7,7 @@ import importlib
 from .. import registry
 from ._launch import _cuda, missing
 
-FAMILIES = ("modulation", "attention", "conv", "patch")
+FAMILIES = ("modulation", "attention", "conv", "patch", "rotary")
 
 
 def register_all() -> None:

@@ -14,7 +14,7 @@ from fastdit.kernels import rotary_backward as kernels
 from fastdit.kernels.rotary import Law
 from fastdit.kernels.rotary_table import Side
 
-from .._tensors import empty, rows_contiguous
+from .._rotary import backward, table_gradients
 from ._config import Config, tunable
 from ._launch import launch, processors
 from ._tiles import alignment, power
@@ -54,33 +54,15 @@ tunable(
 )
 
 
-def qk_norm_rope_backward(grad_q, grad_k, q, k, *rest):
-    *args, needs = rest
-    affine, others = args[:4], args[4:]
-    q_used, k_used = grad_q is not None and q.numel() > 0, grad_k is not None and k.numel() > 0
-    used = (q_used, k_used)
-    grads: list = [None] * 6
-    for i, (t, need) in enumerate(zip((q, k, *affine), needs, strict=False)):
-        if need and t is not None:
-            grads[i] = empty(t) if used[i % 2] else torch.zeros_like(t, memory_format=torch.contiguous_format)
-    tables = [None] * 10
-    if q_used or k_used:
-        grad_q, grad_k = (rows_contiguous(g) if u else None for g, u in zip((grad_q, grad_k), used, strict=True))
-        if any(g is not None and u for g, u in zip(grads, used * 3, strict=True)):
-            _operands(grad_q, grad_k, q, k, affine, grads, others)
-    if any(needs[6:]):
-        tables = _tables(grad_q, grad_k, q, k, affine, others, needs[6:], used)
-    return (*grads, *tables)
-
-
-def _operands(grad_q, grad_k, q, k, affine, grads, others):
+def _operands(given, q, k, args, grads):
     """Fills those gradients of q, k and the parameters that are not None."""
+    affine, others = args[:4], args[4:]
     tables = table_tensors(q, *others[:11])
     k_cos = None if others[2] is None else tables[2]
     facts, q_steps, k_steps, axes_numbers, last = described(q, k, tables[0], k_cos, others[4:11], *others[11:])
     batch, q_tokens, k_tokens = counted(q, k)
     config = configuration("qk_norm_rope_backward", q, facts, _tile)
-    mine = [[g for g in grads[i::2]] if grad is not None else [None] * 3 for i, grad in enumerate((grad_q, grad_k))]
+    mine = [[g for g in grads[i::2]] if grad is not None else [None] * 3 for i, grad in enumerate(given)]
     sides = [any(g is not None for g in of) for of in mine]
     widths = [H * facts.D if facts.hidden else facts.D for H in (facts.Hq, facts.Hk)]
     fixed, groups = constants(facts, config, False)
@@ -99,7 +81,7 @@ def _operands(grad_q, grad_k, q, k, affine, grads, others):
     sums = torch.empty(total, dtype=torch.float32, device=q.device) if total else None
     (dq, q_w, q_b), (dk, k_w, k_b) = mine
     wanted = kernels.Wanted(*(t is not None for t in (q_w, q_b, k_w, k_b)))
-    grad_q, grad_k = (g if side else None for g, side in zip((grad_q, grad_k), sides, strict=True))
+    grad_q, grad_k = (g if side else None for g, side in zip(given, sides, strict=True))
     steps = [
         *strides(q), *strides(k),
         *(s for t in (grad_q, grad_k, dq, dk) for s in ((0, 0, 0) if t is None else strides(t))),
@@ -125,26 +107,22 @@ def _operands(grad_q, grad_k, q, k, affine, grads, others):
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------
-def _tables(grad_q, grad_k, q, k, affine, others, needs, used):
-    """Gradients of cos, sin, k_cos, k_sin and the six of the axes: zeros, and what q and k add, in fp64."""
-    tables, grids = others[:10], others[10]
-    found = [torch.zeros(t.shape, dtype=torch.float64, device=t.device) if need and t is not None else None
-             for t, need in zip(tables, needs, strict=True)]  # fmt: skip
-    for i, (x, grad) in enumerate(((q, grad_q), (k, grad_k))):
-        pair = 2 if i == 1 and tables[2] is not None else 0
-        compact = pair == 0 and grids is not None
-        places = range(4, 10) if compact else (pair, pair + 1)
-        if not used[i] or all(found[p] is None for p in places):
-            continue
-        weight, bias = affine[i::2]
-        if compact:
-            added = _axes_gradients(x, grad, weight, bias, tables[4:], grids, others[11:])
-        else:
-            added = _dense_gradients(x, grad, weight, bias, tables[pair], others[11:])
-        for p, a in zip(places, added, strict=False):
-            if found[p] is not None:
-                found[p] += a
-    return [None if f is None else f.to(t.dtype) for f, t in zip(found, tables, strict=True)]
+def _tables(given, q, k, args, needs):
+    affine, tables, grids, options = args[:4], args[4:14], args[14], args[15:]
+    sides = [(x, grad, *affine[i::2]) for i, (x, grad) in enumerate(zip((q, k), given, strict=True))]
+
+    def rows(side: int, per_head: bool):
+        cos = tables[2] if side == 1 and tables[2] is not None else tables[0]
+        pairs, layout = cos.shape[-1], options[3]
+        sections = (pairs // 3,) * 3 if layout == "axis_half" else (pairs,)
+        x, grad, weight, bias = sides[side]
+        return _rows(x, grad, weight, bias, sections, per_head, *options)[:2]
+
+    def axis_sums(side: int):
+        x, grad, weight, bias = sides[side]
+        return _axes_gradients(x, grad, weight, bias, tables[4:], grids, options)
+
+    return table_gradients(given, tables, grids, needs, rows, axis_sums)
 
 
 def _rows(x, grad, weight, bias, sections, per_head: bool, norm, scope, eps, layout, rope_start, rope_len, precision):
@@ -172,20 +150,6 @@ def _rows(x, grad, weight, bias, sections, per_head: bool, norm, scope, eps, lay
     return cos, sin, head
 
 
-def _dense_gradients(x, grad, weight, bias, cos, options):
-    shape = list(cos.shape)
-    if len(shape) == 2:
-        shape.insert(1, 1)
-    if len(shape) == 3:
-        shape.insert(0, 1)
-    pairs, layout = shape[3], options[3]
-    sections = (pairs // 3,) * 3 if layout == "axis_half" else (pairs,)
-    rows = _rows(x, grad, weight, bias, sections, shape[2] > 1, *options)[:2]
-    shared = [d for d in range(3) if shape[d] == 1]
-    return [r.sum(shared, keepdim=True, dtype=torch.float64).view(cos.shape) if shared else r.view(cos.shape)
-            for r in rows]  # fmt: skip
-
-
 def _axes_gradients(x, grad, weight, bias, tables, grids, options):
     widths, _, (*sizes, segments, steps) = axes(tables, grids, x.dtype)
     *_, grids, ends = axes_tensors(tables, grids, x.dim() == 3)
@@ -203,3 +167,6 @@ def _axes_gradients(x, grad, weight, bias, tables, grids, options):
         )
     parts = out.split([c for c in cells for _ in "cs"])
     return [part.view(t.shape) for part, t in zip(parts, tables, strict=False)]
+
+
+qk_norm_rope_backward = backward(_operands, _tables)
