@@ -24,10 +24,11 @@ AUTO: dict[str, tuple[str, ...]] = {
 }
 ELSEWHERE = ("sdpa", "reference")
 # Ops with an order of their own on CUDA. No GPU has measured ours yet: dense attention without masks is what the
-# vendors' libraries are best at, and Triton's kernels use sm_90's matrix unit, the CUDA kernels (mma.sync) do not.
+# vendors' libraries are best at, and Triton's kernels use sm_90's matrix unit, which the CUDA kernels leave idle.
 ON_CUDA: dict[str, tuple[str, ...]] = {
     "attention": ("flash_attn", "sdpa", "triton", "cuda", "reference"),
     "attention_varlen": ("triton", "cuda", "flash_attn", "sdpa", "reference"),
+    "causal_conv3d": ("triton", "cuda", "reference"),
 }
 BACKENDS = ("cuda", "triton", "cpu", "flash_attn", "sdpa", "reference")
 
