@@ -122,14 +122,7 @@ void run(const P& p, Stream stream, const char* op) {
 
 template <class P>
 void merge(const P& p, Stream stream, const char* op) {
-  switch (static_cast<DType>(p.dtype)) {
-    case DType::f32:
-      return run<float>(p, stream, op);
-    case DType::bf16:
-      return run<bf16>(p, stream, op);
-    default:
-      return run<f16>(p, stream, op);
-  }
+  FASTDIT_DTYPE(p.dtype, run, p, stream, op)
 }
 
 }  // namespace

@@ -362,7 +362,7 @@ void conv_forward(const ConvParams& given, const ConvTaps& taps, Stream stream, 
   check_packed(given, fits(taps.data, size, 16 / size, {taps.n, taps.t, taps.h, taps.w}), op);
   ConvParams p = given;
   flatten(p);
-  FASTDIT_CONV_DTYPES(p.dtype, run, p, taps, stream, op)
+  FASTDIT_DTYPE(p.dtype, run, p, taps, stream, op)
 }
 
 }  // namespace fastdit::cuda

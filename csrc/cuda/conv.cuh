@@ -83,15 +83,4 @@ inline void check_packed(const ConvParams& p, bool others, const char* op) {
     throw std::invalid_argument(std::string(op) + ": tensors must have adjacent channels on 16 bytes; got " + sizes(p));
 }
 
-// Calls run<T>(...) for the dtype.
-#define FASTDIT_CONV_DTYPES(dtype, run, ...) \
-  switch (static_cast<DType>(dtype)) {       \
-    case DType::f32:                         \
-      return run<float>(__VA_ARGS__);        \
-    case DType::bf16:                        \
-      return run<bf16>(__VA_ARGS__);         \
-    default:                                 \
-      return run<f16>(__VA_ARGS__);          \
-  }
-
 }  // namespace fastdit::cuda

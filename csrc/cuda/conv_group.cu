@@ -227,7 +227,7 @@ void sums(const NormSiluGradParams& q, const float* stats, float* parts, int pro
 int conv_processors(int device) { return processors(device); }
 
 void conv_group_statistics(const NormSiluParams& p, float* parts, int programs, Stream stream, const char* op) {
-  FASTDIT_CONV_DTYPES(p.dtype, statistics, p, parts, programs, stream, op)
+  FASTDIT_DTYPE(p.dtype, statistics, p, parts, programs, stream, op)
 }
 
 void conv_group_combine(const NormSiluParams& p, const float* parts, float* stats, int programs, Stream stream,
@@ -238,7 +238,7 @@ void conv_group_combine(const NormSiluParams& p, const float* parts, float* stat
 
 void conv_group_sums(const NormSiluGradParams& q, const float* stats, float* parts, int programs, Stream stream,
                      const char* op) {
-  FASTDIT_CONV_DTYPES(q.forward.dtype, sums, q, stats, parts, programs, stream, op)
+  FASTDIT_DTYPE(q.forward.dtype, sums, q, stats, parts, programs, stream, op)
 }
 
 void conv_group_moments(const NormSiluParams& p, const float* parts, float* sums, float* moments, int programs,

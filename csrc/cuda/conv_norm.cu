@@ -73,7 +73,7 @@ void normalize(const NormSiluParams& p, const Cache& cache, int silu, const floa
 
 void conv_normalize(const NormSiluParams& p, const Cache& cache, int silu, const float* stats, Stream stream,
                     const char* op) {
-  FASTDIT_CONV_DTYPES(p.dtype, normalize, p, cache, silu, stats, stream, op)
+  FASTDIT_DTYPE(p.dtype, normalize, p, cache, silu, stats, stream, op)
 }
 
 }  // namespace fastdit::cuda

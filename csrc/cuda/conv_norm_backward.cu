@@ -164,7 +164,7 @@ void run(const NormSiluGradParams& q, const NormSums& sums, int programs, Stream
 void conv_normalize_backward(const NormSiluGradParams& q, const NormSums& sums, int programs, Stream stream,
                              const char* op) {
   grid(q.forward.n * q.forward.t * q.forward.h * q.forward.w, op, sizes(q.forward));
-  FASTDIT_CONV_DTYPES(q.forward.dtype, run, q, sums, programs, stream, op)
+  FASTDIT_DTYPE(q.forward.dtype, run, q, sums, programs, stream, op)
 }
 
 void conv_sum_rows(const RowSums& r, Stream stream, const char* op) {

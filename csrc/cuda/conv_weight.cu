@@ -236,7 +236,7 @@ void conv_weight_grad(const ConvWeightGradParams& q, int parts, Stream stream, c
   check_packed(p, packed(q.grad, q.grad_stride, static_cast<int>(itemsize(static_cast<DType>(p.dtype)))), op);
   if (p.n * p.to * p.ho * p.wo > 0x7fffffff)
     throw std::invalid_argument(std::string(op) + ": too many pixels; got " + sizes(p) + ", expected fewer than 2^31");
-  FASTDIT_CONV_DTYPES(p.dtype, run, q, parts, stream, op)
+  FASTDIT_DTYPE(p.dtype, run, q, parts, stream, op)
 }
 
 void conv_move_weight(const WeightMove& m, Stream stream, const char* op) {

@@ -6,6 +6,7 @@
 #include <string>
 #include <tuple>
 
+#include "fastdit/dtype.h"
 #include "platform.h"
 #include "stream.h"
 
@@ -72,5 +73,27 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream, 
 }
 
 #endif
+
+// Returns run<T>(...) for the dtype of a call.
+#define FASTDIT_DTYPE(dtype, run, ...) \
+  switch (static_cast<DType>(dtype)) { \
+    case DType::f32:                   \
+      return run<float>(__VA_ARGS__);  \
+    case DType::bf16:                  \
+      return run<bf16>(__VA_ARGS__);   \
+    default:                           \
+      return run<f16>(__VA_ARGS__);    \
+  }
+
+// Returns run<T, U>(...): `other` is the dtype itself or fp32.
+#define FASTDIT_DTYPES(dtype, other, run, ...)                                                  \
+  switch (static_cast<DType>(dtype)) {                                                          \
+    case DType::f32:                                                                            \
+      return run<float, float>(__VA_ARGS__);                                                    \
+    case DType::bf16:                                                                           \
+      return (other) == (dtype) ? run<bf16, bf16>(__VA_ARGS__) : run<bf16, float>(__VA_ARGS__); \
+    default:                                                                                    \
+      return (other) == (dtype) ? run<f16, f16>(__VA_ARGS__) : run<f16, float>(__VA_ARGS__);    \
+  }
 
 }  // namespace fastdit::cuda

@@ -185,7 +185,7 @@ void run(const ModulationParams& p, Stream stream, const char* op) {
 
 void modulation_forward(const ModulationParams& p, Stream stream, const char* op) {
   check_tokens(p, op);
-  FASTDIT_MODULATION_DTYPES(p, run, p, stream, op)
+  FASTDIT_DTYPES(p.dtype, p.residual_dtype, run, p, stream, op)
 }
 
 }  // namespace fastdit::cuda

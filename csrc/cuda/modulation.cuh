@@ -86,15 +86,4 @@ inline void check_tokens(const ModulationParams& p, const char* op) {
     throw std::invalid_argument(std::string(op) + ": too many tokens; got " + sizes(p) + ", expected B * N < 2^31");
 }
 
-// Calls run<T, TR>(...) for the dtypes of y and residual.
-#define FASTDIT_MODULATION_DTYPES(p, run, ...)                                                               \
-  switch (static_cast<DType>((p).dtype)) {                                                                   \
-    case DType::f32:                                                                                         \
-      return run<float, float>(__VA_ARGS__);                                                                 \
-    case DType::bf16:                                                                                        \
-      return (p).residual_dtype == (p).dtype ? run<bf16, bf16>(__VA_ARGS__) : run<bf16, float>(__VA_ARGS__); \
-    default:                                                                                                 \
-      return (p).residual_dtype == (p).dtype ? run<f16, f16>(__VA_ARGS__) : run<f16, float>(__VA_ARGS__);    \
-  }
-
 }  // namespace fastdit::cuda

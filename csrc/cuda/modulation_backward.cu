@@ -404,7 +404,7 @@ void run(const ModulationGradParams& q, const Walk& walk, const Plan& how, Strea
 // A pass over the tokens, then the sums of runs that programs share.
 void pass(const ModulationGradParams& q, const Walk& walk, const Plan& how, Stream stream, const char* op) {
   const ModulationParams& p = q.forward;
-  const auto first = [&] { FASTDIT_MODULATION_DTYPES(p, run, q, walk, how, stream, op) };
+  const auto first = [&] { FASTDIT_DTYPES(p.dtype, p.residual_dtype, run, q, walk, how, stream, op) };
   first();
   if (walk.programs < 2) return;
   for (int i = 0; i < kTables; ++i) {

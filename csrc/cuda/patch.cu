@@ -185,7 +185,7 @@ void run(const PatchEmbedParams& p, Stream stream, const char* op) {
 }  // namespace
 
 void patch_embed3d_forward(const PatchEmbedParams& p, Stream stream, const char* op) {
-  FASTDIT_PATCH_DTYPES(p, run, p, stream, op)
+  FASTDIT_DTYPES(p.dtype, p.weight_dtype, run, p, stream, op)
 }
 
 }  // namespace fastdit::cuda

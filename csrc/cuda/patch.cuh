@@ -203,15 +203,4 @@ void each_launch(const PatchEmbedParams& p, int tile, const char* op, Run&& run)
       [&](const PatchItem& item) { return (tokens_of(item) + tile - 1) / tile; }, run);
 }
 
-// Calls run<TX, T>(...) for the dtypes of x and weight.
-#define FASTDIT_PATCH_DTYPES(p, run, ...)                                                                  \
-  switch (static_cast<DType>((p).dtype)) {                                                                 \
-    case DType::f32:                                                                                       \
-      return run<float, float>(__VA_ARGS__);                                                               \
-    case DType::bf16:                                                                                      \
-      return (p).weight_dtype == (p).dtype ? run<bf16, bf16>(__VA_ARGS__) : run<bf16, float>(__VA_ARGS__); \
-    default:                                                                                               \
-      return (p).weight_dtype == (p).dtype ? run<f16, f16>(__VA_ARGS__) : run<f16, float>(__VA_ARGS__);    \
-  }
-
 }  // namespace fastdit::cuda

@@ -280,7 +280,7 @@ void run_dw(const PatchEmbedParams& p, EmbedGrad e, Stream stream, const char* o
 }  // namespace
 
 void patch_embed3d_dx(const PatchEmbedParams& p, Stream stream,
-                      const char* op){FASTDIT_PATCH_DTYPES(p, run_dx, p, stream, op)}
+                      const char* op){FASTDIT_DTYPES(p.dtype, p.weight_dtype, run_dx, p, stream, op)}
 
 int64_t patch_embed3d_splits(const PatchEmbedParams& p, int device) {
   int64_t splits = 0;

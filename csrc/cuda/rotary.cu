@@ -136,7 +136,7 @@ void run(const QkNormRopeParams& p, const RotaryPlan& plan, Stream stream, const
 void qk_norm_rope_forward(const QkNormRopeParams& p, Stream stream, const char* op) {
   const RotaryPlan plan = rotary_plan(p, stream.device, 640, true, true, op);
   if (!plan.grid()) return;
-  FASTDIT_ROTARY_DTYPES(p, run, p, plan, stream, op)
+  FASTDIT_DTYPE(p.dtype, run, p, plan, stream, op)
 }
 
 }  // namespace fastdit::cuda

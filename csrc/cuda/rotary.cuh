@@ -481,15 +481,4 @@ inline RotaryPlan rotary_plan(const QkNormRopeParams& p, int device, int residen
   return {g, pairs_of(p, g)};
 }
 
-// Calls run<T>(...) for the dtype of q and k.
-#define FASTDIT_ROTARY_DTYPES(p, run, ...) \
-  switch (static_cast<DType>((p).dtype)) { \
-    case DType::f32:                       \
-      return run<float>(__VA_ARGS__);      \
-    case DType::bf16:                      \
-      return run<bf16>(__VA_ARGS__);       \
-    default:                               \
-      return run<f16>(__VA_ARGS__);        \
-  }
-
 }  // namespace fastdit::cuda

@@ -249,7 +249,7 @@ void qk_norm_rope_backward(const QkNormRopeGradParams& q, float* partial, Stream
   for (const Partial& sums : found) {
     const bool other = !sums.bias && ((q.q.grad && p.q.out) || (q.k.grad && p.k.out));
     if (!sums.rows[0] && !sums.rows[1] && !other) continue;
-    const auto pass = [&] { FASTDIT_ROTARY_DTYPES(p, run, q, plan, sums, stream, op) };
+    const auto pass = [&] { FASTDIT_DTYPE(p.dtype, run, q, plan, sums, stream, op) };
     pass();
   }
   if (strips) launch(rotary_sums_kernel, dim3(strips, 4), dim3(kStrip, kLanes), 0, stream, op, sizes(p), all);

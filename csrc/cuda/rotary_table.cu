@@ -180,7 +180,7 @@ void rotary_table_rows(const QkNormRopeGradParams& q, const RotaryTableRows& row
   only.forward.q.tokens = only.forward.k.tokens = rows.length;
   const RotaryPlan plan = rotary_plan(only.forward, stream.device, 32 * kHeldWarps, q.q.grad, q.k.grad, op);
   if (!plan.grid()) return;
-  FASTDIT_ROTARY_DTYPES(q.forward, run, only, plan, rows, stream, op)
+  FASTDIT_DTYPE(q.forward.dtype, run, only, plan, rows, stream, op)
 }
 
 void rotary_axes_sums(const QkNormRopeParams& p, const RotaryAxes& sums, const RotaryTableRows& rows, Stream stream,
