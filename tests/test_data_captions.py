@@ -130,6 +130,7 @@ def test_expand_keeps_what_is_asked_for():
                 assert getattr(given, name) in values
                 assert getattr(asked, name) in ("", getattr(given, name))
             assert given.colour != given.background
+            assert asked.size or given.size == "big"
     assert expand("") == ""
     assert {parse(expand(f"a {shape}")).colour for shape in ATTRIBUTES["shape"]} != {"red"}
 

@@ -25,6 +25,7 @@ SYNONYMS = {
     "down": ("down", "downwards", "to the bottom"),
     "still": ("standing still", "resting", "keeping its place"),
 }
+PREFERRED = {"size": "big"}  # of what a prompt leaves open: the shape is seen best
 VERBS = ("moving", "sliding", "drifting", "gliding")
 OPENINGS = {
     "moving": (
@@ -96,11 +97,11 @@ def _noun(*words: str) -> str:
     return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
 
 
-def short(scene: Attributes, rng: np.random.Generator | None = None) -> str:
-    """E.g. "a red circle moving right on a blue background"; with `rng`, every other caption tells the size too."""
+def short(scene: Attributes, rng: np.random.Generator | None = None, *, sized: bool = False) -> str:
+    """E.g. "a red circle moving right on a blue background"; `sized` tells the size too, `rng` in every other caption."""
     if not scene.shape:
         return f"a plain {scene.background} background"
-    size = scene.size if rng is not None and rng.random() < 0.5 else ""
+    size = scene.size if sized or (rng is not None and rng.random() < 0.5) else ""
     motion = {"": "", "still": "standing still "}.get(scene.motion, f"moving {scene.motion} ")
     return f"{_noun(size, scene.colour)} {scene.shape} {motion}on {_noun(scene.background)} background"
 
@@ -169,7 +170,7 @@ def parse(prompt: str) -> Attributes:
 
 
 def expand(prompt: str) -> str:
-    """A rich caption that asks for what `prompt` does; what it leaves open is chosen by the prompt's words.
+    """A rich caption that asks for what `prompt` does; what it leaves open is chosen by the prompt's words (a size: big).
 
     The same prompt gives the same caption everywhere. The empty prompt (no condition) stays empty.
 
@@ -187,7 +188,7 @@ def expand(prompt: str) -> str:
         taken = {"colour": asked.background, "background": full.get("colour")}.get(attribute)
         free = [value for value in values if value != taken]
         chosen = free[rng.integers(len(free))]  # drawn always: one open attribute does not change another
-        full[attribute] = getattr(asked, attribute) or chosen
+        full[attribute] = getattr(asked, attribute) or PREFERRED.get(attribute, chosen)
     return rich(Attributes(**full), rng)
 
 
