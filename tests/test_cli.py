@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from fastdit.backends import registry
 from fastdit.cli import app
+from fastdit.data import media
 from fastdit.demo import models, opclock
 from fastdit.testing import bench
 from fastdit.testing.models import twin
@@ -149,10 +150,18 @@ def test_demo_report_json(demo):
         assert not any(o["operator"].startswith("fastdit::") for o in model["operators"]["eager"])
 
 
+def test_demo_ends_with_a_generated_clip(demo):
+    made = json.loads((demo[0] / "report.json").read_text())["generation"]
+    assert made["frames"] == 17 and media.read(demo[0] / made["file"]).size == (17, 64, 64)
+    asked = {"colour": "red", "shape": "circle", "motion": "right", "background": "blue"}
+    assert {name: made["shows"][name] for name in asked} == asked
+    assert made["prompt"] in demo[1] and made["prompt"] in (demo[0] / "report.html").read_text()
+
+
 def test_demo_report_html(demo):
     text = (demo[0] / "report.html").read_text()
     self_contained(text)
-    assert text.count("data:image/png;base64,") > 12 and "data:video/mp4;base64," in text
+    assert text.count("data:image/png;base64,") > 18 and text.count("data:video/mp4;base64,") == 2
     assert text.count("what became of it") == 3
 
 

@@ -11,6 +11,7 @@ PROMISES = {
     "accelerate_diffusers.py": "adaLN-Zero block",
     "own_block.py": "compiled without a graph break: True",
     "stream_video.py": "21 frames of (64, 64), as many as in one piece: 21",
+    "text_to_video.py": "17 frames of 64x64: a red circle moving right on blue",
 }
 
 

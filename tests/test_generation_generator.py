@@ -212,9 +212,3 @@ def test_a_checkpoint_without_a_denoiser(folder, tmp_path):
 def test_bad_checkpoints_are_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"no config.json"):
         Generator.load(tmp_path / "nowhere")
-
-
-def test_without_a_shipped_checkpoint_training_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastdit.generation.generator.SHIPPED", tmp_path / "none")
-    with pytest.raises(CheckpointError, match=r"ships no checkpoint.*fastdit train vae.*--checkpoint"):
-        Generator.load()

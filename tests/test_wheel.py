@@ -86,6 +86,9 @@ def test_works_outside_the_tree(wheel, tmp_path):
     assert done.returncode == 0 and done.stdout.strip() == "works", done.stderr
     done = subprocess.run([python, "-m", "fastdit", "verify", "--op", "norm_modulate", "--backend", "cpu"], **run)
     assert done.returncode == 0, done.stdout + done.stderr
+    words = ["generate", "a red circle moving right on a blue background", "--out", "clip.mp4", "--steps", "2"]
+    done = subprocess.run([python, "-m", "fastdit", *words], **run)
+    assert done.returncode == 0 and (tmp_path / "clip.mp4").stat().st_size > 0, done.stdout + done.stderr
 
 
 def kept_torch() -> str:

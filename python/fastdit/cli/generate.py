@@ -36,7 +36,7 @@ def generate(
     frames: Frames = None,
     size: Size = None,
     steps: Steps = 30,
-    guidance: Guidance = 4.0,
+    guidance: Guidance = 3.0,
     method: Method = None,
     expand: Expand = True,
     backend: Backend = None,
@@ -50,9 +50,9 @@ def generate(
     or down, or standing still. What a prompt leaves open is chosen for it. Pictures are decoded as they are written: a
     minute takes no more memory than a second.
 
-    Examples: `fastdit generate "a red circle moving right on a blue background" --checkpoint out/shapes`,
-    `fastdit generate "a big white star on a purple background" --checkpoint out/shapes --out star.png --size 96x64`,
-    `fastdit generate "a red circle moving up" --image first.png --frames 33 --checkpoint out/shapes --out clip.gif`
+    Examples: `fastdit generate "a red circle moving right on a blue background"`,
+    `fastdit generate "a big white star on a purple background" --out star.png --size 96x64`,
+    `fastdit generate "a red circle moving up" --image first.png --frames 33 --out clip.gif`
     """
     import fastdit
     from fastdit.data import media

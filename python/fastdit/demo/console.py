@@ -42,6 +42,7 @@ def show(plan: Plan, out: Path, console: Console) -> bool:
         f"clip: {clip['frames']} frames of MP4, read back at {clip['psnr_db']:.1f} dB PSNR; "
         f"{result['seconds']:.0f} s in all"
     )
+    console.print(report.generation(result["generation"]), highlight=False)
     console.print(f"wrote {out / 'report.html'} and {out / 'report.json'}")
     if not result["agree"]:
         console.print("[bold red]the outputs do not agree[/bold red]")

@@ -75,6 +75,14 @@ def _body(result: dict[str, Any], shown: dict[str, Any], out: Path) -> list[obje
             page.tag("p", "accelerated", class_="note"),
             _strip(shown["fastdit"], 6, 150),
         ]
+    made = result["generation"]
+    parts += [
+        page.tag("h2", "A generated clip"),
+        page.tag("p", generation(made)),
+        page.tag("p", f"Expanded: \u201c{made['expanded']}\u201d", class_="note"),
+        page.tag("p", page.mp4((out / made["file"]).read_bytes())),
+        _strip(shown["generated"], 6, 150),
+    ]
     return parts
 
 
@@ -103,6 +111,16 @@ def agreement(entry: dict[str, Any]) -> str:
         f"(twice the maximum, 1.5 times the rms of the model as it is). "
         f"Accelerated and as it is differ by at most {errors['eager_to_fastdit_max']:.1e}. "
         f"After fastdit.restore the model gives {'bitwise its old' if entry['restored_bitwise'] else 'ANOTHER'} result."
+    )
+
+
+def generation(made: dict[str, Any]) -> str:
+    """What was asked for and what a detector sees."""
+    seen = made["shows"]
+    return (
+        f"generated \u201c{made['prompt']}\u201d with the shipped checkpoint, seed {made['seed']}: {made['frames']} frames "
+        f"of {made['size'][0]}x{made['size'][1]} in {made['seconds']:.1f} s; the detector sees a {seen['size']} "
+        f"{seen['colour']} {seen['shape']}, motion {seen['motion']}, on {seen['background']}"
     )
 
 

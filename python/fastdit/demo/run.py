@@ -1,4 +1,4 @@
-"""The steps of `fastdit demo`, from the rendered clip to the written report."""
+"""The steps of `fastdit demo`, from the rendered clip to the generated one and the written report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastdit.data.folder import fit
 from fastdit.generation.judge import psnr
 from fastdit.testing.machine import describe
 
-from . import clip, models, report
+from . import clip, generated, models, report
 from .compare import Subject, compare
 from .models import Plan
 
@@ -40,7 +40,7 @@ _VAE_GROUPS: dict[str, tuple[str, ...]] = {
 def steps(plan: Plan) -> int:
     """How many progress steps `run` makes."""
     fixed = 5  # per comparison, beside its rounds
-    return 4 + (fixed + plan.dit_rounds + 2) + len(plan.vae_dtypes) * (fixed + plan.vae_rounds) + 3
+    return 4 + (fixed + plan.dit_rounds + 2) + len(plan.vae_dtypes) * (fixed + plan.vae_rounds) + 4
 
 
 def run(plan: Plan, out: Path, step: Step = lambda what: None) -> dict[str, Any]:
@@ -52,6 +52,7 @@ def run(plan: Plan, out: Path, step: Step = lambda what: None) -> dict[str, Any]
     shown["clip"] = pictures
     compared = [_dit(plan, step)]
     compared += _vae(plan, pictures, step, shown)
+    generation, shown["generated"] = generated.run(plan.device, out, step)
     step("writing the report")
     result: dict[str, Any] = {
         "fastdit": fastdit.__version__,
@@ -59,6 +60,7 @@ def run(plan: Plan, out: Path, step: Step = lambda what: None) -> dict[str, Any]
         "seconds": 0.0,
         "clip": clip_facts,
         "models": [report.plain(entry) for entry in compared],
+        "generation": generation,
     }
     result["seconds"] = time.perf_counter() - began
     result["agree"] = all(m["errors"]["agree"] and m["restored_bitwise"] for m in result["models"])

@@ -55,15 +55,9 @@ class Generator:
     def load(cls, path: str | Path | None = None, *, device: str | torch.device | None = None) -> Generator:
         """A folder of `fastdit train`, or the shipped checkpoint, on `device` (default: cuda where there is one).
 
-        Raises: CheckpointError: the folder is none, or none is given and this version ships no checkpoint.
+        Raises: CheckpointError: the folder is none.
         """
         chosen = request.device(device)
-        if path is None and not SHIPPED.exists():
-            raise checkpoint.CheckpointError(
-                "generate: this version ships no checkpoint; got none, expected a folder; run `fastdit train "
-                "vae --out out/shapes` and `fastdit train dit --vae out/shapes --out out/shapes`, then pass "
-                "--checkpoint out/shapes."
-            )
         return cls(checkpoint.load(SHIPPED if path is None else path)).to(chosen)
 
     def to(self, *where: Any) -> Generator:
@@ -98,7 +92,7 @@ class Generator:
         frames: int = 17,
         size: Sequence[int] | None = None,
         steps: int = 30,
-        guidance: float = 4.0,
+        guidance: float = 3.0,
         method: str | None = None,
         image: Tensor | None = None,
         expand: bool = True,

@@ -49,15 +49,27 @@ class Verdict:
 
 
 def following(
-    generator: Generator, prompts: int = 200, *, seed: int = 0, batch: int = 10, progress: Step | None = None, **options
+    generator: Generator,
+    prompts: int = 200,
+    *,
+    seed: int = 0,
+    sized: bool = False,
+    batch: int = 10,
+    progress: Step | None = None,
+    **options,
 ) -> list[Verdict]:
-    """A verdict for each of the first `prompts` held-out scenes of `seed`. Options: those of `Generator.latents`."""
+    """A verdict for each of the first `prompts` held-out scenes of `seed`.
+
+    Args:
+        sized: the prompts ask for a size too, half of them for a small one; else that is left to prompt expansion.
+        batch: how many at a time.   progress: called with (done, all).   options: those of `Generator.latents`.
+    """
     shapes = Shapes("held_out", length=prompts, seed=seed)
     scenes = [shapes.scene(i) for i in range(prompts)]
     verdicts: list[Verdict] = []
     for start in range(0, prompts, batch):
         some = scenes[start : start + batch]
-        told = [captions.short(scene) for scene in some]
+        told = [captions.short(scene, sized=sized) for scene in some]
         for scene, clip in zip(some, generator.generate(told, seed=seed + start, **options), strict=True):
             verdicts.append(Verdict(clip.caption, scene, detect(clip.frames)))
         if progress is not None:
@@ -88,17 +100,19 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
-def table(verdicts: list[Verdict]) -> Table:
-    """One row per attribute and per value of what was asked: how many were right."""
+def table(verdicts: list[Verdict], sized: bool = False) -> Table:
+    """One row per attribute and per value of what was asked: how many were right. `sized`: a size was asked for."""
     made = Table(title="clips with the right ...", title_justify="left")
-    for i, name in enumerate(("asked for", "clips", *JUDGED, "background", "size", "all three")):
+    size = ("size",) if sized else ()
+    shown = (*JUDGED, "background", *size)
+    for i, name in enumerate(("asked for", "clips", *shown, "all three")):
         made.add_column(name, justify="right" if i else "left")
     groups = [("anything", verdicts)]
-    for attribute in JUDGED:
+    for attribute in (*JUDGED, *size):
         for value in dict.fromkeys(getattr(v.asked, attribute) for v in verdicts):
             groups.append((f"{attribute} {value}", [v for v in verdicts if getattr(v.asked, attribute) == value]))
     for i, (name, some) in enumerate(groups):
-        shares = [*(share(some, a) for a in (*JUDGED, "background", "size")), share(some)]
+        shares = [*(share(some, a) for a in shown), share(some)]
         made.add_row(name, str(len(some)), *(f"{100 * s:.0f} %" for s in shares), end_section=i == 0)
     return made
 
@@ -112,7 +126,8 @@ def main(
     clips: Annotated[int, typer.Option(min=1, help="Held-out clips for the PSNR of the VAE.")] = 50,
     seed: Annotated[int, typer.Option(help="Of the scenes and the noise.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Of the sampler.")] = 30,
-    guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance.")] = 4.0,
+    guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance.")] = 3.0,
+    sized: Annotated[bool, typer.Option("--sized", help="Ask for a size too, half of them small.")] = False,
     expand: Annotated[bool, typer.Option("--expand/--no-expand", help="Rewrite prompts into rich ones.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every verdict here.")] = None,
@@ -127,12 +142,12 @@ def main(
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("generating", total=prompts)
         verdicts = following(
-            generator, prompts, seed=seed, steps=steps, guidance=guidance, expand=expand,
+            generator, prompts, seed=seed, sized=sized, steps=steps, guidance=guidance, expand=expand,
             progress=lambda done, _: bar.update(task, completed=done),
         )  # fmt: skip
     decibels = reconstruction(generator.vae, clips, seed=seed)
     right, mean = share(verdicts), sum(decibels) / len(decibels)
-    console.print(table(verdicts))
+    console.print(table(verdicts, sized))
     for v in [v for v in verdicts if not v.right()][:10]:
         seen = " ".join(getattr(v.found, a) or "?" for a in JUDGED)
         console.print(f"wrong: {v.prompt!r} shows {seen} on {v.found.background}", highlight=False, style="dim")
