@@ -1,4 +1,4 @@
-"""The shipped checkpoint: small, follows held-out prompts, goes on from a picture, and the VAE keeps what it is shown."""
+"""The shipped checkpoint: small, follows held-out prompts, goes on from a picture, and the VAE keeps what it sees."""
 
 import pytest
 import torch

@@ -98,7 +98,7 @@ def _noun(*words: str) -> str:
 
 
 def short(scene: Attributes, rng: np.random.Generator | None = None, *, sized: bool = False) -> str:
-    """E.g. "a red circle moving right on a blue background"; `sized` tells the size too, `rng` in every other caption."""
+    """E.g. "a red circle moving right on a blue background"; `sized` tells the size too, `rng` in one of two."""
     if not scene.shape:
         return f"a plain {scene.background} background"
     size = scene.size if sized or (rng is not None and rng.random() < 0.5) else ""
@@ -170,7 +170,7 @@ def parse(prompt: str) -> Attributes:
 
 
 def expand(prompt: str) -> str:
-    """A rich caption that asks for what `prompt` does; what it leaves open is chosen by the prompt's words (a size: big).
+    """A rich caption that asks for what `prompt` does; what it leaves open is chosen by its words (a size: big).
 
     The same prompt gives the same caption everywhere. The empty prompt (no condition) stays empty.
 
