@@ -119,8 +119,8 @@ def generation(made: dict[str, Any]) -> str:
     seen = made["shows"]
     return (
         f"generated \u201c{made['prompt']}\u201d with the shipped checkpoint, seed {made['seed']}: "
-        f"{made['frames']} frames of {made['size'][0]}x{made['size'][1]} in {made['seconds']:.1f} s; the detector sees a {seen['size']} "
-        f"{seen['colour']} {seen['shape']}, motion {seen['motion']}, on {seen['background']}"
+        f"{made['frames']} frames of {made['size'][0]}x{made['size'][1]} in {made['seconds']:.1f} s; the detector sees "
+        f"a {seen['size']} {seen['colour']} {seen['shape']}, motion {seen['motion']}, on {seen['background']}"
     )
 
 
