@@ -39,8 +39,8 @@ def small_geometry(draw):
 
 
 def draw_conv(draw, m: Maker, kernel, stride, dilation, extents=((1, 2, 3), (1, 2, 5), (1, 3, 7)), fewest=8):
-    """Any padding, cache, layout and prologue whose windows fit. fewest: channels under a norm; of less than eight all
-    that is left is rounding."""
+    """Any padding, cache, layout and prologue whose windows fit. fewest: channels under a norm; the gradient of one is
+    all rounding."""
     time_pad, space_pad = draw("zeros", "first"), draw("zeros", "replicate", "reflect")
     sizes, padding = [draw(*values) for values in extents], []
     for i in range(3):
@@ -53,6 +53,7 @@ def draw_conv(draw, m: Maker, kernel, stride, dilation, extents=((1, 2, 3), (1, 
     if cached:
         sizes[0] = -(-sizes[0] // stride[0]) * stride[0]
     B, C, Cout = draw(1, 2), draw(1, 3, 8, 16, 19, 34), draw(1, 7, 16, 50)
+    Cout = 7 if m.dtype == torch.float32 and Cout == 1 else Cout  # one value's rounding in fp32 is luck
 
     def video(channels, *size):
         cut, last = draw(0, 0, 1), draw(True, False)  # a slice of something larger, in either layout
