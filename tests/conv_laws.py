@@ -53,7 +53,8 @@ def draw_conv(draw, m: Maker, kernel, stride, dilation, extents=((1, 2, 3), (1, 
     if cached:
         sizes[0] = -(-sizes[0] // stride[0]) * stride[0]
     B, C, Cout = draw(1, 2), draw(1, 3, 8, 16, 19, 34), draw(1, 7, 16, 50)
-    Cout = 7 if m.dtype == torch.float32 and Cout == 1 else Cout  # one value's rounding in fp32 is luck
+    if m.dtype == torch.float32:  # of a handful of values the largest error is luck
+        C, Cout, sizes[2] = max(C, 8), max(Cout, 16), max(sizes[2], 7)
 
     def video(channels, *size):
         cut, last = draw(0, 0, 1), draw(True, False)  # a slice of something larger, in either layout

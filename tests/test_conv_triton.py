@@ -44,6 +44,13 @@ def test_fuzz_norm_silu(data):
     _check("norm_silu", dtype, ((x,), dict(norm=norm, groups=groups, weight=draw(None, m.randn(C)), bias=m.randn(C))))
 
 
+def test_weight_gradient_in_splits():
+    """More blocks of pixels than the programs of one split: their parts are summed afterwards."""
+    m = Maker(torch.bfloat16, DEVICE)
+    x, weight = m.randn(1, 8, 7, 2, 3).to(memory_format=LAST), m.randn(16, 8, 3, 1, 1)
+    _check("causal_conv3d", torch.bfloat16, ((x, weight), dict(padding=(4, 0, 0, 0, 0, 0))))
+
+
 # ---- tile sizes -----------------------------------------------------------------------------------------
 def _whole_tiles(m):
     """No dimension leaves a rest in any candidate but the widest."""
@@ -52,12 +59,17 @@ def _whole_tiles(m):
     return (x, weight), dict(cache=video(1, 64, 1, 4, 8), bias=m.randn(96), padding=(1, 0, 0, 0, 1, 0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "kernel, config",
-    [(name, c) for name in ("conv", "conv_weight_grad") for c in _config.CANDIDATES[name]],
-    ids=lambda v: v if isinstance(v, str) else "x".join(map(str, v.blocks)),
-)
+def _candidates():
+    """Blocks are a matter of indices: all in bf16, one of each kernel in fp32, the other ones for test-full."""
+    for name in ("conv", "conv_weight_grad"):
+        for i, config in enumerate(_config.CANDIDATES[name]):
+            for dtype in (torch.bfloat16, torch.float32):
+                slow = i > 0 and dtype == torch.float32
+                what = f"{name}-{'x'.join(map(str, config.blocks))}-{dtype}"
+                yield pytest.param(name, config, dtype, id=what, marks=pytest.mark.full if slow else ())
+
+
+@pytest.mark.parametrize("kernel, config, dtype", _candidates())
 def test_every_candidate(kernel, config, dtype):
     with _config.forced(kernel, config):
         _check("causal_conv3d", dtype, _whole_tiles(Maker(dtype, DEVICE)))
