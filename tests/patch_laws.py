@@ -3,10 +3,12 @@
 A law takes the backend and the device of its tensors first.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from laws import rows
@@ -23,6 +25,11 @@ PATCHES = (((1, 2, 2), 4), ((2, 1, 3), 2), ((1, 1, 1), 3), ((2, 4, 1), 1))
 EMPTY = (
     ((0, 4, 1, 4, 4), 8), ((2, 4, 0, 4, 4), 8), ((2, 4, 1, 4, 0), 8), ((2, 0, 1, 4, 4), 8), ((1, 4, 1, 4, 4), 0),
 )  # fmt: skip
+# an order is four strides: those where each letter stands first and last, the other ones for test-full
+ORDERS = [
+    pytest.param(order, marks=() if order in ("thwc", "cthw", "hwct", "wcth") else pytest.mark.full)
+    for order in map("".join, itertools.permutations("cthw"))
+]
 WANTED = ("x", "weight", "bias", "pos", "weight bias", "x pos")
 
 

@@ -1,6 +1,5 @@
 """patch's CUDA kernels: every sample, layout and path, in the block simulator or on a GPU."""
 
-import itertools
 import math
 
 import patch_laws as laws
@@ -18,7 +17,6 @@ from fastdit.testing.workloads import Maker, Sample
 SAMPLES = laws.EMBED + laws.MOVE
 HOT = [s for s in SAMPLES if s.id in ("image-pos", "list-pos", "wan", "list")]
 each_dtype = pytest.mark.parametrize("dtype", contract.DTYPES, ids=lambda d: str(d)[6:])
-ORDERS = ["".join(order) for order in itertools.permutations("cthw")]
 
 
 @each_dtype
@@ -42,9 +40,7 @@ def test_compile(sample):
     contract.compile_dynamic(sample, "cuda", device=DEVICE)
 
 
-@pytest.mark.parametrize(
-    "order", [pytest.param(o, marks=[] if o in ("thwc", "cthw", "hwtc", "cwht") else pytest.mark.full) for o in ORDERS]
-)
+@pytest.mark.parametrize("order", laws.ORDERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda d: str(d)[6:])
 def test_every_order(order, dtype):
     laws.every_size_in_order(*HERE, order, dtype=dtype)
