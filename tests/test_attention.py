@@ -353,13 +353,3 @@ def test_bad_bounds_are_caught_inside_a_compiled_graph():
     )
     with pytest.raises(ValueError, match="overruns"):
         compiled(Q[0], BOUNDS + BOUNDS)
-
-
-@pytest.mark.big
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_offsets_beyond_32_bits(dtype):
-    """Tokens 2^30 elements apart: reserved memory, of which only the tokens themselves are ever touched."""
-    near = Maker(dtype).randn(1, 5, 2, 64)
-    far = torch.empty(2**32 + 128, dtype=dtype).as_strided(near.shape, (0, 2**30, 64, 1))
-    far.copy_(near)
-    close.assert_bitwise(ops.attention(far, far, far, backend="cpu"), ops.attention(near, near, near, backend="cpu"))

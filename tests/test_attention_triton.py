@@ -4,15 +4,16 @@ import contextlib
 import itertools
 import math
 
+import attention_laws as laws
 import pytest
 import torch
+from attention_laws import BASELINE, bounds
 from hypothesis import Phase, given, settings, strategies as st
 
 from fastdit import ops
 from fastdit.reference import attention as reference
-from fastdit.testing import close, contract
+from fastdit.testing import contract
 from fastdit.testing.workloads import Maker, Sample, samples
-from fastdit.testing.workloads.attention import sdpa, sdpa_varlen
 
 tl = pytest.importorskip("triton.language")
 
@@ -155,9 +156,9 @@ def another_card(capability):
         _config.forget()
 
 
-def check(op, args, kwargs, config, dtype=torch.float32, baseline=None):
+def check(op, args, kwargs, config, dtype=torch.float32):
     with tiles(config):
-        contract.forward(Sample(op, "fuzz", lambda m: (args, kwargs), baseline=baseline), dtype, "triton", DEVICE)
+        contract.forward(Sample(op, "fuzz", lambda m: (args, kwargs), baseline=BASELINE[op]), dtype, "triton", DEVICE)
 
 
 HEADS = st.sampled_from([(1, 1, 72), (2, 1, 13), (2, 2, 40), (4, 2, 16), (1, 1, 96), (2, 2, 8)])
@@ -178,11 +179,7 @@ def test_dense(n, m, heads, config, data, scale, frames):
     if frames and data.draw(st.booleans()):
         kwargs["frame_tokens"] = make.index([frames, 7])
     args = make.randn(2, n, H, D), make.randn(2, m, Hkv, D), make.randn(2, m, Hkv, D)
-    check("attention", args, kwargs, config, baseline=sdpa)
-
-
-def bounds(make, lengths):
-    return make.index([0, *itertools.accumulate(lengths)])
+    check("attention", args, kwargs, config)
 
 
 LENGTHS = st.lists(st.sampled_from([0, 0, 1, 2, 15, 16, 17, 33, 50]), min_size=0, max_size=5)
@@ -200,7 +197,7 @@ def test_packed(queries, keys, tail, heads, config, frames):
         max_seqlen_k=max(keys, default=0), frame_tokens=frames, return_lse=n >= 30,
     )  # fmt: skip
     args = make.randn(n, H, D), make.randn(m, Hkv, D), make.randn(m, Hkv, D)
-    check("attention_varlen", args, kwargs, config, baseline=sdpa_varlen)
+    check("attention_varlen", args, kwargs, config)
 
 
 SIDE = st.integers(1, 6)
@@ -222,11 +219,12 @@ def test_windows(grids, window, data, heads, config, tail):
         window_stride=stride, return_lse=n >= 30,
     )  # fmt: skip
     args = make.randn(n, H, D), make.randn(n, Hkv, D), make.randn(n, Hkv, D)
-    check("attention_varlen", args, kwargs, config, baseline=sdpa_varlen)
+    check("attention_varlen", args, kwargs, config)
 
 
 @pytest.mark.parametrize("capability", [90, 100])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+# fp16 has bf16's boxes
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)], ids=str)
 @pytest.mark.parametrize("sample", samples("attention") + samples("attention_varlen"), ids=str)
 def test_boxes(sample, dtype, capability):
     """Every sample by TMA where its strides allow boxes, else by the same card's pointers."""
@@ -246,10 +244,10 @@ def test_boxes_over_many_tiles(capability, specialised, frames, monkeypatch):
         for kv_len in (None, make.index([40, 21])):
             kwargs = dict(kv_len=kv_len, frame_tokens=frames)
             config = Config((16, 16, specialised), 4, 1)
-            check("attention", (q, k, v), kwargs, config, torch.float16, sdpa)
+            check("attention", (q, k, v), kwargs, config, torch.float16)
         cu = make.index([0, 3, 3, 36])
         kwargs = dict(cu_seqlens_q=cu, max_seqlen_q=33, frame_tokens=frames)
-        check("attention_varlen", (q[0], k[0], v[0]), kwargs, config, torch.float16, sdpa_varlen)
+        check("attention_varlen", (q[0], k[0], v[0]), kwargs, config, torch.float16)
     assert len(made) == 3
 
 
@@ -276,37 +274,17 @@ def test_foreign_rows_never_leak(capability):
 
 
 def test_unseen_tiles_are_not_loaded():
-    """A poisoned tile that no query of a tile sees would reach it through 0 * NaN, were it only masked."""
-    make = Maker(torch.float32, DEVICE)
-    q, k, v = make.randn(1, 64, 3, 1, 16).unbind(2)
     with tiles(SMALL[0]):
-        v[:, 32:] = math.nan
-        o = ops.attention(q, k, v, frame_tokens=16, backend="triton")
-        assert o[:, :32].isfinite().all() and o[:, 32:].isnan().all()
-        # a 1 x 4 x 4 window of stride 4 on a 2 x 8 x 8 grid: bricks of 1 x 4 x 4 share one window each
-        q, k, v = make.randn(128, 3, 1, 16).unbind(1)
-        grid = v.view(2, 8, 8, 1, 16) if v.is_contiguous() else v.unflatten(0, (2, 8, 8))
-        grid[1, 4:, :4] = math.nan
-        cu = make.index([0, 128])
-        o = ops.attention_varlen(
-            *(q, k, v), cu_seqlens_q=cu, max_seqlen_q=128, window=(1, 4, 4), window_stride=(1, 4, 4),
-            grids=make.index([[2, 8, 8]]), backend="triton",
-        )  # fmt: skip
-    bad = o.unflatten(0, (2, 8, 8)).isnan().flatten(3).any(-1)
-    assert bad[1, 4:, :4].all() and bad.sum() == 16
+        laws.unseen_keys_are_not_loaded("triton", DEVICE, torch.float32, 16, 64, (2, 8, 8), (1, 4, 4))
 
 
 @fuzz
 @given(LENGTHS, st.integers(0, 20), st.sampled_from([1, 16]), st.data())
 def test_plan(lengths, tail, block, data):
-    """Every tile once, the segments that meet the most keys first, the rows behind the last one at the end."""
     make = Maker(device=DEVICE)
     keys = data.draw(st.lists(st.integers(0, 9), min_size=len(lengths), max_size=len(lengths)))
     first, order = plan(bounds(make, lengths), bounds(make, keys), sum(lengths) + tail, block).tolist()
-    count = [-(-n // block) for n in (*lengths, tail)]
-    assert sorted(order[:-1]) == list(range(len(lengths) + 1)) and order[-2] == len(lengths)
-    assert [keys[s] for s in order[:-2]] == sorted(keys, reverse=True)
-    assert first == [0, *itertools.accumulate(count[s] for s in order[:-1])]
+    laws.plan_takes_every_tile_once(first, order, lengths, keys, tail, block)
 
 
 def test_rows_far_apart():
@@ -327,32 +305,7 @@ def test_rows_far_apart():
     assert torch.equal(far, near)
 
 
-def check_partial_merge(missing, wanted, name, device):
-    """Only o or only lse has a gradient, and not every input wants one."""
-    make = Maker(torch.float32, device)
-    inputs = [make.randn(2, 5, 3, 20), make.randn(2, 3, 5), make.randn(2, 5, 3, 20), make.randn(2, 3, 5)]
-    inputs[1][0, 0] = inputs[3][0, 0] = inputs[1][1, 2] = -math.inf
-
-    def grads(backend, dtype):
-        leaves = [x.to(dtype).requires_grad_(i in wanted) for i, x in enumerate(inputs)]
-        o, lse = ops.merge_attention(*leaves, backend=backend)
-        out = lse[:, 1:] if missing == "o" else o
-        used = [leaves[i] for i in wanted]
-        return torch.autograd.grad(out.square().sum(), used, allow_unused=True)
-
-    pairs = zip(*(grads(b, d) for b, d in ((name, torch.float32), ("reference", torch.float64))), strict=True)
-    base = grads("reference", torch.float32)
-    for (actual, truth), plain in zip(pairs, base, strict=True):
-        assert (truth is None) <= (actual is None or not actual.any())
-        if truth is not None:
-            close.assert_close(actual, truth, plain)
-
-
-MISSING = pytest.mark.parametrize("missing", ["o", "lse"])
-WANTED = pytest.mark.parametrize("wanted", [(1,), (0, 3), (0, 1, 2, 3)])
-
-
-@MISSING
-@WANTED
+@laws.each_missing
+@laws.each_wanted
 def test_merge_partial_gradients(missing, wanted):
-    check_partial_merge(missing, wanted, "triton", DEVICE)
+    laws.partial_merge("triton", DEVICE, missing, wanted)

@@ -2,66 +2,28 @@
 
 import gc
 
+import conv_laws as laws
 import pytest
 import torch
+from conv_laws import LAST, each_format
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from fastdit import ops
 from fastdit.backends.cpu import conv as adapter
-from fastdit.reference.conv import output_shape
 from fastdit.testing import close, contract
 from fastdit.testing.workloads import Maker, Sample
 
-LAST = torch.channels_last_3d
 each_dtype = pytest.mark.parametrize("dtype", contract.DTYPES, ids=lambda d: str(d)[6:])
-each_format = pytest.mark.parametrize("last", [True, False], ids=["ndhwc", "ncdhw"])
 each_algo = pytest.mark.parametrize("algo", ["direct", "winograd"])
-
-
-def _draw_conv(draw, m):
-    """Any kernel, stride, dilation, padding, cache, layout and prologue whose windows fit."""
-    kernel, stride, dilation = ([draw(*values) for _ in range(3)] for values in ((1, 2, 3), (1, 1, 2, 3), (1, 1, 2)))
-    time_pad, space_pad = draw("zeros", "first"), draw("zeros", "replicate", "reflect")
-    sizes = [draw(1, 2, 3, 5), draw(1, 2, 4, 7), draw(1, 3, 6, 11)]
-    padding = []
-    for i in range(3):
-        reach = dilation[i] * (kernel[i] - 1)
-        most = sizes[i] - 1 if i and space_pad == "reflect" else 3
-        before, after = min(draw(0, 1, 2, reach), most), min(draw(0, 0, 1, 3), most)
-        sizes[i] = max(sizes[i], reach + 1 - before - after)
-        padding += [before, after]
-    cached = draw(0, 0, 1, 2)
-    cached = min(cached, padding[0])
-    if cached:
-        sizes[0] = -(-sizes[0] // stride[0]) * stride[0]
-    B, C, Cout = draw(1, 2), draw(1, 3, 8, 19, 34), draw(1, 7, 16, 50)
-
-    def video(channels, *size):
-        cut, last = draw(0, 0, 1), draw(True, False)  # a slice of something larger, in either layout
-        t = m.randn(B, channels + cut, *size[:2], size[2] + cut)
-        t = t.to(memory_format=LAST) if last else t
-        return t[:, cut:, :, :, : size[2]]
-
-    norm = draw(None, "channel_l2", "channel_rms")
-    kwargs = dict(stride=tuple(stride), dilation=tuple(dilation), padding=tuple(padding), time_pad=time_pad)
-    kwargs |= dict(space_pad=space_pad, norm=norm, act=draw(None, "silu"), algo="auto")
-    if cached:
-        kwargs["cache"] = video(C, cached, *sizes[1:])
-    if norm and draw(True, False):
-        kwargs["norm_weight"] = m.randn(C)
-    if draw(True, False):
-        kwargs["bias"] = m.randn(Cout)
-    x, weight = video(C, *sizes), m.randn(Cout, C, *kernel) * (C * kernel[0] * kernel[1] * kernel[2]) ** -0.5
-    if draw(True, False):
-        kwargs["residual"] = video(Cout, *output_shape(x.shape, weight.shape, stride, dilation, padding)[2:])
-    return (x, weight), kwargs
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_fuzz(data, isa):
     draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
-    made = _draw_conv(draw, Maker(dtype := draw(*contract.DTYPES)))
+    m = Maker(dtype := draw(*contract.DTYPES))
+    geometry = (tuple(draw(*values) for _ in range(3)) for values in ((1, 2, 3), (1, 1, 2, 3), (1, 1, 2)))
+    made = laws.draw_conv(draw, m, *geometry, extents=((1, 2, 3, 5), (1, 2, 4, 7), (1, 3, 6, 11)), fewest=3)
     sample = Sample("causal_conv3d", "fuzz", lambda _: made)
     contract.forward(sample, dtype, "cpu")
     contract.backward(sample, dtype, "cpu")
@@ -117,19 +79,8 @@ def test_backward_threads(dtype, last):
 
 
 @pytest.mark.parametrize("alone", range(6))
-def test_gradients_alone_equal_all_together(alone):
-    m = Maker(torch.float32)
-    x, cache, residual = m.randn(1, 9, 3, 5, 6), m.randn(1, 9, 1, 5, 6), m.randn(1, 20, 3, 5, 6)
-    tensors = [x, m.randn(20, 9, 3, 3, 3), m.randn(20), cache, m.randn(9), residual]
-
-    def gradients(wanted):
-        t = [v.detach().requires_grad_(i in wanted) for i, v in enumerate(tensors)]
-        y = ops.causal_conv3d(
-            *t[:3], cache=t[3], norm="channel_rms", norm_weight=t[4], act="silu", residual=t[5], backend="cpu"
-        )
-        return torch.autograd.grad(y, [t[i] for i in wanted], Maker(torch.float32, seed=1).randn(*y.shape))
-
-    close.assert_bitwise(gradients([alone])[0], gradients(range(6))[alone])
+def test_gradient_alone(alone):
+    laws.gradient_alone("cpu", "cpu", torch.float32, alone)
 
 
 def test_gradient_of_a_frame_does_not_see_the_past():
@@ -143,10 +94,9 @@ def test_gradient_of_a_frame_does_not_see_the_past():
     assert bad.tolist() == [True, True, False, False]
 
 
-def _wan(dtype, T, last, C=40, seed=0):
-    m = Maker(dtype, seed=seed)
-    x = m.randn(1, C, T, 9, 11).to(memory_format=LAST if last else torch.contiguous_format)
-    return x, m.randn(48, C, 3, 3, 3) * 0.05, dict(norm="channel_l2", norm_weight=m.randn(C), act="silu")
+def _wan(dtype, T, last):
+    """Several steps of channels and of pixels, with rests."""
+    return laws.wan("cpu", dtype, T, last, C=40, size=(9, 11))
 
 
 @each_dtype
@@ -155,33 +105,20 @@ def _wan(dtype, T, last, C=40, seed=0):
 @pytest.mark.parametrize("chunks", [(1, 1, 1, 4), (3, 4), (1, 2, 4), (5, 0, 2)], ids=str)
 def test_chunked_equals_whole(dtype, last, algo, chunks, isa):
     x, weight, kwargs = _wan(dtype, sum(chunks), last)
-    whole = ops.causal_conv3d(x, weight, algo=algo, **kwargs, backend="cpu")
-    cache, parts = None, []
-    for chunk in x.split(chunks, dim=2):
-        parts.append(ops.causal_conv3d(chunk, weight, cache=cache, algo=algo, **kwargs, backend="cpu"))
-        cache = ops.next_cache(chunk, cache, 3, backend="cpu")
-    close.assert_bitwise(torch.cat(parts, 2), whole)
+    laws.chunked_equals_whole("cpu", x, weight, chunks, algo=algo, **kwargs)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("geometry", ["stride", "first", "dilation"])
-def test_chunked_equals_whole_geometries(geometry, backend):
+@pytest.mark.parametrize("name", laws.GEOMETRIES)
+def test_chunked_equals_whole_geometries(name, backend):
     m = Maker(torch.float32)
     x, weight = m.randn(2, 6, 8, 4, 5), m.randn(7, 6, 3, 3, 3)
-    kwargs, k_t = {
-        "stride": (dict(stride=(2, 1, 1)), 3),
-        "first": (dict(time_pad="first", space_pad="reflect"), 3),
-        "dilation": (dict(dilation=(2, 1, 1), padding=(4, 0, 1, 1, 1, 1)), 5),
-    }[geometry]
-    whole = ops.causal_conv3d(x, weight, **kwargs, backend=backend)
-    cache, parts = None, []
-    for chunk in x.split((2, 4, 2), dim=2):
-        parts.append(ops.causal_conv3d(chunk, weight, cache=cache, **kwargs, backend=backend))
-        cache = ops.next_cache(chunk, cache, k_t, backend=backend)
+    kwargs, k_t = laws.GEOMETRIES[name]
     if backend == "cpu":
-        close.assert_bitwise(torch.cat(parts, 2), whole)
+        laws.chunked_equals_whole(backend, x, weight, (2, 4, 2), k_t, **kwargs)
     else:  # torch picks its kernel by shape
-        torch.testing.assert_close(torch.cat(parts, 2), whole)
+        parts = laws.chunked(backend, x, weight, (2, 4, 2), k_t, **kwargs)
+        torch.testing.assert_close(parts, ops.causal_conv3d(x, weight, **kwargs, backend=backend))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -217,16 +154,9 @@ def test_next_cache_owns_its_memory():
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("shape", [(0, 8, 3, 4, 4), (1, 8, 0, 4, 4), (0, 8, 0, 4, 4)])
+@laws.each_empty
 def test_zero_size(shape, backend):
-    x = torch.randn(shape, requires_grad=True)
-    weight = torch.randn(16, 8, 3, 3, 3, requires_grad=True)
-    y = ops.causal_conv3d(x, weight, torch.randn(16), norm="channel_l2", backend=backend)
-    c = ops.next_cache(x, torch.randn(shape[0], 8, 2, 4, 4), 3, backend=backend)
-    n = ops.norm_silu(x, norm="group", weight=None, groups=4, backend=backend)
-    assert y.shape == (shape[0], 16, *shape[2:]) and c.shape[2] == 2 and n.shape == shape
-    (y.sum() + c.sum() + n.sum()).backward()
-    assert x.grad.shape == shape and weight.grad.shape == weight.shape and not weight.grad.any()
+    laws.zero_size(backend, "cpu", shape)
 
 
 @pytest.mark.parametrize("kind", ["random", "offset", "outlier"])
@@ -252,20 +182,14 @@ def test_winograd_error(dtype, kind, isa):
 
 @each_format
 @each_algo
-def test_zero_padding_is_not_convolved(last, algo, isa):
-    """Infinite weights at taps that only ever see missing frames change nothing: they are skipped."""
+def test_missing_frames_are_not_convolved(last, algo, isa):
     x, weight, kwargs = _wan(torch.float32, 1, last)
-    expected = ops.causal_conv3d(x, weight, algo=algo, **kwargs, backend="cpu")
-    weight[:, :, :2] = float("inf")
-    close.assert_bitwise(ops.causal_conv3d(x, weight, algo=algo, **kwargs, backend="cpu"), expected)
+    laws.missing_frames_are_not_convolved("cpu", x, weight, algo=algo, **kwargs)
 
 
-def test_nan_stays_in_its_window(isa):
-    x, weight, _ = _wan(torch.float32, 4, last=True)
-    x[0, 3, 1, 4, 5] = float("nan")
-    for algo in ("direct", "winograd"):
-        bad = torch.isnan(ops.causal_conv3d(x, weight, algo=algo, backend="cpu")).any(1)[0]
-        assert bad[1:4, 3:6, 4:7].all() and int(bad.sum()) == 27
+@each_algo
+def test_nan_stays_in_its_window(algo, isa):
+    laws.bad_pixel_stays_in_its_window("cpu", "cpu", torch.float32, float("nan"), algo=algo)
 
 
 # ---- packed weights -----------------------------------------------------------------------------------
@@ -442,12 +366,6 @@ def test_bad_input_norm_silu(kwargs, error, match):
 
 @pytest.mark.big
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_offsets_beyond_32_bits(dtype):
-    """Frames 2^31 elements apart: reserved memory, of which only the frames themselves are ever touched."""
-    m = Maker(dtype)
-    near, weight = m.randn(1, 16, 3, 4, 8), m.randn(24, 16, 3, 3, 3)
-    far = torch.empty(2**32 + 512, dtype=dtype).as_strided(near.shape, (0, 1, 2**31, 128, 16))
-    far.copy_(near)
-    for algo in ("direct", "winograd"):
-        ours = ops.causal_conv3d(far, weight, algo=algo, backend="cpu")
-        close.assert_bitwise(ours, ops.causal_conv3d(near, weight, algo=algo, backend="cpu"))
+@each_algo
+def test_offsets_beyond_32_bits(algo, dtype):
+    laws.offsets_beyond_32_bits("cpu", dtype, algo)

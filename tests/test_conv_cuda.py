@@ -1,24 +1,19 @@
 """conv's CUDA kernels: every sample, tile and layout, in the block simulator or on a GPU."""
 
-import contextlib
-
+import conv_laws as laws
 import pytest
 import torch
+from conv_laws import LAST, WAN, each_format
+from cuda_place import DEVICE, HERE, both, machine, pytestmark, same_bits_on_every_schedule  # noqa: F401
 from hypothesis import Phase, given, settings, strategies as st
 from test_contract import HOT_SAMPLES
-from test_conv_triton import _draw_conv
 
 from fastdit import ops
 from fastdit.backends.cuda import _launch, conv as adapter
-from fastdit.backends.registry import NoBackend
-from fastdit.testing import close, contract, simt
+from fastdit.testing import contract
 from fastdit.testing.poison import poisoned
 from fastdit.testing.workloads import Maker, Sample, samples
 
-DEVICE = "cuda" if torch.cuda.is_available() and _launch._cuda is not None else "cpu"
-if DEVICE == "cpu":
-    pytest.importorskip("fastdit._cuda_sim", reason="neither the CUDA module with a GPU nor the block simulator")
-pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
 OPS = ("causal_conv3d", "next_cache", "norm_silu")
 SAMPLES = [s for op in OPS for s in samples(op) if s.id != "winograd-odd"]
 HOT = [s for s in HOT_SAMPLES if s.op in OPS]
@@ -26,23 +21,6 @@ LARGE = ("two-regions", "long-chain")
 EVERY_DTYPE = ("down-gaps", "time", "space")
 QUICK = [s for s in HOT if s.op != "causal_conv3d" or s.id == "down-space"]
 SLOW = [pytest.param(s, id=str(s), marks=() if s in QUICK else pytest.mark.full) for s in HOT]
-LAST, WAN = torch.channels_last_3d, dict(norm="channel_l2", act="silu")
-each_format = pytest.mark.parametrize("last", [True, False], ids=["ndhwc", "ncdhw"])
-
-
-def where(schedule: str = "eager", seed: int = 1):
-    return simt.simulated(schedule, seed) if DEVICE == "cpu" else contextlib.nullcontext()
-
-
-@pytest.fixture(autouse=True)
-def _machine():
-    with where():
-        yield
-
-
-def both(sample: Sample, dtype: torch.dtype) -> None:
-    contract.forward(sample, dtype, "cuda", DEVICE)
-    contract.backward(sample, dtype, "cuda", DEVICE)
 
 
 def _cases():
@@ -80,7 +58,7 @@ def test_compile(sample):
 def test_fuzz(data):
     """Any kernel, stride, dilation, padding, cache, layout and prologue."""
     draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
-    made = _draw_conv(draw, Maker(dtype := draw(*contract.DTYPES), DEVICE))
+    made = laws.draw_conv(draw, Maker(dtype := draw(*contract.DTYPES), DEVICE), *laws.small_geometry(draw))
     both(Sample("causal_conv3d", "fuzz", lambda _: made), dtype)
 
 
@@ -146,19 +124,10 @@ def test_many_pixels(norm):
 
 
 # ---- laws -------------------------------------------------------------------------------------------------
-def _wan(dtype, T, last, C=16):
-    m = Maker(dtype, DEVICE)
-    x = m.randn(1, C, T, 4, 5).to(memory_format=LAST if last else torch.contiguous_format)
-    return x, m.randn(24, C, 3, 3, 3) * 0.05, dict(norm_weight=m.randn(C), **WAN)
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="a card has one schedule")
-@pytest.mark.parametrize("schedule", ["lazy", "random"])
 @pytest.mark.parametrize("name", ["causal_conv3d", "norm_silu"])
-def test_schedules(name, schedule):
-    """Another order of threads, blocks and copies: the same bits."""
+def test_schedules(name):
     m = Maker(torch.bfloat16, DEVICE)
-    x, weight, kwargs = _wan(torch.bfloat16, 2, last=True, C=40)
+    x, weight, kwargs = laws.wan(DEVICE, torch.bfloat16, 2, last=True, C=40)
     cache, bias, residual = m.randn(1, 40, 1, 4, 5), m.randn(24), m.randn(1, 24, 2, 4, 5)
 
     def run():
@@ -171,85 +140,40 @@ def test_schedules(name, schedule):
                 y = ops.causal_conv3d(*leaves[:3], cache=leaves[3], residual=leaves[4], **kwargs, backend="cuda")
             return [y, *torch.autograd.grad(y, leaves, torch.cos(y.detach()))]
 
-    first = run()
-    for seed in range(2 if schedule == "random" else 1):
-        with where(schedule, seed):
-            for a, b in zip(run(), first, strict=True):
-                close.assert_bitwise(a, b)
+    same_bits_on_every_schedule(run)
 
 
 @each_format
 @pytest.mark.parametrize("chunks", [(1, 1, 2), (3, 0, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_chunked_equals_whole(dtype, last, chunks):
-    x, weight, kwargs = _wan(dtype, 4, last)
-    cache, parts = None, []
-    for chunk in x.split(chunks, dim=2):
-        parts.append(ops.causal_conv3d(chunk, weight, cache=cache, **kwargs, backend="cuda"))
-        cache = ops.next_cache(chunk, cache, 3, backend="cuda")
-    close.assert_bitwise(torch.cat(parts, 2), ops.causal_conv3d(x, weight, **kwargs, backend="cuda"))
+    x, weight, kwargs = laws.wan(DEVICE, dtype, 4, last)
+    laws.chunked_equals_whole("cuda", x, weight, chunks, **kwargs)
 
 
 def test_missing_frames_are_not_convolved():
-    """Infinite weights at taps that only ever see missing frames change nothing, forward or backward."""
-    x, weight, kwargs = _wan(torch.bfloat16, 1, last=True)
-
-    def run():
-        leaf = x.detach().requires_grad_()
-        y = ops.causal_conv3d(leaf, weight, **kwargs, backend="cuda")
-        return y.detach(), torch.autograd.grad(y.sum(), leaf)[0]
-
-    expected = run()
-    weight[:, :, :2] = float("inf")
-    for a, b in zip(run(), expected, strict=True):
-        close.assert_bitwise(a, b)
+    x, weight, kwargs = laws.wan(DEVICE, torch.bfloat16, 1, last=True)
+    laws.missing_frames_are_not_convolved("cuda", x, weight, **kwargs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_and_infinity_stay_in_their_window(bad, dtype):
-    m = Maker(dtype, DEVICE)
-    x, weight = m.randn(1, 16, 4, 4, 5).to(memory_format=LAST), m.randn(24, 16, 3, 3, 3).abs()
-    x[0, 3, 1, 2, 3] = bad
-    y = ops.causal_conv3d(x, weight, backend="cuda")
-    hit = (y.isnan() if bad != bad else y.isposinf()).all(1)[0]
-    assert hit[1:4, 1:4, 2:5].all() and int(hit.sum()) == 27 and int((~y.isfinite()).sum()) == 27 * 24
+def test_bad_pixel_stays_in_its_window(bad, dtype):
+    laws.bad_pixel_stays_in_its_window(*HERE, dtype, bad)
 
 
 @pytest.mark.parametrize("alone", range(6))
-def test_gradients_alone_equal_all_together(alone):
-    m = Maker(torch.bfloat16, DEVICE)
-    x, cache, residual = m.randn(1, 9, 2, 3, 4), m.randn(1, 9, 1, 3, 4), m.randn(1, 20, 2, 3, 4)
-    tensors = [x, m.randn(20, 9, 3, 3, 3), m.randn(20), cache, m.randn(9), residual]
-
-    def gradients(wanted):
-        t = [v.detach().requires_grad_(i in wanted) for i, v in enumerate(tensors)]
-        y = ops.causal_conv3d(
-            *t[:3], cache=t[3], norm="channel_rms", norm_weight=t[4], act="silu", residual=t[5], backend="cuda"
-        )
-        return torch.autograd.grad(y, [t[i] for i in wanted], torch.cos(y.detach()))
-
-    close.assert_bitwise(gradients([alone])[0], gradients(range(6))[alone])
+def test_gradient_alone(alone):
+    laws.gradient_alone(*HERE, torch.bfloat16, alone)
 
 
 def test_winograd_is_refused_and_auto_goes_direct():
-    x, weight, _ = _wan(torch.bfloat16, 1, last=True)
-    with pytest.raises(NoBackend, match="has no winograd; algo='auto' takes direct"):
-        ops.causal_conv3d(x, weight, algo="winograd", backend="cuda")
-    close.assert_bitwise(
-        ops.causal_conv3d(x, weight, backend="cuda"), ops.causal_conv3d(x, weight, algo="direct", backend="cuda")
-    )
+    laws.winograd_is_refused_and_auto_goes_direct(*HERE, torch.bfloat16)
 
 
-@pytest.mark.parametrize("shape", [(0, 16, 2, 4, 5), (1, 16, 0, 4, 5)], ids=str)
+@laws.each_empty
 def test_zero_size(shape):
-    x, weight = torch.randn(shape, device=DEVICE).requires_grad_(), torch.randn(8, 16, 3, 3, 3, device=DEVICE)
-    weight.requires_grad_()
-    with poisoned():
-        y = ops.causal_conv3d(x, weight, backend="cuda")
-        n = ops.norm_silu(x, weight=None, backend="cuda")
-        grads = torch.autograd.grad(y.sum() + n.sum(), (x, weight))
-    assert y.shape == (shape[0], 8, *shape[2:]) and grads[0].shape == shape and (grads[1] == 0).all()
+    laws.zero_size(*HERE, shape)
 
 
 # ---- launches ---------------------------------------------------------------------------------------------
@@ -257,7 +181,7 @@ def test_launches(monkeypatch):
     """No pass over x that is not needed: one launch from channels_last_3d tensors, one more per reason."""
     names, run = [], _launch.launch
     monkeypatch.setattr(adapter, "launch", lambda entry, *rest: (names.append(entry), run(entry, *rest))[1])
-    x, weight, kwargs = _wan(torch.bfloat16, 2, last=True)
+    x, weight, kwargs = laws.wan(DEVICE, torch.bfloat16, 2, last=True)
     packed, three = weight.to(memory_format=LAST), x[:, :3]
     expected = {
         (x, packed, None): ["conv_forward"],
@@ -278,20 +202,4 @@ def test_launches(monkeypatch):
 @pytest.mark.big
 @pytest.mark.skipif(DEVICE == "cuda", reason="reserved, untouched memory is the CPU's")
 def test_offsets_beyond_32_bits():
-    """Frames 2^31 elements apart: reserved memory, of which only the frames themselves are ever touched."""
-    m = Maker(torch.bfloat16)
-    near, weight, grad = m.randn(1, 16, 3, 2, 4), m.randn(24, 16, 3, 3, 3), m.randn(1, 24, 3, 2, 4)
-
-    def far(t):
-        big = torch.empty(2**32 + 512, dtype=t.dtype)
-        return big.as_strided(t.shape, (0, 1, 2**31, 4 * t.shape[1], t.shape[1])).copy_(t)
-
-    def run(x, g):
-        leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
-        y = ops.causal_conv3d(*leaves, backend="cuda")
-        n = ops.norm_silu(x, weight=None, norm="group", groups=2, backend="cuda")
-        return y.detach(), n, *torch.autograd.grad(y, leaves, g)
-
-    last = [t.to(memory_format=LAST) for t in (near, grad)]
-    for a, b in zip(run(far(near), far(grad)), run(*last), strict=True):
-        close.assert_bitwise(a, b)
+    laws.offsets_beyond_32_bits("cuda", torch.bfloat16)

@@ -1,42 +1,21 @@
 """modulation's CUDA kernels: every sample and row map, in the block simulator or on a GPU."""
 
-import contextlib
-
+import modulation_laws as laws
 import pytest
 import torch
+from cuda_place import DEVICE, HERE, both, machine, pytestmark, same_bits_on_every_schedule  # noqa: F401
+from modulation_laws import MAPS, seam
 from test_contract import HOT_SAMPLES
-from test_modulation_triton import MAPS, alone_and_together, check_rows_that_nobody_uses, seam
 
 from fastdit import ops
-from fastdit.backends.cuda import _launch
-from fastdit.testing import close, contract, simt
-from fastdit.testing.poison import poisoned
+from fastdit.testing import close, contract
 from fastdit.testing.workloads import Maker, Sample, samples
 
-DEVICE = "cuda" if torch.cuda.is_available() and _launch._cuda is not None else "cpu"
-if DEVICE == "cpu":
-    pytest.importorskip("fastdit._cuda_sim", reason="neither the CUDA module with a GPU nor the block simulator")
-pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
 OPS = ("norm_modulate", "gate_residual", "gate_residual_norm_modulate")
 SAMPLES = [s for op in OPS for s in samples(op)]
 HOT = [s for s in HOT_SAMPLES if s.op in OPS]
 each_dtype = pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
 SEVERAL = ("long-runs", "frames-in-samples", "scattered", "two-indices")
-
-
-def where(schedule: str = "eager", seed: int = 1):
-    return simt.simulated(schedule, seed) if DEVICE == "cpu" else contextlib.nullcontext()
-
-
-@pytest.fixture(autouse=True)
-def _machine():
-    with where():
-        yield
-
-
-def both(sample: Sample, dtype: torch.dtype) -> None:
-    contract.forward(sample, dtype, "cuda", DEVICE)
-    contract.backward(sample, dtype, "cuda", DEVICE)
 
 
 @each_dtype
@@ -66,24 +45,9 @@ def test_row_maps(name, dtype):
     both(MAPS[name], dtype)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a card has one schedule")
-@pytest.mark.parametrize("schedule", ["lazy", "random"])
 @pytest.mark.parametrize("name", SEVERAL)
-def test_schedules(name, schedule):
-    """Another order of threads and blocks: the same bits."""
-
-    def run():
-        args, kwargs = MAPS[name].make(Maker(torch.bfloat16, DEVICE))
-        args, kwargs, leaves = contract._leaves(MAPS[name], args, kwargs)
-        with poisoned():
-            out = ops.gate_residual_norm_modulate(*args, **kwargs, backend="cuda")
-            return [*out, *torch.autograd.grad(out, leaves, [torch.cos(o.detach()) for o in out])]
-
-    first = run()
-    for seed in range(3 if schedule == "random" else 1):
-        with where(schedule, seed):
-            for a, b in zip(run(), first, strict=True):
-                close.assert_bitwise(a, b)
+def test_schedules(name):
+    same_bits_on_every_schedule(lambda: laws.results(*HERE, MAPS[name], torch.bfloat16))
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -114,34 +78,11 @@ def test_rows_too_wide_are_refused():
         ops.norm_modulate(x, backend="cuda")
 
 
-def test_rows_that_nobody_uses_have_no_gradient():
-    check_rows_that_nobody_uses("cuda", DEVICE)
+@pytest.mark.parametrize("law, arguments", laws.EVERYWHERE)
+def test_law(law, arguments):
+    law(*HERE, *arguments)
 
 
 @pytest.mark.parametrize("wanted", ["x", "shift", "weight", "gate"])
 def test_one_gradient_alone(wanted):
-    close.assert_bitwise(*alone_and_together(wanted, "cuda", DEVICE))
-
-
-@pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (0, 8)])
-def test_zero_size(shape):
-    x = torch.randn(shape, requires_grad=True, device=DEVICE)
-    table = torch.randn(1 if len(shape) == 2 else shape[0], 8, requires_grad=True, device=DEVICE)
-    with poisoned():
-        r, h = ops.gate_residual_norm_modulate(x, x, table, shift=table, backend="cuda")
-        grads = torch.autograd.grad((r.sum() + h.sum()), (x, table))
-    assert grads[0].shape == shape and (grads[1] == 0).all()
-
-
-def test_nan_stays_with_its_token_and_its_row():
-    m = Maker(torch.float32, DEVICE)
-    x = m.randn(40, 40)
-    x[7, 3] = float("nan")
-    index = torch.tensor([0] * 12 + [1] * 28, device=DEVICE)
-    table = m.randn(2, 40).requires_grad_()
-    x.requires_grad_()
-    y = ops.norm_modulate(x, scale=table, shift=m.randn(2, 40), row_index=index, backend="cuda")
-    grad, d_table = torch.autograd.grad(y, (x, table), m.randn(40, 40))
-    others = [i for i in range(40) if i != 7]
-    assert y[7].isnan().all() and y[others].isfinite().all() and grad[others].isfinite().all()
-    assert d_table[0].isnan().all() and d_table[1].isfinite().all()
+    close.assert_bitwise(*laws.alone_and_together(*HERE, wanted))

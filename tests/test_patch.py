@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import patch_laws as laws
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -12,10 +13,9 @@ import fastdit
 from fastdit import ops, packing
 from fastdit.testing import close, contract
 from fastdit.testing.poison import poisoned
-from fastdit.testing.workloads import Maker, Sample, samples
+from fastdit.testing.workloads import Maker
 
-EMBED, MOVE = samples("patch_embed3d"), samples("unpatchify3d")
-each_sample = pytest.mark.parametrize("sample", EMBED + MOVE, ids=str)
+each_sample = pytest.mark.parametrize("sample", laws.EMBED + laws.MOVE, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", contract.DTYPES, ids=lambda d: str(d)[6:])
 
 
@@ -89,16 +89,7 @@ def test_round_trip():
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize(
-    "shape, D",
-    [
-        ((0, 4, 1, 4, 4), 8),
-        ((2, 4, 0, 4, 4), 8),
-        ((2, 4, 1, 4, 0), 8),
-        ((2, 0, 1, 4, 4), 8),
-        ((1, 4, 1, 4, 4), 0),
-    ],
-)
+@pytest.mark.parametrize("shape, D", laws.EMPTY)
 def test_zero_size_embed(shape, D, backend):
     x = torch.randn(shape, requires_grad=True)
     weight, bias = torch.randn(D, shape[1], 1, 2, 2, requires_grad=True), torch.randn(D, requires_grad=True)
@@ -148,25 +139,13 @@ def test_gradients_own_their_memory():
     assert given.untyped_storage().data_ptr() != grad.untyped_storage().data_ptr() and given.is_contiguous()
 
 
-def test_nan_stays_in_its_token(isa):
-    for dtype in contract.DTYPES:
-        m = Maker(dtype)
-        x = m.randn(1, 5, 1, 3, 7)
-        x[0, 2, 0, 1, 3] = float("nan")
-        y = ops.patch_embed3d(x, m.randn(40, 5, 1, 1, 1), backend="cpu")[0]
-        bad = torch.isnan(y)
-        assert bad[10].all() and int(bad.any(-1).sum()) == 1
+@each_dtype
+def test_a_bad_token_stays_alone(dtype, isa):
+    laws.a_bad_token_stays_alone("cpu", "cpu", dtype)
 
 
 def test_reads_nothing_outside_its_view():
-    # a window of a larger NaN-filled video, and a weight that is a slice of a NaN-filled one
-    m = Maker(torch.bfloat16)
-    big, wide = torch.full((1, 7, 3, 10, 14), float("nan")), torch.full((44, 7, 1, 2, 2), float("nan"))
-    x, w = m.randn(1, 5, 1, 6, 10), m.randn(40, 5, 1, 2, 2)
-    big[:, 1:6, 1:2, 2:8, 2:12], wide[2:42, 1:6] = x.float(), w.float()
-    big, wide = big.to(x.dtype), wide.to(x.dtype)
-    y = ops.patch_embed3d(big[:, 1:6, 1:2, 2:8, 2:12], wide[2:42, 1:6], backend="cpu")
-    close.assert_bitwise(y, ops.patch_embed3d(x, w, backend="cpu"))
+    laws.reads_nothing_outside_its_view("cpu", "cpu")
 
 
 def test_double_backward_raises():
@@ -273,44 +252,13 @@ def test_bad_input_unpatchify(case, backend):
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_fuzz(data):
-    """Any sizes, patches, memory orders, parameter dtypes and tables, in poisoned memory."""
-    draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
-    size = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
-    dtype, B, C, D = draw(*contract.DTYPES), size(1, 2), size(1, 9), size(1, 150)
-    patch, grid = (size(1, 2), size(1, 3), size(1, 4)), (size(1, 2), size(1, 4), size(1, 20))
-    memory = data.draw(st.permutations(range(5)))
-    m = Maker(dtype)
-    kind = lambda: draw(dtype, torch.float32)  # noqa: E731
-    x = m.randn(B, C, *(g * p for g, p in zip(grid, patch, strict=True)))
-    x = x.permute(memory).contiguous().permute(sorted(range(5), key=memory.__getitem__))
-    N, lead = math.prod(grid), draw(None, (), (1,), (B,))
-    kwargs = {"bias": m.randn(D, dtype=kind())} if draw(True, False) else {}
-    if lead is not None:
-        kwargs["pos"] = m.randn(*lead, N, D + 3, dtype=kind())[..., 3:]
-    made = (x, m.randn(D, C, *patch, dtype=kind())), kwargs
-    contract.forward(Sample("patch_embed3d", "fuzz", lambda _: made), dtype, "cpu")
-    tokens = m.randn(B, N, C * math.prod(patch) + 1)[..., 1:]
-    layout = dict(grid=grid, patch=patch, channels=C, order="".join(data.draw(st.permutations("cthw"))))
-    contract.forward(Sample("unpatchify3d", "fuzz", lambda _: ((tokens,), layout), moves=True), dtype, "cpu")
+    """Forward, in poisoned memory."""
+    embed, move, dtype = laws.drawn(data, "cpu", 20)
+    contract.forward(embed, dtype, "cpu")
+    contract.forward(move, dtype, "cpu")
 
 
 @pytest.mark.big
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_offsets_beyond_32_bits(dtype):
-    """Channels, table rows and tokens 2^31 elements apart: reserved memory, touched only where the values are."""
-    m = Maker(dtype)
-
-    def far(t, dim):
-        """The values of t with `dim` 2^31 elements apart and the rest as it was."""
-        strides = [2**31 if i == dim else s for i, s in enumerate(t.stride())]
-        wide = torch.empty((t.shape[dim] - 1) * 2**31 + t.numel(), dtype=dtype).as_strided(t.shape, strides)
-        return wide.copy_(t)
-
-    x, w, pos = m.randn(1, 3, 1, 4, 8), m.randn(40, 3, 1, 2, 2), m.randn(8, 40)
-    expected = ops.patch_embed3d(x, w, pos=pos, backend="cpu")
-    close.assert_bitwise(ops.patch_embed3d(far(x, 1), w, pos=pos, backend="cpu"), expected)
-    close.assert_bitwise(ops.patch_embed3d(x, far(w, 1), pos=pos, backend="cpu"), expected)
-    far_pos = torch.empty(7 * 2**29 + 40, dtype=dtype).as_strided((8, 40), (2**29, 1)).copy_(pos)
-    close.assert_bitwise(ops.patch_embed3d(x, w, pos=far_pos, backend="cpu"), expected)
-    tokens, layout = m.randn(3, 8, 16), dict(grid=(1, 2, 4), patch=(1, 2, 2), channels=4, backend="cpu")
-    close.assert_bitwise(ops.unpatchify3d(far(tokens, 0), **layout), ops.unpatchify3d(tokens, **layout))
+    laws.offsets_beyond_32_bits("cpu", dtype)

@@ -1,44 +1,22 @@
 """patch's CUDA kernels: every sample, layout and path, in the block simulator or on a GPU."""
 
-import contextlib
-import itertools
 import math
 
+import patch_laws as laws
 import pytest
 import torch
+from cuda_place import DEVICE, HERE, both, machine, pytestmark, same_bits_on_every_schedule  # noqa: F401
 from hypothesis import given, settings, strategies as st
 
 import fastdit
 from fastdit import ops
-from fastdit.backends.cuda import _launch
-from fastdit.testing import close, contract, patch_laws as laws, simt
+from fastdit.testing import close, contract
 from fastdit.testing.poison import poisoned
 from fastdit.testing.workloads import Maker, Sample
 
-DEVICE = "cuda" if torch.cuda.is_available() and _launch._cuda is not None else "cpu"
-if DEVICE == "cpu":
-    pytest.importorskip("fastdit._cuda_sim", reason="neither the CUDA module with a GPU nor the block simulator")
-pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
-HERE = "cuda", DEVICE
 SAMPLES = laws.EMBED + laws.MOVE
 HOT = [s for s in SAMPLES if s.id in ("image-pos", "list-pos", "wan", "list")]
 each_dtype = pytest.mark.parametrize("dtype", contract.DTYPES, ids=lambda d: str(d)[6:])
-ORDERS = ["".join(order) for order in itertools.permutations("cthw")]
-
-
-def where(schedule: str = "eager", seed: int = 1):
-    return simt.simulated(schedule, seed) if DEVICE == "cpu" else contextlib.nullcontext()
-
-
-@pytest.fixture(autouse=True)
-def _machine():
-    with where():
-        yield
-
-
-def both(sample: Sample, dtype: torch.dtype) -> None:
-    contract.forward(sample, dtype, *HERE)
-    contract.backward(sample, dtype, *HERE)
 
 
 @each_dtype
@@ -62,9 +40,7 @@ def test_compile(sample):
     contract.compile_dynamic(sample, "cuda", device=DEVICE)
 
 
-@pytest.mark.parametrize(
-    "order", [pytest.param(o, marks=[] if o in ("thwc", "cthw", "hwtc", "cwht") else pytest.mark.full) for o in ORDERS]
-)
+@pytest.mark.parametrize("order", laws.ORDERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda d: str(d)[6:])
 def test_every_order(order, dtype):
     laws.every_size_in_order(*HERE, order, dtype=dtype)
@@ -138,11 +114,8 @@ SCHEDULED = {
 }
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a card has one schedule")
-@pytest.mark.parametrize("schedule", ["lazy", "random"])
 @pytest.mark.parametrize("name", SCHEDULED)
-def test_schedules(name, schedule):
-    """Another order of threads, blocks and copies: the same bits."""
+def test_schedules(name):
     make, dtype = SCHEDULED[name]
     op, leaves, arguments = make(Maker(dtype, DEVICE))
     leaves = [t.requires_grad_() for t in leaves]
@@ -153,30 +126,12 @@ def test_schedules(name, schedule):
             out = close.flat(op(*args, **kwargs, backend="cuda"))[0]
             return [out, *torch.autograd.grad(out, leaves, torch.cos(out.detach()))]
 
-    first = run()
-    for seed in range(2 if schedule == "random" else 1):
-        with where(schedule, seed):
-            for a, b in zip(run(), first, strict=True):
-                close.assert_bitwise(a, b)
+    same_bits_on_every_schedule(run)
 
 
-@pytest.mark.parametrize("wanted", laws.WANTED)
-@pytest.mark.parametrize("shared", [True, False])
-def test_only_the_gradients_asked_for(wanted, shared):
-    laws.only_the_gradients_asked_for(*HERE, wanted, shared)
-
-
-def test_expanded_gradient():
-    laws.expanded_gradient(*HERE)
-
-
-@pytest.mark.parametrize("shape, D", laws.EMPTY)
-def test_empty(shape, D):
-    laws.empty(*HERE, shape, D)
-
-
-def test_reads_nothing_outside_its_view():
-    laws.reads_nothing_outside_its_view(*HERE)
+@pytest.mark.parametrize("law, arguments", laws.EVERYWHERE)
+def test_law(law, arguments):
+    law(*HERE, *arguments)
 
 
 @each_dtype
@@ -225,15 +180,10 @@ def test_sizes_of_models(C, D, patch, grid, B, dtype):
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_fuzz(data):
-    def draw(*values):
-        return data.draw(st.sampled_from(values))
-
-    laws.fuzz(
-        *HERE, draw, lambda low, high: data.draw(st.integers(low, high)), lambda of: data.draw(st.permutations(of))
-    )
+    laws.fuzz(*HERE, data)
 
 
 @pytest.mark.big
 @pytest.mark.skipif(DEVICE == "cuda", reason="reserved memory that nobody touches is the CPU's")
 def test_offsets_beyond_32_bits():
-    laws.offsets_beyond_32_bits("cuda", where)
+    laws.offsets_beyond_32_bits("cuda")

@@ -1,8 +1,8 @@
 """patch on the Triton kernels: what the contract on the samples (test_triton.py) does not reach."""
 
 import contextlib
-import itertools
 
+import patch_laws as laws
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from fastdit import ops
 from fastdit.backends.triton import _config, _launch
 from fastdit.backends.triton._config import CANDIDATES, Config, forced
-from fastdit.testing import close, contract, patch_laws as laws
+from fastdit.testing import close, contract
 from fastdit.testing.workloads import Maker, Sample
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,7 +38,7 @@ def test_gradient_of_a_move_is_a_move(sample, dtype):
     laws.gradient_of_a_move_is_a_move(*HERE, sample, dtype)
 
 
-@pytest.mark.parametrize("order", map("".join, itertools.permutations("cthw")))
+@pytest.mark.parametrize("order", laws.ORDERS)
 def test_every_order(order):
     laws.every_size_in_order(*HERE, order)
 
@@ -84,47 +84,19 @@ def test_weight_gradient_in_splits(kind, dtype):
         laws.weight_gradient_in_splits(*HERE, dtype, kind)
 
 
-@pytest.mark.parametrize("wanted", laws.WANTED)
-@pytest.mark.parametrize("shared", [True, False])
-def test_only_the_gradients_asked_for(wanted, shared):
-    laws.only_the_gradients_asked_for(*HERE, wanted, shared)
-
-
-def test_expanded_gradient():
-    laws.expanded_gradient(*HERE)
-
-
-@pytest.mark.parametrize("shape, D", laws.EMPTY)
-def test_empty(shape, D):
-    laws.empty(*HERE, shape, D)
-
-
-def test_reads_nothing_outside_its_view():
-    laws.reads_nothing_outside_its_view(*HERE)
+@pytest.mark.parametrize("law, arguments", laws.EVERYWHERE)
+def test_law(law, arguments):
+    law(*HERE, *arguments)
 
 
 def test_a_bad_token_stays_alone():
     laws.a_bad_token_stays_alone(*HERE, torch.float32)
 
 
-@pytest.mark.parametrize(
-    "sample", [s for s in laws.EMBED + laws.MOVE if s.id in ("image-pos", "list-pos", "wan", "list")], ids=str
-)
-def test_fast_path_equals_torch_ops(sample):
-    if DEVICE == "cpu":
-        contract.paths_equal(sample, torch.bfloat16, "triton")
-        assert contract.opcheck(sample, "triton") == 2
-
-
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_fuzz(data):
-    def draw(*values):
-        return data.draw(st.sampled_from(values))
-
-    laws.fuzz(
-        *HERE, draw, lambda low, high: data.draw(st.integers(low, high)), lambda of: data.draw(st.permutations(of))
-    )
+    laws.fuzz(*HERE, data)
 
 
 @pytest.mark.big

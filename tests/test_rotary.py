@@ -1,16 +1,17 @@
 """rotary: the laws that are its own, and every check of its input."""
 
 import pytest
+import rotary_laws as laws
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from rotary_laws import SAMPLES
 
 import fastdit
 from fastdit import ops
 from fastdit.ops import rotary_inplace
 from fastdit.testing import close, contract
-from fastdit.testing.workloads import Maker, Sample, samples
+from fastdit.testing.workloads import Maker
 
-SAMPLES = samples("qk_norm_rope")
 each_sample = pytest.mark.parametrize("sample", SAMPLES, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", contract.DTYPES, ids=lambda d: str(d)[6:])
 each_backend = pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -42,15 +43,10 @@ def test_never_returns_its_input(backend):
         assert a.data_ptr() != b.data_ptr() and torch.equal(a, b) and a.is_contiguous()
 
 
-def test_nan_stays_in_its_head(isa):
-    m = Maker(torch.bfloat16)
-    q, k = m.randn(1, 5, 3, 40), m.randn(1, 5, 3, 40)
-    q[0, 2, 1, 7] = float("nan")
-    angle = m.randn(5, 20, dtype=torch.float32)
-    for layout in ("interleaved", "half"):
-        a, b = ops.qk_norm_rope(q, k, norm="rms", cos=angle.cos(), sin=angle.sin(), layout=layout, backend="cpu")
-        bad = torch.isnan(a)
-        assert bad[0, 2, 1].all() and bad.sum() == 40 and not torch.isnan(b).any()
+@pytest.mark.parametrize("layout", laws.LAYOUTS)
+@pytest.mark.parametrize("scope", laws.SCOPES)
+def test_nan_stays_where_it_is(scope, layout, isa):
+    laws.nan_stays_where_it_is("cpu", "cpu", scope, layout)
 
 
 def test_tokens_outside_the_slice_are_normalised_only(isa):
@@ -68,19 +64,9 @@ def test_tokens_outside_the_slice_are_normalised_only(isa):
             assert not torch.equal(ours[:, 2:6], normed[:, 2:6])
 
 
-def test_axes_equal_the_dense_table(isa):
-    m = Maker(torch.bfloat16)
-    grids, dims = [(2, 3, 2), (1, 2, 4)], (8, 12, 12)
-    q, k = m.randn(20, 3, 32), m.randn(20, 1, 32)
-    axes = [t for dim in dims for t in ops.rope_table((5,), (dim,))]
-    cos, sin = ops.rope_table(grids, dims)
-    for layout in ("interleaved", "half"):
-        options = dict(norm="rms", layout=layout, backend="cpu")
-        for index in (torch.int32, torch.int64):
-            ours = ops.qk_norm_rope(q, k, axes=axes, grids=torch.tensor(grids, dtype=index), **options)
-            dense = ops.qk_norm_rope(q, k, cos=cos, sin=sin, **options)
-            for a, b in zip(ours, dense, strict=True):
-                close.assert_bitwise(a, b)
+@pytest.mark.parametrize("layout", laws.LAYOUTS)
+def test_axes_equal_the_dense_table(layout, isa):
+    laws.axes_equal_the_dense_table("cpu", "cpu", layout)
 
 
 def test_rotation_is_undone_by_the_opposite_angle():
@@ -94,47 +80,16 @@ def test_rotation_is_undone_by_the_opposite_angle():
             torch.testing.assert_close(a, b)
 
 
-def _fuzz(data) -> tuple[Sample, torch.dtype]:
-    """Any mix of ranks, sizes, norms, tables, slices and laws."""
-    draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
-    count = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
-    dtype, layout = draw(*contract.DTYPES), draw("interleaved", "half", "axis_half")
-    norm, scope = draw(None, "rms", "layer"), draw("head", "hidden")
-    B, H, Hk, D = count(1, 2), count(1, 3), count(1, 3), count(6, 140)
-    # a handful of fp32 roundings is no baseline for a maximum: its lucky draws are what the search would find
-    N = draw(0, 64) if dtype == torch.float32 else count(0, 9)
-    start = count(0, N)
-    length = count(0, N - start)
-    pairs = count(1, D // 6) * 3 if layout == "axis_half" else count(1, D // 2)
-
-    def make(m):
-        lead = draw((N,), (B, N))
-        q, k = (m.randn(*lead, h, D + 3)[..., :D] for h in (H, Hk))
-        heads = draw(1, H) if H == Hk else 1
-        shape = draw((length, pairs), (1, pairs), (length, heads, pairs), (1, heads, pairs))
-        angle = m.randn(*shape, dtype=torch.float64)
-        kwargs = dict(norm=norm, scope=scope, layout=layout, precision=draw("fp32", "native"))
-        kwargs |= dict(rope_start=start, rope_len=length, cos=angle.cos().float(), sin=angle.sin().float())
-        if norm is not None:
-            for what, h in (("q_weight", H), ("k_weight", Hk), ("q_bias", H), ("k_bias", Hk)):
-                if draw(True, False):
-                    kwargs[what] = m.randn(h * D if scope == "hidden" else D)
-        return (q, k), kwargs
-
-    made = make(Maker(dtype))
-    return Sample("qk_norm_rope", "fuzz", lambda _: made), dtype
-
-
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_fuzz(data):
-    contract.forward(*_fuzz(data), "cpu")
+    contract.forward(*laws.drawn(data), "cpu")
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_fuzz_backward(isa, data):
-    contract.backward(*_fuzz(data), "cpu")
+    contract.backward(*laws.drawn(data), "cpu")
 
 
 @each_hot
@@ -151,51 +106,27 @@ def test_backward_threads(sample):
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
-        for a, b in zip(other, found[0], strict=True):
-            close.assert_bitwise(a, b)
+        close.assert_all_bitwise(other, found[0])
 
 
-@pytest.mark.parametrize("wanted", ["q", "k", "q_weight", "k_bias", "cos", "k_sin"])
+@pytest.mark.parametrize("wanted", laws.WANTED)
 def test_one_gradient_alone(wanted):
-    """Each gradient asked for alone has the bits that it has among all."""
-    m = Maker(torch.float32)
-    names = ("q", "k", "q_weight", "k_bias", "cos", "sin", "k_cos", "k_sin")
-    shapes = ((2, 5, 3, 16), (2, 4, 3, 16), (16,), (16,), (5, 8), (5, 8), (4, 8), (4, 8))
-    tensors = {name: m.randn(*shape) for name, shape in zip(names, shapes, strict=True)}
-
-    def gradient(needed):
-        given = {name: t.clone().requires_grad_(name in needed) for name, t in tensors.items()}
-        a, b = ops.qk_norm_rope(**given, norm="layer", backend="cpu")
-        total = (a.square().sum() if a.requires_grad else 0) + (b.square().sum() if b.requires_grad else 0)
-        return torch.autograd.grad(total, given[wanted])[0]
-
-    close.assert_bitwise(gradient((wanted,)), gradient(names))
+    laws.one_gradient_alone("cpu", "cpu", wanted)
 
 
 def test_gradient_of_one_output():
-    """An output that nobody uses leaves zeros for what only it depends on."""
-    m = Maker(torch.float32)
-    q, k, w = m.randn(2, 5, 3, 16), m.randn(2, 5, 3, 16), m.randn(16)
-    leaves = [t.requires_grad_() for t in (q, k, w)]
-    a, _ = ops.qk_norm_rope(q, k, norm="rms", q_weight=w, k_weight=w, backend="cpu")
-    dq, dk, dw = torch.autograd.grad(a.square().sum(), leaves)
-    assert dq.abs().sum() > 0 and dw.abs().sum() > 0 and not dk.any()
+    laws.gradient_of_one_output("cpu", "cpu")
+
+
+@each_backend
+def test_scope_belongs_to_the_norm(backend):
+    laws.scope_belongs_to_the_norm(backend, "cpu")
 
 
 @pytest.mark.big
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_offsets_beyond_32_bits(dtype):
-    """Tokens 2^31 elements apart: reserved memory, of which only the rows themselves are ever touched."""
-    m = Maker(dtype)
-    rows, angle = m.randn(1, 3, 2, 32), m.randn(3, 16, dtype=torch.float32)
-    far = torch.empty(2**32 + 64, dtype=dtype).as_strided((1, 3, 2, 32), (0, 2**31, 32, 1))
-    far.copy_(rows)
-    kwargs = dict(norm="rms", cos=angle.cos(), sin=angle.sin(), backend="cpu")
-    expected = ops.qk_norm_rope(rows, rows, **kwargs)
-    for a, b in zip(ops.qk_norm_rope(far, far, **kwargs), expected, strict=True):
-        close.assert_bitwise(a, b)
-    ops.qk_norm_rope(far, rows, **kwargs, inplace=True)
-    close.assert_bitwise(far, expected[0])
+    laws.offsets_beyond_32_bits("cpu", "cpu", dtype)
 
 
 @pytest.mark.parametrize("layout", ["interleaved", "half"])
@@ -220,23 +151,11 @@ def test_streamed_outputs(layout, dtype, isa):
 @each_backend
 @each_sample
 def test_inplace(sample, backend, dtype):
-    (q, k), kwargs = sample.make(Maker(dtype))
-    expected = ops.qk_norm_rope(q, k, **kwargs, backend=backend)
-    outside = torch.cat([q.flatten(), k.flatten()])
-    a, b = ops.qk_norm_rope(q, k, **kwargs, inplace=True, backend=backend)
-    assert a is q and b is k
-    for x, y in zip((q, k), expected, strict=True):
-        close.assert_bitwise(x, y)
-    if sample.id != "nothing":
-        assert not torch.equal(outside, torch.cat([q.flatten(), k.flatten()]))
+    laws.inplace(backend, "cpu", sample, dtype)
 
 
-def test_inplace_leaves_v_of_a_fused_projection_alone():
-    m = Maker(torch.bfloat16)
-    qkv = m.randn(2, 5, 3, 2, 16)
-    v = qkv[:, :, 2].clone()
-    ops.qk_norm_rope(qkv[:, :, 0], qkv[:, :, 1], norm="rms", inplace=True)
-    close.assert_bitwise(qkv[:, :, 2], v)
+def test_inplace_leaves_the_rest_of_a_fused_projection_alone():
+    laws.inplace_leaves_the_rest_of_a_fused_projection_alone("cpu", "cpu")
 
 
 def test_inplace_schema():

@@ -1,25 +1,22 @@
 """rotary's CUDA kernels: every sample, and what the samples do not hold, in the block simulator or on a GPU."""
 
-import contextlib
+from functools import partial
 
 import pytest
+import rotary_laws as laws
 import torch
+from cuda_place import DEVICE, HERE, both, machine, pytestmark, same_bits_on_every_schedule  # noqa: F401
 from hypothesis import HealthCheck, given, settings, strategies as st
-from rotary_laws import *  # noqa: F403
-from rotary_laws import SAMPLES, Place
+from rotary_laws import SAMPLES
 from test_contract import HOT_SAMPLES
-from test_rotary import _fuzz
 
 import fastdit
-from fastdit.backends.cuda import _launch
-from fastdit.testing import close, contract, simt
+from fastdit import ops
+from fastdit.backends.cuda import rotary as adapter
+from fastdit.testing import close, contract
 from fastdit.testing.poison import poisoned
 from fastdit.testing.workloads import Maker, Sample
 
-DEVICE = "cuda" if torch.cuda.is_available() and _launch._cuda is not None else "cpu"
-if DEVICE == "cpu":
-    pytest.importorskip("fastdit._cuda_sim", reason="neither the CUDA module with a GPU nor the block simulator")
-pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
 HOT = [s for s in HOT_SAMPLES if s.op == "qk_norm_rope"]
 each_dtype = pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
 each_sample = pytest.mark.parametrize("sample", SAMPLES, ids=str)
@@ -30,26 +27,6 @@ each_hot = pytest.mark.parametrize(
 fuzzed = settings(
     deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15
 )
-
-
-def where(schedule: str = "eager", seed: int = 1):
-    return simt.simulated(schedule, seed) if DEVICE == "cpu" else contextlib.nullcontext()
-
-
-@pytest.fixture(autouse=True)
-def _machine():
-    with where():
-        yield
-
-
-@pytest.fixture(name="on")
-def _on():
-    return Place("cuda", DEVICE)
-
-
-def both(sample: Sample, dtype: torch.dtype) -> None:
-    contract.forward(sample, dtype, "cuda", DEVICE)
-    contract.backward(sample, dtype, "cuda", DEVICE)
 
 
 @each_dtype
@@ -71,6 +48,11 @@ def test_fast_path_equals_torch_ops(sample):
 @each_hot
 def test_compile(sample):
     contract.compile_dynamic(sample, "cuda", device=DEVICE)
+
+
+@pytest.mark.parametrize("law, arguments", laws.EVERYWHERE)
+def test_law(law, arguments):
+    law(*HERE, *arguments)
 
 
 # ---- geometries ---------------------------------------------------------------------------------------
@@ -127,60 +109,52 @@ SCHEDULED = {s.id: s for s in SAMPLES if s.id in ("wan-native", "packed-axes", "
 }
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a card has one schedule")
-@pytest.mark.parametrize("schedule", ["lazy", "random"])
 @pytest.mark.parametrize("name", SCHEDULED)
-def test_schedules(name, schedule, on):
-    """Another order of threads and blocks: the same bits."""
+def test_schedules(name):
+    sample = SCHEDULED[name]
 
     def run():
-        args, kwargs = SCHEDULED[name].make(on.maker(torch.bfloat16))
+        args, kwargs = sample.make(Maker(torch.bfloat16, DEVICE))
         with poisoned():
-            return [*on.rotate(*args, **kwargs), *on.gradients(SCHEDULED[name], torch.bfloat16)]
+            return [*ops.qk_norm_rope(*args, **kwargs, backend="cuda"), *laws.gradients(*HERE, sample, torch.bfloat16)]
 
-    first = run()
-    for seed in range(3 if schedule == "random" else 1):
-        with where(schedule, seed):
-            for a, b in zip(run(), first, strict=True):
-                close.assert_bitwise(a, b)
+    same_bits_on_every_schedule(run)
 
 
 @fuzzed
 @given(data=st.data())
 def test_fuzz(data):
-    contract.forward(*_fuzz(data), "cuda", DEVICE)
+    contract.forward(*laws.drawn(data), *HERE)
 
 
 @fuzzed
 @given(data=st.data())
 def test_fuzz_backward(data):
-    contract.backward(*_fuzz(data), "cuda", DEVICE)
+    contract.backward(*laws.drawn(data), *HERE)
 
 
 # ---- what is not served -------------------------------------------------------------------------------
-def test_no_grid_leads_out_of_the_table(on):
+def test_no_grid_leads_out_of_the_table():
     """An index that FASTDIT_CHECK would refuse: numbers of the table's last row, not of the memory behind it."""
-    m = on.maker()
-    axes = [t.to(on.device) for t in fastdit.ops.rope_table((4,), (8,))]
+    m = Maker(torch.float32, DEVICE)
+    axes = [t.to(DEVICE) for t in ops.rope_table((4,), (8,))]
     q = m.randn(1, 9, 2, 8)
     grids = m.index([[9]])
     args = (q, q, *(None,) * 8, *axes, *(None,) * 4, grids, None, "head", 1e-6, "interleaved", 0, None, "fp32")
-    from fastdit.backends.cuda import rotary
-
-    out = rotary.qk_norm_rope(*args)[0]
-    last = fastdit.ops.qk_norm_rope(q[:, 3:], q, cos=axes[0][3:], sin=axes[1][3:], backend="cuda")[0]
+    out = adapter.qk_norm_rope(*args)[0]
+    last = ops.qk_norm_rope(q[:, 3:], q, cos=axes[0][3:], sin=axes[1][3:], backend="cuda")[0]
     close.assert_bitwise(out[:, 3:], last)
 
 
-def test_refusals(on):
-    m = on.maker()
+def test_refusals():
+    m, rotate = Maker(torch.float32, DEVICE), partial(ops.qk_norm_rope, backend="cuda")
     wide, many = m.randn(1, 2, 1, 520), m.randn(1, 2, 49, 128)
     with pytest.raises(fastdit.NoBackend, match="D up to 512; got D=520"):
-        on.rotate(wide, wide)
+        rotate(wide, wide)
     with pytest.raises(fastdit.NoBackend, match='up to 48 heads of D=128 under scope="hidden"; got 49'):
-        on.rotate(many, many, norm="rms", scope="hidden")
+        rotate(many, many, norm="rms", scope="hidden")
     q, weight = m.randn(1, 2, 2, 8), m.randn(8, dtype=torch.float64)
     with pytest.raises(fastdit.NoBackend, match="float64"):
-        on.rotate(q, q, norm="rms", q_weight=weight)
+        rotate(q, q, norm="rms", q_weight=weight)
     with pytest.raises(fastdit.NoBackend, match="float64"):
-        on.rotate(q.double(), q.double())
+        rotate(q.double(), q.double())

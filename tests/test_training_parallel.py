@@ -62,6 +62,10 @@ def torchrun(*arguments):
     return done.stdout
 
 
+def curve(state):
+    return torch.tensor([loss for _, loss in plot.read(state / "loss.csv")["loss"]], dtype=torch.float32)
+
+
 @pytest.mark.parametrize("kind, mode", [("dit", "ddp"), ("dit", "fsdp"), ("vae", "fsdp")])
 def test_two_processes_train_as_one(kind, mode, small, tmp_path):
     path, config = small
@@ -84,15 +88,15 @@ def compare(kind, mode, path, folder, config, out, steps, moments):
     assert printed.count(f"{kind} step {steps}/{steps}") == 1  # one process speaks
     truth, baseline = (training.trainer(kind, config, folder, dtype=d) for d in (torch.float64, torch.float32))
     losses = [training.losses(one, steps) for one in (truth, baseline)]
-    rows = plot.read(out / "state" / kind / "loss.csv")
-    assert_close(torch.tensor([loss for _, loss in rows["loss"]], dtype=torch.float32), *losses, "losses")
-    tensors, facts = checkpoint.read_tensors(out / "state" / kind / loop.STATE)
+    state = out / "state" / kind
+    assert_close(curve(state), *losses, "losses")
+    tensors, facts = checkpoint.read_tensors(state / loop.STATE)
     expected, usual = truth.state(), baseline.state()
     assert facts["step"] == steps and tensors.keys() == expected.keys()
-    for state in ("model", "ema", *moments):
-        names = [name for name in tensors if name.startswith(f"{state}.")]
+    for part in ("model", "ema", *moments):
+        names = [name for name in tensors if name.startswith(f"{part}.")]
         found, exact, plain = (torch.cat([t[n].flatten() for n in names]) for t in (tensors, expected, usual))
-        assert_close(found, exact, plain, state)
+        assert_close(found, exact, plain, part)
 
 
 def test_a_sharded_training_goes_on_in_one_process(small, tmp_path):
@@ -104,8 +108,7 @@ def test_a_sharded_training_goes_on_in_one_process(small, tmp_path):
     loop.fit(task, config.dit.optimizer, config.dit.loop, state, training.HERE, resume=True)
     exact = training.losses(training.trainer("dit", config, path.parent, dtype=torch.float64), STEPS)
     plain = training.losses(training.trainer("dit", config, path.parent), STEPS)
-    found = torch.tensor([loss for _, loss in plot.read(state / "loss.csv")["loss"]], dtype=torch.float32)
-    assert_close(found, exact, plain)
+    assert_close(curve(state), exact, plain)
 
 
 def test_unknown_mode():

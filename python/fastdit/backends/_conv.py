@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..reference.conv import NORM_EPS, output_shape
-from ._video import empty, zeros_or_none
+from ._video import asked, empty, input_gradients, zeros_or_none
 
 PAD = {"zeros": 0, "first": 1, "replicate": 1, "reflect": 2}
 NORM = {None: 0, "channel_l2": 1, "channel_rms": 2, "group": 3}
@@ -82,9 +82,7 @@ def backward(k: Kernels) -> Callable:
         stride, dilation, padding, time_pad, space_pad, norm, norm_eps, act, algo, needs,
     ):  # fmt: skip
         tensors = (x, weight, bias, cache, norm_weight, residual)
-        need_x, need_weight, need_bias, need_cache, need_norm, need_residual = (
-            need and t is not None for need, t in zip(needs, tensors, strict=True)
-        )
+        need_x, need_weight, need_bias, need_cache, need_norm, need_residual = asked(tensors, needs)
         if grad is None or grad.numel() == 0:
             return zeros_or_none(tensors, needs)
         stride, dilation = tuple(stride), tuple(dilation)
@@ -92,10 +90,9 @@ def backward(k: Kernels) -> Callable:
         d_bias = k.pixel_sums(grad, bias) if need_bias else None
         if need_weight or need_x or need_cache or need_norm:
             grad = k.ready(grad, None, None, None, 0.0, None)[0]
-        cached = 0 if cache is None else cache.shape[2]
         d_weight = None
         if need_weight:
-            start = (cached - padding[0], -padding[2], -padding[4])
+            start = ((0 if cache is None else cache.shape[2]) - padding[0], -padding[2], -padding[4])
             h, h_cache = k.ready(x, cache, norm_weight, norm, norm_eps, act)
             d_weight = k.weight_gradient(
                 grad, h, h_cache, weight, stride, dilation, start, time_pad == "first", PAD[space_pad]
@@ -103,41 +100,23 @@ def backward(k: Kernels) -> Callable:
 
         d_x = d_cache = d_norm = None
         if need_x or need_cache or need_norm:
-            folds = _folds(x.shape, cached, grad, weight, stride, dilation, padding, time_pad, space_pad)
             packed = k.pack(weight, x.dtype, transposed=True)
-            whole = (
-                _folded(k, x, cached, grad, packed, stride, dilation, padding, folds)
-                if any(f is not None for f in folds)
-                else None
-            )
             parts: list[Tensor] = []
 
-            def finish(t, first, wanted):
-                """Gradient of `t`, frames `first`... of cat(cache, x)."""
-                if not wanted and not need_norm:
-                    return None
-                out = empty(t)
-                if whole is None:
-                    offset = (padding[0] - cached + first, padding[2], padding[4])
-                    _transposed(k, out, grad, packed, stride, dilation, offset)
-                    given = out
-                else:
-                    given = whole[:, :, first : first + t.shape[2]]
-                if norm is not None or act is not None:
-                    target = out if wanted else None
-                    part = k.normalize_backward(
-                        target, t, given, norm_weight, None, NORM[norm], norm_eps, act == "silu", need_norm
-                    )
-                    if part is not None:
-                        parts.append(part)
-                elif given is not out:
-                    out.copy_(given)
-                return out if wanted else None
+            def into(out, offset):
+                _transposed(k, out, grad, packed, stride, dilation, offset)
 
-            d_cache = finish(cache, 0, need_cache) if cached else None
-            if need_cache and d_cache is None:
-                d_cache = torch.zeros_like(cache)
-            d_x = finish(x, cached, need_x)
+            def prologue(t, given, out):
+                part = k.normalize_backward(
+                    out, t, given, norm_weight, None, NORM[norm], norm_eps, act == "silu", need_norm
+                )
+                if part is not None:
+                    parts.append(part)
+
+            d_x, d_cache = input_gradients(
+                grad, x, cache, weight, (need_x, need_cache, need_norm), stride, dilation, padding, time_pad, space_pad,
+                into, None if norm is None and act is None else prologue,
+            )  # fmt: skip
             if need_norm:
                 d_norm = k.sum_rows(parts[0] if len(parts) == 1 else torch.cat(parts), 0, norm_weight)
         return d_x, d_weight, d_bias, d_cache, d_norm, d_residual
@@ -190,51 +169,6 @@ def _transposed(k: Kernels, out: Tensor, grad, packed, stride, dilation, offset)
                 )  # fmt: skip
 
 
-def _reach(grad, weight, stride, dilation, axis: int) -> int:
-    """Extent of the padded input that any output sees."""
-    return (grad.shape[2 + axis] - 1) * stride[axis] + (weight.shape[2 + axis] - 1) * dilation[axis] + 1
-
-
-def _folds(shape, cached, grad, weight, stride, dilation, padding, time_pad, space_pad) -> list:
-    """Per axis (position of the padded input, the position whose pixel it repeats); None: zeros, nothing to fold."""
-    folds: list = []
-    for axis, mode in enumerate((time_pad, space_pad, space_pad)):
-        n = shape[2 + axis] + (cached if axis == 0 else 0)
-        before = padding[2 * axis] - (cached if axis == 0 else 0)
-        if mode == "zeros" or not (before or padding[2 * axis + 1]):
-            folds.append(None)
-            continue
-        pairs = []
-        for i in range(-before, _reach(grad, weight, stride, dilation, axis) - before):
-            target = (n - 1) - abs((n - 1) - abs(i)) if mode == "reflect" else min(max(i, 0), n - 1)
-            if target != i:
-                pairs.append((i + before, target + before))
-        folds.append(pairs)
-    return folds
-
-
-def _folded(k: Kernels, x, cached, grad, packed, stride, dilation, padding, folds) -> Tensor:
-    """Gradient of act(norm(cat(cache, x))) in fp32: repeats of a frame or row are added to it."""
-    shape, offset, before = [], [], []
-    for axis in range(3):
-        frames = cached if axis == 0 else 0
-        before.append(padding[2 * axis] - frames)
-        extent = x.shape[2 + axis] + frames
-        # a folded axis is computed over all of its padded extent, which may end before the input does
-        whole = max(_reach(grad, packed, stride, dilation, axis), before[axis] + extent)
-        shape.append(extent if folds[axis] is None else whole)
-        offset.append(before[axis] if folds[axis] is None else 0)
-    wide = empty(x, (*x.shape[:2], *shape), torch.float32)
-    _transposed(k, wide, grad, packed, stride, dilation, offset)
-    for axis, fold in enumerate(folds):
-        if fold is None:
-            continue
-        for position, target in fold:
-            wide.select(2 + axis, target).add_(wide.select(2 + axis, position))
-        wide = wide.narrow(2 + axis, before[axis], x.shape[2 + axis] + (cached if axis == 0 else 0))
-    return wide
-
-
 # ---- norms --------------------------------------------------------------------------------------------
 def video(t: Tensor, group: bool = False) -> Tensor:
     """Any norm_silu input as (B, C, T, H, W); without pixels the rows are them, where no statistics forbid it."""
@@ -261,9 +195,7 @@ def norms(k: Kernels) -> tuple[Callable, Callable, Callable]:
         return y
 
     def norm_silu_backward(grad, x, weight, bias, norm, groups, eps, needs):
-        need_x, need_weight, need_bias = (
-            need and t is not None for need, t in zip(needs, (x, weight, bias), strict=True)
-        )
+        need_x, need_weight, need_bias = asked((x, weight, bias), needs)
         if grad is None or grad.numel() == 0:
             return zeros_or_none((x, weight, bias), needs)
         group = norm == "group"

@@ -1,6 +1,8 @@
-"""What the GPU adapters of patch_embed3d do without a kernel: tokens without values, and gradients of no tokens."""
+"""What the adapters of patch do around a kernel: tokens without values, gradients of no tokens, the move both ways."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -29,3 +31,30 @@ def without_tokens(grad, inputs, needs):
 def summed(pos, x) -> bool:
     """Whether several samples share a row of pos, so that its gradient is a sum."""
     return pos.dim() == 2 and x.dim() == 5 and x.shape[0] != 1
+
+
+def moves(move: Callable) -> tuple[Callable, Callable]:
+    """unpatchify3d and its gradient in the order of their schemas.
+
+    move: (tokens, video, grid, patch, channels, order, back) writes the video, or with `back` the tokens. Neither is
+    empty; the video is (B, C, T, H, W), or flat for a list.
+    """
+
+    def unpatchify3d(tokens, grid, patch, channels, order):
+        if tokens.dim() == 2:
+            y = tokens.new_empty((tokens.numel(),))
+        else:
+            y = tokens.new_empty((tokens.shape[0], channels, *(g * p for g, p in zip(grid, patch, strict=True))))
+        if y.numel():
+            move(tokens, y, grid, patch, channels, order, False)
+        return y
+
+    def unpatchify3d_backward(grad, tokens, grid, patch, channels, order, needs):
+        if grad is None or not needs[0]:
+            return (torch.zeros_like(tokens) if needs[0] else None,)
+        out = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
+        if out.numel():
+            move(out, grad.contiguous() if grad.dim() == 1 else grad, grid, patch, channels, order, True)
+        return (out,)
+
+    return unpatchify3d, unpatchify3d_backward

@@ -140,6 +140,7 @@ def qk_norm_rope(
     if k_bias is not None:
         _rotary_check.affine("k_bias", k_bias, k, norm, scope, precision)
     compact = _check_tables(q, k, cos, sin, k_cos, k_sin, axes, grids, layout, rope_start, rope_len, precision)
+    scope = "head" if norm is None else scope  # without a norm heads share nothing
     args = (
         q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, k_cos, k_sin, *compact, grids,
         norm, scope, eps, layout, rope_start, rope_len, precision,

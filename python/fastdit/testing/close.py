@@ -12,7 +12,7 @@ below bf16's resolution (eps, unbiased variance) are caught by the fp32 row that
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +104,12 @@ def assert_bitwise(actual: Tensor, expected: Tensor, what: str = "result") -> No
             f"{what}: {int((~same).sum())} of {same.numel()} elements differ, first at {where}: "
             f"{actual[where]} != {expected[where]}"
         )
+
+
+def assert_all_bitwise(actual: Iterable[Tensor], expected: Iterable[Tensor], what: str = "result") -> None:
+    """As many of one as of the other, each bitwise."""
+    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        assert_bitwise(a, b, f"{what} {i}")
 
 
 def flat(output: Tensor | Packed | Sequence) -> list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ... import _cpu
-from .._attention_abi import dense, given_lse, given_o, packed, two
+from .._attention_abi import dense, given_lse, given_o, merges, packed
 from .._tensors import contiguous, empty, rows_contiguous
 from ..registry import Impl, register as _register
 from ._abi import on_cpu
@@ -74,29 +74,11 @@ def attention_varlen_backward(
 
 
 # ---- merge ----------------------------------------------------------------------------------------------
-def merge_attention(o1, lse1, o2, lse2):
-    o, lse = empty(o1), empty(lse1)
-    if lse.numel():
-        _cpu.merge_attention_forward(two(o1, lse1, o2, lse2), given_o(o), given_lse(lse))
-    return o, lse
+def _run(entry, op, like, arguments, reads, writes):
+    getattr(_cpu, entry)(*arguments)
 
 
-def merge_attention_backward(do, dlse, o1, lse1, o2, lse2, needs):
-    grads = [empty(t) if need else None for t, need in zip((o1, lse1, o2, lse2), needs, strict=True)]
-    if lse1.numel() == 0 or (do is None and dlse is None):
-        return tuple(None if g is None else g.zero_() for g in grads)
-    do = torch.zeros_like(o1) if do is None else rows_contiguous(do)
-    d_o1, d_lse1, d_o2, d_lse2 = grads
-    _cpu.merge_attention_backward(
-        two(o1, lse1, o2, lse2),
-        given_o(do),
-        given_lse(dlse),
-        given_o(d_o1),
-        given_lse(d_lse1),
-        given_o(d_o2),
-        given_lse(d_lse2),
-    )
-    return tuple(grads)
+merge_attention, merge_attention_backward = merges(_run)
 
 
 def register() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from ... import _cpu
 from ...reference.conv import NORM_EPS
-from .._video import empty, zeros_or_none
+from .._video import asked, empty, input_gradients, zeros_or_none
 from . import conv
 from ._abi import DTYPE, pointer
 
@@ -25,9 +25,7 @@ def causal_conv3d_backward(
     stride, dilation, padding, time_pad, space_pad, norm, norm_eps, act, algo, needs,
 ):  # fmt: skip
     tensors = (x, weight, bias, cache, norm_weight, residual)
-    need_x, need_weight, need_bias, need_cache, need_norm, need_residual = (
-        need and t is not None for need, t in zip(needs, tensors, strict=True)
-    )
+    need_x, need_weight, need_bias, need_cache, need_norm, need_residual = asked(tensors, needs)
     if grad is None or grad.numel() == 0:
         return zeros_or_none(tensors, needs)
     winograd = conv.use_winograd(algo, x.dtype, weight.shape[2:], stride, dilation)
@@ -38,30 +36,20 @@ def causal_conv3d_backward(
 
     d_x = d_cache = d_norm = None
     if need_x or need_cache or need_norm:
-        cached = 0 if cache is None else cache.shape[2]
-        transposed = _Transposed(grad, weight, stride, dilation, winograd, x.dtype)
-        folds = _folds(x.shape, cached, transposed, padding, time_pad, space_pad)
-        whole = _folded(x, cached, transposed, padding, folds) if any(f is not None for f in folds) else None
         sums = torch.zeros(x.shape[1], dtype=torch.float64) if need_norm else None
-        prologue = (norm_weight, norm, norm_eps, act)
 
-        def finish(t, first, wanted):
-            """Gradient of `t`, frames `first`... of cat(cache, x)."""
-            if not wanted and sums is None:
-                return None
-            out = empty(t)
-            if whole is None:
-                transposed.into(out, (padding[0] - cached + first, padding[2], padding[4]))
-                given = out
-            else:
-                given = whole[:, :, first : first + t.shape[2]]
-            _through_prologue(t, given, out if wanted else None, sums, *prologue)
-            return out if wanted else None
+        def prologue(t, given, out):
+            _cpu.norm_silu_backward(
+                t.data_ptr(), pointer(norm_weight), 0, given.data_ptr(), pointer(out), pointer(sums), 0, t.shape,
+                t.stride(), given.stride(), _NONE if out is None else out.stride(), 1, conv._NORM[norm], norm_eps,
+                act == "silu", DTYPE[t.dtype], DTYPE[given.dtype], conv._code(norm_weight), 0, torch.get_num_threads(),
+            )  # fmt: skip
 
-        d_cache = finish(cache, 0, need_cache) if cached else None
-        if need_cache and d_cache is None:
-            d_cache = torch.zeros_like(cache)
-        d_x = finish(x, cached, need_x)
+        d_x, d_cache = input_gradients(
+            grad, x, cache, weight, (need_x, need_cache, need_norm), stride, dilation, padding, time_pad, space_pad,
+            _Transposed(grad, weight, stride, dilation, winograd, x.dtype).into,
+            None if norm is None and act is None else prologue,
+        )  # fmt: skip
         d_norm = None if sums is None else sums.to(norm_weight.dtype)
     return d_x, d_weight, d_bias, d_cache, d_norm, grad if need_residual else None
 
@@ -86,11 +74,6 @@ class _Transposed:
         self.grad, self.weight, self.stride, self.dilation = grad, weight, stride, dilation
         self.winograd, self.dtype = winograd, dtype
         self._packed: dict[int, torch.Tensor] = {}
-
-    def reach(self, axis: int) -> int:
-        """Extent of the padded input that any output sees."""
-        taps = self.weight.shape[2 + axis]
-        return (self.grad.shape[2 + axis] - 1) * self.stride[axis] + (taps - 1) * self.dilation[axis] + 1
 
     def into(self, out, offset) -> None:
         """out (B, Cin, ...; x's dtype or its arithmetic's): gradient of the padded input from `offset` (t, h, w) on."""
@@ -137,59 +120,8 @@ class _Transposed:
         return self._packed[first]
 
 
-def _folds(shape, cached, transposed, padding, time_pad, space_pad) -> list:
-    """Per axis the index of the input that each position of the padded input repeats; None: zeros, nothing to fold."""
-    folds: list = []
-    for axis, mode in enumerate((time_pad, space_pad, space_pad)):
-        n = shape[2 + axis] + (cached if axis == 0 else 0)
-        before = padding[2 * axis] - (cached if axis == 0 else 0)
-        positions = range(-before, transposed.reach(axis) - before)
-        if mode == "zeros" or not (before or padding[2 * axis + 1]):
-            folds.append(None)
-        elif mode == "reflect":
-            folds.append([(n - 1) - abs((n - 1) - abs(i)) for i in positions])
-        else:
-            folds.append([min(max(i, 0), n - 1) for i in positions])
-    return folds
-
-
-def _folded(x, cached, transposed, padding, folds):
-    """Gradient of act(norm(cat(cache, x))) in the arithmetic type: repeats of a frame or row are added to it."""
-    extent = [n + (cached if axis == 0 else 0) for axis, n in enumerate(x.shape[2:])]
-    before = [padding[2 * axis] - (cached if axis == 0 else 0) for axis in range(3)]
-    shape, offset = [], []
-    for axis in range(3):
-        # a folded axis is computed over all of its padded extent, which may end before the input does
-        shape.append(extent[axis] if folds[axis] is None else max(transposed.reach(axis), before[axis] + extent[axis]))
-        offset.append(before[axis] if folds[axis] is None else 0)
-    wide = empty(x, (*x.shape[:2], *shape), torch.promote_types(x.dtype, torch.float32))
-    transposed.into(wide, offset)
-    for axis, fold in enumerate(folds):
-        if fold is None:
-            continue
-        dim = 2 + axis
-        for position, target in enumerate(fold):
-            if position != target + before[axis]:
-                wide.select(dim, target + before[axis]).add_(wide.select(dim, position))
-        wide = wide.narrow(dim, before[axis], extent[axis])
-    return wide
-
-
-def _through_prologue(t, given, out, sums, norm_weight, norm, norm_eps, act) -> None:
-    """given: gradient of act(norm(t)); out: of t, may be `given`; sums: of the norm's weight, added to."""
-    if norm is None and act is None:
-        if out is not None and out is not given:
-            out.copy_(given)
-        return
-    _cpu.norm_silu_backward(
-        t.data_ptr(), pointer(norm_weight), 0, given.data_ptr(), pointer(out), pointer(sums), 0, t.shape, t.stride(),
-        given.stride(), _NONE if out is None else out.stride(), 1, conv._NORM[norm], norm_eps, act == "silu",
-        DTYPE[t.dtype], DTYPE[given.dtype], conv._code(norm_weight), 0, torch.get_num_threads(),
-    )  # fmt: skip
-
-
 def norm_silu_backward(grad, x, weight, bias, norm, groups, eps, needs):
-    need_x, need_weight, need_bias = (need and t is not None for need, t in zip(needs, (x, weight, bias), strict=True))
+    need_x, need_weight, need_bias = asked((x, weight, bias), needs)
     if grad is None or grad.numel() == 0:
         return zeros_or_none((x, weight, bias), needs)
     d_x = empty(x) if need_x else None

@@ -8,6 +8,7 @@ import torch
 
 from ... import _cpu
 from ...reference import patch as formula
+from .._patch import summed
 from .._patch_abi import embed_arguments, embed_shape, inside
 from .._tensors import contiguous
 from ..reference import patch as reference
@@ -55,8 +56,7 @@ def patch_embed3d_backward(grad, x, weight, bias, pos, grids, needs):
     if needs[2] and bias is not None:
         grad_bias = g.sum(0, dtype=bias.dtype)  # accumulates in fp32 for the half types too, in half the time
     if needs[3] and pos is not None:
-        shared = pos.dim() == 2 and x.dim() == 5 and x.shape[0] != 1
-        grad_pos = grad.sum(0, dtype=pos.dtype) if shared else grad.reshape(pos.shape).to(pos.dtype, copy=True)
+        grad_pos = grad.sum(0, dtype=pos.dtype) if summed(pos, x) else grad.reshape(pos.shape).to(pos.dtype, copy=True)
     return grad_x, grad_weight, grad_bias, grad_pos
 
 

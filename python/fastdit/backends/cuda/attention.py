@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .._attention_abi import dense, given_lse, given_o, packed, two
+from .._attention_abi import dense, given_lse, given_o, merges, packed
 from .._attention_bricks import bricks
 from .._tensors import contiguous, empty, rows_contiguous
 from ..cpu._abi import pointer
@@ -141,26 +141,7 @@ attention_varlen_backward = partial(_backward, _Packed)
 
 
 # ---- merge --------------------------------------------------------------------------------------------------
-def merge_attention(o1, lse1, o2, lse2):
-    o, lse = empty(o1), empty(lse1)
-    if lse.numel():
-        reads = (o1, lse1, o2, lse2)
-        arguments = (two(*reads), given_o(o), given_lse(lse))
-        launch("merge_attention_forward", "merge_attention", o1, arguments, reads, (o, lse))
-    return o, lse
-
-
-def merge_attention_backward(do, dlse, o1, lse1, o2, lse2, needs):
-    grads = [empty(t) if need else None for t, need in zip((o1, lse1, o2, lse2), needs, strict=True)]
-    if lse1.numel() == 0 or (do is None and dlse is None):
-        return tuple(None if g is None else g.zero_() for g in grads)
-    do = torch.zeros_like(o1) if do is None else rows_contiguous(do)
-    reads = (o1, lse1, o2, lse2)
-    d_o1, d_lse1, d_o2, d_lse2 = grads
-    made = (given_o(d_o1), given_lse(d_lse1), given_o(d_o2), given_lse(d_lse2))
-    arguments = (two(*reads), given_o(do), given_lse(dlse), *made)
-    launch("merge_attention_backward", "merge_attention_backward", o1, arguments, (*reads, do, dlse), grads)
-    return tuple(grads)
+merge_attention, merge_attention_backward = merges(launch)
 
 
 def register() -> None:

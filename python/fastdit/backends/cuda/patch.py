@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .._patch import summed, without_tokens, without_values
+from .._patch import moves, summed, without_tokens, without_values
 from .._patch_abi import embed_arguments, embed_shape, inside, items
 from .._tensors import contiguous
 from ..cpu._abi import DTYPE, pointer
@@ -75,33 +75,16 @@ def patch_embed3d_backward(grad, x, weight, bias, pos, grids, needs):
     return dx, dw, db, dpos
 
 
-def _move(op, tokens, video, grid, patch, channels, order, back) -> None:
+def _move(tokens, video, grid, patch, channels, order, back) -> None:
     arguments = (
         items(video, channels, patch, grid, tokens), tuple(patch), inside(channels, patch, order), channels,
         tokens.element_size(), back,
     )  # fmt: skip
-    ends = ((tokens,), (video,))
+    op, ends = "unpatchify3d_backward" if back else "unpatchify3d", ((tokens,), (video,))
     launch("patch_move", op, tokens, arguments, *(reversed(ends) if back else ends))
 
 
-def unpatchify3d(tokens, grid, patch, channels, order):
-    if tokens.dim() == 2:
-        y = tokens.new_empty((tokens.numel(),))
-    else:
-        y = tokens.new_empty((tokens.shape[0], channels, *(g * p for g, p in zip(grid, patch, strict=True))))
-    if y.numel():
-        _move("unpatchify3d", tokens, y, grid, patch, channels, order, False)
-    return y
-
-
-def unpatchify3d_backward(grad, tokens, grid, patch, channels, order, needs):
-    if grad is None or not needs[0]:
-        return (torch.zeros_like(tokens) if needs[0] else None,)
-    out = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
-    if out.numel():
-        grad = grad.contiguous() if grad.dim() == 1 else grad
-        _move("unpatchify3d_backward", out, grad, grid, patch, channels, order, True)
-    return (out,)
+unpatchify3d, unpatchify3d_backward = moves(_move)
 
 
 def register() -> None:

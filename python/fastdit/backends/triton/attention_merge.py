@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 from ...kernels.attention_merge import merge_backward, merge_forward
+from .._attention_abi import of_lse, of_o
 from .._facts import kept
 from .._tensors import empty, rows_contiguous
 from ._launch import Launch, launch
 from ._tiles import alignment, power
-
-
-def _of_o(t):
-    """(batch, token, head) strides."""
-    strides = t.stride()
-    return strides[:3] if len(strides) == 4 else (0, *strides[:2])
-
-
-def _of_lse(t):
-    """(batch, head, token) strides."""
-    strides = t.stride()
-    return strides if len(strides) == 3 else (0, *strides)
 
 
 def _rows(o):
@@ -35,9 +24,9 @@ def _plan(o1, lse1, o2, lse2) -> Launch | None:
     if not o1.numel():
         return None
     numbers, (channels, width, block), grid = _rows(o1)
-    strides = (*_of_o(o1), *_of_o(o2))
+    strides = (*of_o(o1), *of_o(o2))
     return Launch(
-        merge_forward, grid, (*numbers, *strides, *_of_lse(lse1), *_of_lse(lse2)),
+        merge_forward, grid, (*numbers, *strides, *of_lse(lse1), *of_lse(lse2)),
         (channels, alignment(o1.element_size(), *strides), width, block), 4, 1,
     )  # fmt: skip
 
@@ -57,12 +46,12 @@ def merge_attention_backward(do, dlse, o1, lse1, o2, lse2, needs):
     if do is not None:
         do = rows_contiguous(do)
     numbers, (channels, width, block), grid = _rows(o1)
-    strides = (*_of_o(o1), *_of_o(o2))
-    of_do = _of_o(o1 if do is None else do)
-    of_dlse = _of_lse(lse1 if dlse is None else dlse)
+    strides = (*of_o(o1), *of_o(o2))
+    of_do = of_o(o1 if do is None else do)
+    of_dlse = of_lse(lse1 if dlse is None else dlse)
     launch(
         merge_backward, grid, (o1, lse1, o2, lse2, do, dlse, *grads),
-        (*numbers, *strides, *_of_lse(lse1), *_of_lse(lse2), *of_do, *of_dlse),
+        (*numbers, *strides, *of_lse(lse1), *of_lse(lse2), *of_do, *of_dlse),
         (channels, alignment(o1.element_size(), *strides, *of_do), width, block), 4, 1,
     )  # fmt: skip
     return tuple(grads)

@@ -79,9 +79,9 @@ def pack(weight: Tensor, dtype: torch.dtype, transposed: bool = False) -> Tensor
     return out
 
 
-def move_weight(out: Tensor, given: Tensor, parts: int = 1, distance: int = 0) -> None:
-    """out[n, c, tap] = given's, or the sum of `parts` of them `distance` elements apart."""
-    _move(out, given, parts, distance)(out, given)
+def move_weight(out: Tensor, given: Tensor, parts: int = 1, distance: int = 0, reads: Tensor | None = None) -> None:
+    """out[n, c, tap] = given's, or the sum of `parts` of them `distance` elements apart, which `reads` holds."""
+    _move(out, given, parts, distance)(out, given if reads is None else reads)
 
 
 @kept

@@ -68,5 +68,5 @@ def weight_gradient(grad, x, cache, weight, stride, dilation, start, time_first:
     )  # fmt: skip
     out = empty(weight)
     first = parts[0].view(N, KT, KH, KW, C).permute(0, 4, 1, 2, 3)
-    conv.move_weight(out, first, splits, parts.stride(0))
+    conv.move_weight(out, first, splits, parts.stride(0), parts)
     return out

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import torch
-
 from fastdit.kernels.patch_unpatchify import unpatchify
 
 from .._facts import kept
+from .._patch import moves
 from ._config import Config, choose, tunable
 from ._launch import Launch
 from ._tiles import power
@@ -75,20 +74,4 @@ def _move(tokens, video, grid, patch, channels, order, back) -> None:
         launch(tokens, video)
 
 
-def unpatchify3d(tokens, grid, patch, channels, order):
-    if tokens.dim() == 2:
-        y = tokens.new_empty((tokens.numel(),))
-    else:
-        y = tokens.new_empty((tokens.shape[0], channels, *(g * p for g, p in zip(grid, patch, strict=True))))
-    if y.numel():
-        _move(tokens, y, grid, patch, channels, order, False)
-    return y
-
-
-def unpatchify3d_backward(grad, tokens, grid, patch, channels, order, needs):
-    if grad is None or not needs[0]:
-        return (torch.zeros_like(tokens) if needs[0] else None,)
-    out = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
-    if out.numel():
-        _move(out, grad.contiguous() if grad.dim() == 1 else grad, grid, patch, channels, order, True)
-    return (out,)
+unpatchify3d, unpatchify3d_backward = moves(_move)

@@ -1,19 +1,23 @@
-"""The laws of patch beside the contract on its samples, for the tests of every GPU backend: (backend, device) first."""
+"""The laws of patch beside the contract on its samples, for the tests of every compiled backend.
 
-from __future__ import annotations
+A law takes the backend and the device of its tensors first.
+"""
 
-import contextlib
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+from hypothesis import strategies as st
+from laws import rows
 from torch.utils._pytree import tree_map
 
-from .. import ops, packing
-from . import close, contract
-from .poison import poisoned
-from .workloads import Maker, Sample, samples
+from fastdit import ops, packing
+from fastdit.testing import close, contract
+from fastdit.testing.poison import poisoned
+from fastdit.testing.workloads import Maker, Sample, samples
 
 EMBED, MOVE = samples("patch_embed3d"), samples("unpatchify3d")
 # of a line inside a patch: a pair, three values, one; K = 16, 12, 3, 8
@@ -21,6 +25,11 @@ PATCHES = (((1, 2, 2), 4), ((2, 1, 3), 2), ((1, 1, 1), 3), ((2, 4, 1), 1))
 EMPTY = (
     ((0, 4, 1, 4, 4), 8), ((2, 4, 0, 4, 4), 8), ((2, 4, 1, 4, 0), 8), ((2, 0, 1, 4, 4), 8), ((1, 4, 1, 4, 4), 0),
 )  # fmt: skip
+# an order is four strides: those where each letter stands first and last, the other ones for test-full
+ORDERS = [
+    pytest.param(order, marks=() if order in ("thwc", "cthw", "hwct", "wcth") else pytest.mark.full)
+    for order in map("".join, itertools.permutations("cthw"))
+]
 WANTED = ("x", "weight", "bias", "pos", "weight bias", "x pos")
 
 
@@ -34,16 +43,20 @@ def grads(backend, device, op, args, kwargs, wanted, upstream=None):
     return torch.autograd.grad(out, leaves, [upstream(g) if upstream else g for g in given])
 
 
+def _moved_back(backend, device, tokens, call, upstream=None) -> None:
+    with poisoned():
+        (actual,) = grads(backend, device, ops.unpatchify3d, (tokens,), call, [tokens], upstream)
+    (expected,) = grads("reference", device, ops.unpatchify3d, (tokens,), call, [tokens], upstream)
+    close.assert_bitwise(actual, expected)
+
+
 def gradient_of_a_move_is_a_move(backend, device, sample: Sample, dtype) -> None:
     (tokens,), kwargs = sample.make(Maker(dtype, device))
     ups: list[Callable | None] = [None]
     if not isinstance(kwargs["grid"], list):  # gradients arrive in the layout of what follows
         ups += [lambda g: g.contiguous(memory_format=torch.channels_last_3d), lambda g: g[:1].expand_as(g)]
     for up in ups:
-        with poisoned():
-            (actual,) = grads(backend, device, ops.unpatchify3d, (tokens,), kwargs, [tokens], up)
-        (expected,) = grads("reference", device, ops.unpatchify3d, (tokens,), kwargs, [tokens], up)
-        close.assert_bitwise(actual, expected)
+        _moved_back(backend, device, tokens, kwargs, up)
 
 
 def every_size_in_order(backend, device, order: str, grid=(2, 3, 5), dtype=torch.bfloat16) -> None:
@@ -53,9 +66,7 @@ def every_size_in_order(backend, device, order: str, grid=(2, 3, 5), dtype=torch
         with poisoned():
             actual = ops.unpatchify3d(tokens, **call, backend=backend)
         close.assert_bitwise(actual, ops.unpatchify3d(tokens, **call, backend="reference"))
-        close.assert_bitwise(
-            *(grads(b, device, ops.unpatchify3d, (tokens,), call, [tokens])[0] for b in (backend, "reference"))
-        )
+        _moved_back(backend, device, tokens, call)
 
 
 def packed_equals_one_by_one(backend, device, dtype, rest=(1, 2, 33, 4, 5)) -> None:
@@ -94,8 +105,7 @@ def weight_gradient_in_splits(backend, device, dtype, kind, shape=(2, 3, 1, 10, 
     x, w, b = m.randn(*shape), m.randn(40, 3, 1, 2, 2, dtype=kind), m.randn(40, dtype=kind)
     contract.backward(Sample("patch_embed3d", "splits", lambda _: ((x, w, b), {})), dtype, backend, device)
     once, again = (grads(backend, device, ops.patch_embed3d, (x, w, b), {}, [w, b]) for _ in range(2))
-    for a, c in zip(once, again, strict=True):
-        close.assert_bitwise(a, c)
+    close.assert_all_bitwise(once, again)
 
 
 def _small(device):
@@ -127,7 +137,8 @@ def expanded_gradient(backend, device) -> None:
         close.assert_close(a, e, b)
 
 
-def empty(backend, device, shape, D: int) -> None:
+def empty(backend, device, sizes: tuple) -> None:
+    shape, D = sizes
     m = Maker(torch.float32, device)
     x, w, b = m.randn(*shape), m.randn(D, shape[1], 1, 2, 2), m.randn(D)
     kwargs = {"pos": m.randn(shape[2] * (shape[3] // 2) * (shape[4] // 2), D)}
@@ -155,8 +166,7 @@ def reads_nothing_outside_its_view(backend, device) -> None:
     windows = big[:, 1:6, 1:2, 2:8, 2:12], wide[2:42, 1:6]
     close.assert_bitwise(ops.patch_embed3d(*windows, backend=backend), ops.patch_embed3d(x, w, backend=backend))
     inside, own = (grads(backend, device, ops.patch_embed3d, pair, {}, list(pair)) for pair in (windows, (x, w)))
-    for a, b in zip(inside, own, strict=True):
-        close.assert_bitwise(a, b)
+    close.assert_all_bitwise(inside, own)
 
 
 def a_bad_token_stays_alone(backend, device, dtype) -> None:
@@ -172,11 +182,13 @@ def a_bad_token_stays_alone(backend, device, dtype) -> None:
     close.assert_bitwise(y[0, others], clean[0, others])
 
 
-def fuzz(backend, device, draw: Callable, size: Callable, shuffled: Callable) -> None:
-    """Any sizes, patches, memory orders, parameter dtypes and tables, both passes, in poisoned memory."""
+def drawn(data, device, widest: int) -> tuple[Sample, Sample, torch.dtype]:
+    """An embedding and a move of any sizes, patches, memory orders, parameter dtypes and tables."""
+    draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
+    size = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
     dtype, B, C, D = draw(*contract.DTYPES), size(1, 3), size(1, 9), size(1, 150)
-    patch, grid = (size(1, 2), size(1, 3), size(1, 4)), (size(1, 2), size(1, 4), size(1, 12))
-    memory = shuffled(range(5))
+    patch, grid = (size(1, 2), size(1, 3), size(1, 4)), (size(1, 2), size(1, 4), size(1, widest))
+    memory = data.draw(st.permutations(range(5)))
     m = Maker(dtype, device)
     kind = lambda: draw(dtype, torch.float32)  # noqa: E731
     x = m.randn(B, C, *(g * p for g, p in zip(grid, patch, strict=True)))
@@ -185,22 +197,29 @@ def fuzz(backend, device, draw: Callable, size: Callable, shuffled: Callable) ->
     kwargs = {"bias": m.randn(D, dtype=kind())} if draw(True, False) else {}
     if lead is not None:
         kwargs["pos"] = m.randn(*lead, N, D + 3, dtype=kind())[..., 3:]
-    made = (x, m.randn(D, C, *patch, dtype=kind())), kwargs
-    sample = Sample("patch_embed3d", "fuzz", lambda _: made)
-    contract.forward(sample, dtype, backend, device)
-    contract.backward(sample, dtype, backend, device)
+    embed = (x, m.randn(D, C, *patch, dtype=kind())), kwargs
     tokens = m.randn(B, N, C * math.prod(patch) + 1)[..., 1:]
-    layout: dict[str, Any] = dict(grid=grid, patch=patch, channels=C, order="".join(shuffled("cthw")))
-    contract.forward(Sample("unpatchify3d", "fuzz", lambda _: ((tokens,), layout), moves=True), dtype, backend, device)
-    close.assert_bitwise(
-        *(grads(b, device, ops.unpatchify3d, (tokens,), layout, [tokens])[0] for b in (backend, "reference"))
-    )
+    move = (tokens,), dict(grid=grid, patch=patch, channels=C, order="".join(data.draw(st.permutations("cthw"))))
+    return (
+        Sample("patch_embed3d", "fuzz", lambda _: embed), Sample("unpatchify3d", "fuzz", lambda _: move, moves=True),
+        dtype,
+    )  # fmt: skip
 
 
-def offsets_beyond_32_bits(backend, where=contextlib.nullcontext) -> None:
+def fuzz(backend, device, data) -> None:
+    """Both passes, in poisoned memory."""
+    embed, move, dtype = drawn(data, device, 12)
+    contract.forward(embed, dtype, backend, device)
+    contract.backward(embed, dtype, backend, device)
+    contract.forward(move, dtype, backend, device)
+    (tokens,), layout = move.make(Maker(dtype, device))
+    _moved_back(backend, device, tokens, layout)
+
+
+def offsets_beyond_32_bits(backend, dtype=torch.bfloat16) -> None:
     """Channels, weight rows, table rows and tokens beyond 2^31 elements, both passes: reserved memory of the CPU,
     touched only where the values are."""
-    m = Maker(torch.bfloat16)
+    m = Maker(dtype)
 
     def far(t, dim, step=2**31):
         strides = [step if i == dim else s for i, s in enumerate(t.stride())]
@@ -211,15 +230,21 @@ def offsets_beyond_32_bits(backend, where=contextlib.nullcontext) -> None:
         return ops.patch_embed3d(*args, **kwargs, backend=backend)
 
     x, w, pos = m.randn(1, 3, 1, 4, 8), m.randn(40, 3, 1, 2, 2), m.randn(8, 40)
-    with where():
-        expected = embed(x, w, pos=pos)
-        close.assert_bitwise(embed(far(x, 1), w, pos=pos), expected)
-        close.assert_bitwise(embed(x, far(w, 1), pos=pos), expected)
-        close.assert_bitwise(embed(x, w, pos=far(pos, 0, 2**29)), expected)
-        base = grads(backend, "cpu", ops.patch_embed3d, (x, w), {}, [x, w])
-        for pair in ((far(x, 1), w), (x, far(w, 1))):
-            for a, b in zip(grads(backend, "cpu", ops.patch_embed3d, pair, {}, list(pair)), base, strict=True):
-                close.assert_bitwise(a, b)
-        tokens = m.randn(3, 8, 16)
-        layout: dict[str, Any] = dict(grid=(1, 2, 4), patch=(1, 2, 2), channels=4, backend=backend)
-        close.assert_bitwise(ops.unpatchify3d(far(tokens, 0), **layout), ops.unpatchify3d(tokens, **layout))
+    expected = embed(x, w, pos=pos)
+    close.assert_bitwise(embed(far(x, 1), w, pos=pos), expected)
+    close.assert_bitwise(embed(x, far(w, 1), pos=pos), expected)
+    close.assert_bitwise(embed(x, w, pos=far(pos, 0, 2**29)), expected)
+    base = grads(backend, "cpu", ops.patch_embed3d, (x, w), {}, [x, w])
+    for pair in ((far(x, 1), w), (x, far(w, 1))):
+        close.assert_all_bitwise(grads(backend, "cpu", ops.patch_embed3d, pair, {}, list(pair)), base)
+    tokens = m.randn(3, 8, 16)
+    layout: dict[str, Any] = dict(grid=(1, 2, 4), patch=(1, 2, 2), channels=4, backend=backend)
+    close.assert_bitwise(ops.unpatchify3d(far(tokens, 0), **layout), ops.unpatchify3d(tokens, **layout))
+
+
+EVERYWHERE = [
+    *rows(only_the_gradients_asked_for, WANTED, (True, False)),
+    *rows(expanded_gradient),
+    *rows(empty, EMPTY),
+    *rows(reads_nothing_outside_its_view),
+]
