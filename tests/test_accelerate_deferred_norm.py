@@ -53,6 +53,12 @@ def test_to_anybody_else_it_is_the_norm():
     close.assert_bitwise(factor * waits, n * factor)
     close.assert_bitwise(waits.flatten(1), n.flatten(1))
     close.assert_bitwise(torch.cat([waits, n]), torch.cat([n, n]))
+    for operation in (
+        *(lambda t: t[:, 1:], lambda t: 2 * t, lambda t: 1 + t, lambda t: 1 - t, lambda t: t - factor, lambda t: t / 2),
+        *(lambda t: -t, lambda t: t @ factor.mT, lambda t: t**2, lambda t: torch.stack(list(t)), lambda t: 1 / t),
+    ):
+        close.assert_bitwise(operation(waits), operation(n))
+    assert len(waits) == len(n) and waits.ndim == n.ndim
     assert waits.shape == n.shape and waits.device == n.device and waits.dtype == n.dtype
 
 
@@ -83,3 +89,6 @@ def test_what_stays():
     model = pixart.pixart(num_layers=1)
     model.norm_out = nn.LayerNorm(60)
     assert "its norm is a LayerNorm, not a LayerNorm without parameters" in reasons(fastdit.accelerate(model))
+    model = pixart.pixart(num_layers=1)
+    model.norm_out.register_forward_hook(lambda module, inputs, output: None)
+    assert "LayerNorm carries a hook, which expects a tensor" in reasons(fastdit.accelerate(model))

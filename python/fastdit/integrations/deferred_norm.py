@@ -8,6 +8,7 @@ who asks for anything else it is the normalised tensor. So the forward stays the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from fastdit import ops
 from fastdit.integrations.joint import refuse_plain_norms
-from fastdit.integrations.registry import Kind, original, register
+from fastdit.integrations.registry import Kind, has_hooks, original, register
 from fastdit.integrations.structure import has, itemsize
 
 
@@ -51,14 +52,10 @@ class Deferred:
         # the factor is 1 + scale, rounded: the difference is a number whose sum with 1 is that factor again
         return ops.norm_modulate(self.x, shift=shift, scale=self.factor - 1, eps=self.eps, precision="native")
 
-    @property
-    def device(self) -> torch.device:
-        return self.x.device
-
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.dense(), name)
+        return getattr(self.x if name in ("device", "dtype", "shape", "ndim") else self.dense(), name)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -70,6 +67,14 @@ class Deferred:
 
 
 STEPS = {torch.Tensor.mul: Deferred.__mul__, torch.Tensor.add: Deferred.__add__}
+
+
+def of_dense(name: str) -> Callable:
+    return lambda self, *args: getattr(self.dense(), name)(*args)
+
+
+for _name in "getitem len iter neg radd rmul sub rsub truediv rtruediv matmul pow".split():
+    setattr(Deferred, f"__{_name}__", of_dense(f"__{_name}__"))
 
 
 def forward(self, input: Tensor) -> Tensor | Deferred:
@@ -90,12 +95,17 @@ def norms(model: Any) -> list[Any]:
     ]
 
 
+def refuse(model: Any) -> str | None:
+    hooked = has_hooks(norms(model))
+    return f"{hooked} carries a hook, which expects a tensor" if hooked else refuse_plain_norms(*norms(model))
+
+
 register(
     Kind(
         name="output norm (modulated by the model)",
         ops=("norm_modulate",),
         match=lambda m: bool(norms(m)),
-        refuse=lambda m: refuse_plain_norms(*norms(m)),
+        refuse=refuse,
         patches=lambda m: [(norm, "forward", forward) for norm in norms(m)],
         # passes over (tokens, C): norm 2, scale 2, shift 2 against 2
         saving=lambda m: sum(4 * norm.normalized_shape[0] * itemsize(m) for norm in norms(m)),
