@@ -166,6 +166,15 @@ def test_another_norm_is_left():
         assert any(why.startswith("its norm is a BatchNorm1d, not a ") for why in reasons(fastdit.accelerate(model)))
 
 
+def test_a_norm_of_another_formula_is_left(monkeypatch):
+    """Krea 2's has the weight 1 + w."""
+    model = krea2.krea2()
+    norm = type(model.final_layer.norm)
+    monkeypatch.setattr(norm, "forward", lambda self, x: nn.functional.rms_norm(x, (self.dim,), self.weight, self.eps))
+    report = fastdit.accelerate(model)
+    assert not layers(report) and "its norm is a Krea2RMSNorm, not a zero-centred RMSNorm" in reasons(report)
+
+
 @torch.no_grad()
 def test_modulation_of_equal_tokens_is_made_once():
     """FLUX.3 expands a row over its tokens; that of the image goes through a SiLU behind, and is dense."""

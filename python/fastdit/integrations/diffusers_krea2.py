@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fastdit import ops
 from fastdit.integrations.adaln_single import refuse_table
@@ -16,24 +17,18 @@ from fastdit.integrations.diffusers_flux_attention import is_processor, pairs
 from fastdit.integrations.diffusers_processor import Processor, refuse_choice, shared
 from fastdit.integrations.joint import rotation_passes
 from fastdit.integrations.masks import valid_first
+from fastdit.integrations.probe import follows, numbers
 from fastdit.integrations.registry import Kind, register
-from fastdit.integrations.structure import has, itemsize, law, parameters, reads, unknown
+from fastdit.integrations.structure import has, itemsize, law, parameters, unknown
 
 # Norms -------------------------------------------------------------------------------------------------------------
 
 
 def is_zero_centred(norm: Any) -> bool:
-    read = reads(type(norm).forward) if isinstance(norm, torch.nn.Module) else frozenset()
-    return has(norm, "weight", "eps", "dim") and read == {
-        "dtype",
-        "F",
-        "rms_norm",
-        "float",
-        "dim",
-        "weight",
-        "eps",
-        "to",
-    }
+    if not isinstance(norm, nn.Module) or not has(norm, "weight", "eps", "dim"):
+        return False
+    x, weight = numbers(2, norm.dim), numbers(norm.dim, seed=1)
+    return follows(norm, dict(weight=weight), (x,), F.rms_norm(x, (norm.dim,), weight + 1.0, norm.eps))
 
 
 def refuse_norms(*norms: Any) -> str | None:

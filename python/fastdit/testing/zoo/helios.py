@@ -58,7 +58,7 @@ MODELS = (
 # ---- at full width ------------------------------------------------------------------------------------------
 
 
-def row(tokens: int = 1024, history: int = 512, text: int = 226, width: int = 5120) -> Whole:
+def row(tokens: int = 768, history: int = 256, text: int = 226, width: int = 5120) -> Whole:
     """Helios 14B, 40 heads of 128, with one of its 40 blocks; history at timestep 0."""
 
     def given(dtype: torch.dtype) -> tuple:
