@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdit import ops
 from fastdit.integrations.adaln_single import refuse_table
@@ -25,7 +25,7 @@ from fastdit.integrations.structure import has, itemsize, law, parameters, unkno
 
 
 def is_zero_centred(norm: Any) -> bool:
-    if not isinstance(norm, nn.Module) or not has(norm, "weight", "eps", "dim"):
+    if not has(norm, "weight", "eps", "dim"):
         return False
     x, weight = numbers(2, norm.dim), numbers(norm.dim, seed=1)
     return follows(norm, dict(weight=weight), (x,), F.rms_norm(x, (norm.dim,), weight + 1.0, norm.eps))
