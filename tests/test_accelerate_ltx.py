@@ -94,7 +94,10 @@ def test_what_stays():
     first.norm2 = nn.RMSNorm(44, elementwise_affine=False)
     second.adapter = nn.Linear(44, 44)
     report = fastdit.accelerate(model)
-    assert layers(report) == {"text padding (a 0/1 mask over the keys)": 1}
+    assert layers(report) == {
+        "text padding (a 0/1 mask over the keys)": 1,
+        "output norm (modulated by the model)": 1,
+    }
     assert {
         "its norm is a RMSNorm, not diffusers' RMSNorm without weights",
         "has adapter, which the LTXVideoTransformerBlock that is known does not have",

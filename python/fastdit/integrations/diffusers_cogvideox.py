@@ -5,7 +5,7 @@ Video and text are two streams with rows of their own in one modulation table; t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,43 @@ from torch import Tensor, nn
 from fastdit import ops
 from fastdit.integrations.diffusers_flux_attention import pairs
 from fastdit.integrations.diffusers_processor import Processor, shared
-from fastdit.integrations.joint import Stream, joint_attention, projections, refuse_qk_norms, rotation_passes
+from fastdit.integrations.joint import (
+    Stream,
+    is_layer_norm,
+    joint_attention,
+    projections,
+    refuse_qk_norms,
+    rotation_passes,
+)
 from fastdit.integrations.registry import Kind, register
 from fastdit.integrations.structure import has, itemsize, law, parameters, unknown
 
 # The block --------------------------------------------------------------------------------------------------------
+
+
+class Half(NamedTuple):
+    """A stream between its attention and the end of its MLP: x, what enters the MLP, the gate of what leaves it."""
+
+    x: Tensor
+    h: Tensor
+    gate: Tensor
+
+
+def attended(self, x: Tensor, context: Tensor, temb: Tensor, attention: dict[str, Any]) -> tuple[Half, Half, str]:
+    """Video and text up to the MLP, and the rounding law; attention: further arguments of `self.attn1`."""
+    (shift, scale, gate), (c_shift, c_scale, c_gate) = tables(self.norm1, temb)
+    precision = law(self, x, gate, self.norm1.norm.weight)
+    first, second = norm(self.norm1, precision), norm(self.norm2, precision)
+
+    a, c = self.attn1(
+        hidden_states=ops.norm_modulate(x, shift=shift, scale=scale, **first),
+        encoder_hidden_states=ops.norm_modulate(context, shift=c_shift, scale=c_scale, **first),
+        **attention,
+    )
+    (shift, scale, ff_gate), (c_shift, c_scale, c_ff_gate) = tables(self.norm2, temb)
+    x, h = ops.gate_residual_norm_modulate(x, a, gate, shift=shift, scale=scale, **second)
+    c, ch = ops.gate_residual_norm_modulate(context, c, c_gate, shift=c_shift, scale=c_scale, **second)
+    return Half(x, h, ff_gate), Half(c, ch, c_ff_gate), precision
 
 
 def block_forward(
@@ -29,23 +61,11 @@ def block_forward(
     attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     text = encoder_hidden_states.shape[1]
-    (shift, scale, gate), (c_shift, c_scale, c_gate) = tables(self.norm1, temb)
-    precision = law(self, hidden_states, gate, self.norm1.norm.weight)
-    first, second = norm(self.norm1, precision), norm(self.norm2, precision)
-
-    a, c = self.attn1(
-        hidden_states=ops.norm_modulate(hidden_states, shift=shift, scale=scale, **first),
-        encoder_hidden_states=ops.norm_modulate(encoder_hidden_states, shift=c_shift, scale=c_scale, **first),
-        image_rotary_emb=image_rotary_emb,
-        **(attention_kwargs or {}),
-    )
-    (shift, scale, ff_gate), (c_shift, c_scale, c_ff_gate) = tables(self.norm2, temb)
-    x, h = ops.gate_residual_norm_modulate(hidden_states, a, gate, shift=shift, scale=scale, **second)
-    c, ch = ops.gate_residual_norm_modulate(encoder_hidden_states, c, c_gate, shift=c_shift, scale=c_scale, **second)
-
-    y = self.ff(torch.cat([ch, h], dim=1))
-    x = ops.gate_residual(x, y[:, text:], ff_gate, precision=precision)
-    return x, ops.gate_residual(c, y[:, :text], c_ff_gate, precision=precision)
+    attention = dict(image_rotary_emb=image_rotary_emb, **(attention_kwargs or {}))
+    video, context, precision = attended(self, hidden_states, encoder_hidden_states, temb, attention)
+    y = self.ff(torch.cat([context.h, video.h], dim=1))
+    x = ops.gate_residual(video.x, y[:, text:], video.gate, precision=precision)
+    return x, ops.gate_residual(context.x, y[:, :text], context.gate, precision=precision)
 
 
 block_forward.__name__ = "forward"
@@ -65,29 +85,36 @@ BLOCK = ("norm1", "attn1", "norm2", "ff")
 SIGNATURE = ["hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb"]
 
 
-def matches_block(module: Any) -> bool:
-    if not has(module, *BLOCK) or not all(has(m, "silu", "linear", "norm") for m in (module.norm1, module.norm2)):
-        return False
-    return parameters(module) in (SIGNATURE, [*SIGNATURE, "attention_kwargs"])
+def is_block(module: Any) -> bool:
+    return has(module, *BLOCK) and all(has(m, "silu", "linear", "norm") for m in (module.norm1, module.norm2))
 
 
-def refuse_block(block: Any) -> str | None:
+def refuse_block(block: Any, *more: str) -> str | None:
+    """`more` are the children that this kind of block has besides CogVideoX's."""
     for zero in (block.norm1, block.norm2):
-        if type(zero.norm) is not nn.LayerNorm:
+        if not is_layer_norm(zero.norm):
             return f"its norm is a {type(zero.norm).__name__}, not a LayerNorm"
         if why := unknown(zero, "silu", "linear", "norm"):
             return why
-    return unknown(block, *BLOCK)
+    return unknown(block, *BLOCK, *more)
+
+
+def absorbed_by_block(block: Any) -> list[Any]:
+    return [m for zero in (block.norm1, block.norm2) for m in (zero, zero.norm)]
 
 
 register(
     Kind(
         name="CogVideoX block",
         ops=("norm_modulate", "gate_residual_norm_modulate", "gate_residual"),
-        match=matches_block,
+        match=lambda m: (
+            is_block(m)
+            and not hasattr(m, "txt_ff")  # EasyAnimate's
+            and parameters(m) in (SIGNATURE, [*SIGNATURE, "attention_kwargs"])
+        ),
         refuse=refuse_block,
         patches=lambda block: [(block, "forward", block_forward)],
-        absorbs=lambda block: [m for zero in (block.norm1, block.norm2) for m in (zero, zero.norm)],
+        absorbs=absorbed_by_block,
         # passes over (tokens, C): eager 2*(norm 2, scale 2, shift 2) + 2*(gate 2, add 3) = 22, fused 2 + 4 + 3 = 9
         saving=lambda block: 13 * block.norm1.norm.normalized_shape[0] * itemsize(block),
         block=True,
@@ -116,12 +143,19 @@ class FastditCogVideoXAttnProcessor(Processor):
     ) -> tuple[Tensor, Tensor]:
         if attention_mask is not None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        text = encoder_hidden_states.shape[1]
-        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         cos, sin = (None, None) if image_rotary_emb is None else pairs(*image_rotary_emb)
-        both = Stream(*projections(attn, x), attn.norm_q, attn.norm_k, cos, sin, start=text)
-        o = attn.to_out[1](attn.to_out[0](joint_attention(both)[0]))
-        return o[:, text:], o[:, :text]
+        return text_first(attn, hidden_states, encoder_hidden_states, cos, sin)
+
+
+def text_first(
+    attn: Any, x: Tensor, context: Tensor, cos: Tensor | None, sin: Tensor | None, layout: str = "interleaved"
+) -> tuple[Tensor, Tensor]:
+    """One attention over [text, x] by the same layers, of which x rotates: what x gets, and what the text gets."""
+    text = context.shape[1]
+    both = torch.cat([context, x], dim=1)
+    stream = Stream(*projections(attn, both), attn.norm_q, attn.norm_k, cos, sin, layout=layout, start=text)
+    o = attn.to_out[1](attn.to_out[0](joint_attention(stream)[0]))
+    return o[:, text:], o[:, :text]
 
 
 PROCESSORS = ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0")

@@ -202,7 +202,9 @@ patch_conv_forward.__name__ = "forward"
 
 def is_patch_embedding(module: Any) -> bool:
     proj = getattr(module, "proj", None)
-    return isinstance(proj, nn.Conv2d) and hasattr(module, "patch_size") and proj.kernel_size == proj.stride
+    if not isinstance(proj, nn.Conv2d) or proj.kernel_size != proj.stride:
+        return False
+    return "patch_size" in module.config if has(module, "config") else has(module, "patch_size")
 
 
 def refuse_patch_embedding(module: Any) -> str | None:

@@ -121,12 +121,13 @@ DUALS: dict[tuple[str, ...], Callable] = {
 }
 
 
-def refuse_dual(block: Any) -> str | None:
+def refuse_dual(block: Any, *more: str) -> str | None:
+    """`more` are the children and settings that this kind of block has besides HunyuanVideo's."""
     return (
         refuse_adaln(block.norm1)
         or refuse_adaln(block.norm1_context)
         or refuse_plain_norms(block.norm2, block.norm2_context)
-        or unknown(block, *DUAL)
+        or unknown(block, *DUAL, *more)
     )
 
 
@@ -185,8 +186,16 @@ def token_replace_single_forward(
 
 
 def single(
-    block: Any, x: Tensor, video: int, temb: Tensor, index: Tensor | None, mask: Tensor | None, rotary: Rotary
+    block: Any,
+    x: Tensor,
+    video: int,
+    temb: Tensor,
+    index: Tensor | None,
+    mask: Tensor | None,
+    rotary: Rotary,
+    more: Callable[[Tensor, Tensor], Tensor] = lambda attn_output, h: attn_output,
 ) -> tuple[Tensor, Tensor]:
+    """Both streams joined, the video's tokens first; more: what stands between the attention and the last layer."""
     shift, scale, gate = block.norm.linear(block.norm.silu(temb)).chunk(3, dim=1)
     precision = law(block, x, gate)
     h = ops.norm_modulate(x, shift=shift, scale=scale, eps=block.norm.norm.eps, row_index=index, precision=precision)
@@ -204,7 +213,7 @@ def single(
             ),
             dim=1,
         )
-    y = block.proj_out(torch.cat([attn_output, mlp], dim=2))
+    y = block.proj_out(torch.cat([more(attn_output, h), mlp], dim=2))
     x = ops.gate_residual(x, y, gate, row_index=index, precision=precision)
     return x[:, :video], x[:, video:]
 
@@ -216,10 +225,10 @@ SINGLES: dict[tuple[str, ...], Callable] = {
 }
 
 
-def refuse_single(block: Any) -> str | None:
+def refuse_single(block: Any, *more: str) -> str | None:
     if type(block.act_mlp) is not nn.GELU or block.act_mlp.approximate != "tanh":
         return "its activation is not GELU (tanh)"
-    return refuse_adaln(block.norm, 3) or unknown(block, *SINGLE)
+    return refuse_adaln(block.norm, 3) or unknown(block, *SINGLE, *more)
 
 
 register(

@@ -1,4 +1,7 @@
-"""diffusers' AdaLayerNormContinuous: the modulated norm before the output layer of most models."""
+"""diffusers' AdaLayerNormContinuous: the modulated norm before the output layer of most models.
+
+CogView4's and GLM-Image's have no SiLU.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from fastdit.integrations.structure import has, itemsize, law, parameters, unkno
 
 
 def forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
-    scale, shift = self.linear(self.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
+    if has(self, "silu"):
+        conditioning_embedding = self.silu(conditioning_embedding)
+    scale, shift = self.linear(conditioning_embedding.to(x.dtype)).chunk(2, dim=1)
     return ops.norm_modulate(
         x,
         shift=shift,
@@ -37,8 +42,8 @@ register(
         name="output norm (AdaLayerNormContinuous)",
         ops=("norm_modulate",),
         match=lambda m: (
-            has(m, "silu", "linear", "norm")
-            and type(m.silu) is nn.SiLU
+            has(m, "linear", "norm")
+            and type(getattr(m, "silu", None)) in (nn.SiLU, type(None))
             and parameters(m) == ["x", "conditioning_embedding"]
         ),
         refuse=refuse,

@@ -113,11 +113,23 @@ PROCESSORS: dict[str, type] = {"WanAttnProcessor": FastditWanAttnProcessor}
 def attend(
     attn: Any, x: Tensor, context: Tensor | None, rotary_emb: tuple[Tensor, Tensor] | None, **options: Any
 ) -> Tensor:
-    """Self-attention, or attention to the text and, beside it, to the image; `options` of `ops.attention`."""
+    """Self-attention, or attention to the text behind the image's tokens in context; `options` of `ops.attention`."""
     image = None
     if attn.add_k_proj is not None and context is not None:
         split = context.shape[1] - TEXT_TOKENS
         image, context = context[:, :split], context[:, split:]
+    return attend_beside(attn, x, context, image, rotary_emb, **options)
+
+
+def attend_beside(
+    attn: Any,
+    x: Tensor,
+    context: Tensor | None,
+    image: Tensor | None,
+    rotary_emb: tuple[Tensor, Tensor] | None = None,
+    **options: Any,
+) -> Tensor:
+    """Self-attention, or attention to the text and, beside it, to the image."""
     q, k, v = projections(attn, x, context)
     rope = {} if rotary_emb is None else dict(cos=rotary_emb[0][..., 0::2], sin=rotary_emb[1][..., 1::2])
     q, k = normed(q, k, attn.norm_q, attn.norm_k, **rope)
@@ -175,12 +187,15 @@ register(
     Kind(
         name="attention (WanAttnProcessor)",
         ops=("qk_norm_rope", "attention"),
-        match=lambda m: has(m, "to_q", "to_k", "to_v", "to_out", "heads", "processor", "add_k_proj", "kv_inner_dim"),
+        match=lambda m: (
+            has(m, "to_q", "to_k", "to_v", "to_out", "heads", "processor", "add_k_proj")
+            and (hasattr(m, "kv_inner_dim") or type(m.processor).__name__ in PROCESSORS)
+        ),
         refuse=refuse_attention,
         patches=lambda attn: [(attn, "processor", shared(PROCESSORS[type(attn.processor).__name__]))],
         absorbs=lambda attn: [attn.norm_q, attn.norm_k] + ([attn.norm_added_k] if attn.add_k_proj is not None else []),
         # q and k: norm 2, then four strided products, two sums, two scattered writes (14 halves) against 2
-        saving=lambda attn: 2 * 7 * attn.inner_dim * itemsize(attn),
+        saving=lambda attn: 2 * 7 * attn.norm_q.normalized_shape[0] * itemsize(attn),
         part=True,
     )
 )

@@ -1,4 +1,4 @@
-"""diffusers' ZImageTransformer2DModel (Z-Image, Omni) and its ControlNet: block, attention, MLP, output layer.
+"""diffusers' ZImageTransformer2DModel (Z-Image, Omni) and its ControlNet: block, attention, output layer.
 
 Norms stand before and after each sublayer; modulation is a scale and a tanh gate, of the sample or, in Omni, of the
 noisy and the clean tokens apart.
@@ -24,7 +24,7 @@ from fastdit.integrations.joint import (
 )
 from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.sandwich import refuse_norms, sandwich_block, saving
-from fastdit.integrations.structure import has, itemsize, law, parameters, reads, unknown
+from fastdit.integrations.structure import has, itemsize, law, parameters, unknown
 
 # The block ---------------------------------------------------------------------------------------------------------
 
@@ -142,30 +142,6 @@ register(
 )
 
 
-# The MLP -----------------------------------------------------------------------------------------------------------
-
-
-def mlp_forward(self, x: Tensor) -> Tensor:
-    return self.w2(ops.activation(self.w1(x), "silu", up=self.w3(x)))
-
-
-register(
-    Kind(
-        name="feed-forward (SwiGLU of three linear layers)",
-        ops=("activation",),
-        match=lambda m: (
-            has(m, "w1", "w2", "w3")
-            and parameters(m) == ["x"]
-            and reads(type(m).forward) == {"w1", "w2", "w3", "_forward_silu_gating"}
-        ),
-        refuse=lambda m: unknown(m, "w1", "w2", "w3"),
-        patches=lambda m: [(m, "forward", mlp_forward)],
-        saving=lambda m: 2 * m.w1.out_features * itemsize(m),  # the product in a pass of its own, 3 less 1
-        part=True,
-    )
-)
-
-
 # The output layer --------------------------------------------------------------------------------------------------
 
 
@@ -182,7 +158,7 @@ def final_forward(
     return self.linear(h)
 
 
-for function in (block_forward, mlp_forward, final_forward):
+for function in (block_forward, final_forward):
     function.__name__ = "forward"
 
 FINAL = ("norm_final", "linear", "adaLN_modulation")

@@ -49,13 +49,16 @@ def normed(stream: Stream) -> tuple[Tensor, Tensor]:
     plain: dict[str, Any] = dict(cos=stream.cos, sin=stream.sin, layout=stream.layout)
     if stream.cos is not None:
         plain.update(rope_start=stream.start, rope_len=stream.cos.shape[stream.cos.ndim == 4])
+    return ops.qk_norm_rope(stream.q, stream.k, **head_norms(norm_q, norm_k, stream.q.dtype), **plain)
+
+
+def head_norms(norm_q: Any, norm_k: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """What `qk_norm_rope` takes for norms over one head of queries and keys in this dtype, or for none."""
     if norm_q is None:
-        return ops.qk_norm_rope(stream.q, stream.k, **plain)
+        return {}
     eager = isinstance(norm_q, nn.LayerNorm) or is_diffusers_rms(norm_q)
-    rounds = eager and norm_q.weight is not None and norm_q.weight.dtype == stream.q.dtype
-    return ops.qk_norm_rope(
-        stream.q,
-        stream.k,
+    rounds = eager and norm_q.weight is not None and norm_q.weight.dtype == dtype
+    return dict(
         q_weight=norm_q.weight,
         k_weight=norm_k.weight,
         q_bias=getattr(norm_q, "bias", None),
@@ -63,8 +66,12 @@ def normed(stream: Stream) -> tuple[Tensor, Tensor]:
         norm="layer" if isinstance(norm_q, nn.LayerNorm) else "rms",
         eps=norm_q.eps,
         precision="native" if rounds else "fp32",  # torch's and Mochi's round once, diffusers' before its weight too
-        **plain,
     )
+
+
+def queries_only(cos: Tensor, sin: Tensor) -> dict[str, Any]:
+    """Tables of `qk_norm_rope` for a cross-attention whose keys do not rotate: theirs have one row, of angle 0."""
+    return dict(cos=cos, sin=sin, k_cos=torch.ones_like(cos[:1]), k_sin=torch.zeros_like(sin[:1]))
 
 
 def joint_attention(
@@ -137,7 +144,7 @@ def refuse_qk_norms(*norms: Any) -> str | None:
     if all(norm is None for norm in norms):
         return None
     for norm in norms:
-        if not (type(norm) in (nn.RMSNorm, nn.LayerNorm) or is_diffusers_rms(norm)) or norm.eps is None:
+        if not (type(norm) is nn.RMSNorm or is_layer_norm(norm) or is_diffusers_rms(norm)) or norm.eps is None:
             return f"its query and key norm is a {type(norm).__name__}, not an RMSNorm or a LayerNorm with an eps"
         if type(norm) is not type(norms[0]) or norm.eps != norms[0].eps:
             return "its query and key norms differ"
@@ -210,14 +217,15 @@ def plain(norm: Any) -> Any:
 
 
 def refuse_plain_norms(*norms: Any) -> str | None:
-    """diffusers' FP32LayerNorm is the same: layer_norm computes in fp32 and rounds to the tokens' dtype either way."""
     for norm in norms:
-        known = type(norm) is nn.LayerNorm or (
-            isinstance(norm, nn.LayerNorm) and type(norm).__name__ == "FP32LayerNorm"
-        )
-        if not known or norm.elementwise_affine:
+        if not is_layer_norm(norm) or norm.elementwise_affine:
             return f"its norm is a {type(norm).__name__}, not a LayerNorm without parameters"
     return None
+
+
+def is_layer_norm(norm: Any) -> bool:
+    """diffusers' FP32LayerNorm is the same: layer_norm computes in fp32 and rounds to the tokens' dtype either way."""
+    return type(norm) is nn.LayerNorm or (isinstance(norm, nn.LayerNorm) and type(norm).__name__ == "FP32LayerNorm")
 
 
 def clip_half(x: Tensor) -> Tensor:

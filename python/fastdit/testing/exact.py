@@ -28,6 +28,8 @@ def exact(model: Any) -> Any:
             module.__class__ = _Exact
         if isinstance(module, nn.Upsample):  # Wan's rounds to fp32
             module.__class__ = nn.Upsample
+        if type(module).__name__ == "Timesteps":  # Motif-Video casts them for narrow weights only
+            module.register_forward_hook(lambda module, inputs, output: output.double())
         if type(module).__name__ == "MochiRoPE":  # its positions stay in fp32
             module._create_rope = _mochi_rope
     return double

@@ -18,6 +18,7 @@ LAYERS = {
     "feed-forward activation": 2,
     "patch embedding (Conv2d, kernel = stride)": 1,
     "text padding (a 0/1 mask over the keys)": 1,
+    "output norm (modulated by the model)": 1,
 }
 
 

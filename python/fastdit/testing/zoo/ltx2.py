@@ -18,6 +18,7 @@ LAYERS = {
     "feed-forward activation": 4,
     "text padding (a 0/1 mask over the keys)": 1,
     "a timestep per token (LTX-2)": 1,
+    "output norm (modulated by the model)": 1,
 }
 LTX23 = dict(
     gated_attn=True, audio_gated_attn=True, cross_attn_mod=True, audio_cross_attn_mod=True, perturbed_attn=True,

@@ -17,12 +17,14 @@ LAYERS = {
     "feed-forward activation": 2,
     "patch embedding (Conv2d, kernel = stride)": 1,
     "text padding (a 0/1 mask over the keys)": 1,
+    "output norm (modulated by the model)": 1,
 }
 LATTE = {
     "adaLN-single block": 4,
     "attention (AttnProcessor2_0)": 6,
     "feed-forward activation": 4,
     "patch embedding (Conv2d, kernel = stride)": 1,
+    "output norm (modulated by the model)": 1,
 }
 SMALL = dict(num_attention_heads=3, attention_head_dim=20, cross_attention_dim=60, num_layers=2)
 NAME = "PixArtTransformer2DModel"

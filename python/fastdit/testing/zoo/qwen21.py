@@ -1,0 +1,45 @@
+"""diffusers' QwenImage21Transformer2DModel: a condition image between texts, with and without rows of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastdit.testing.models import randomize
+from fastdit.testing.zoo import Model, randn, text_mask
+
+LAYERS = {
+    "Qwen-Image 2.1 block": 2,
+    "feed-forward (SwiGLU of three linear layers)": 2,
+    "output norm (Qwen-Image 2.1)": 1,
+}
+SLOTS = [False] * 3 + [True] + [False] * 2 + [True] * 4  # text, one slot of four tokens, text, the target's four slots
+
+
+def qwen21(**config) -> Any:
+    """QwenImage21Transformer2DModel of two narrow layers: two heads of 24."""
+    from diffusers import QwenImage21Transformer2DModel
+
+    small = dict(in_channels=6, out_channels=6, num_layers=2, attention_head_dim=24, num_attention_heads=2,
+                 context_in_dim=20, axes_dims_rope=(8, 8, 8))  # fmt: skip
+    return randomize(QwenImage21Transformer2DModel(**{**small, **config}))
+
+
+def inputs(*, mask: bool = True) -> dict[str, Any]:
+    return dict(
+        hidden_states=randn(2, 4 + 16, 6),
+        encoder_hidden_states=randn(2, 6, 20, seed=2),
+        timestep=torch.tensor([0.25, 0.75]),  # in the model's dtype, which all of its embedding takes
+        img_shapes=[[(1, 2, 2), (1, 4, 4)]] * 2,
+        img_mask=torch.tensor([SLOTS] * 2),
+        encoder_hidden_states_mask=text_mask(6, 5, total=6).bool() if mask else None,
+    )
+
+
+NAME = "QwenImage21Transformer2DModel"
+MODELS = (
+    Model(NAME, "qwen", qwen21, inputs, LAYERS),
+    Model(f"{NAME}, one timestep for all tokens", "qwen", lambda: qwen21(causal_condition=False),
+          lambda: inputs(mask=False), LAYERS),
+)  # fmt: skip

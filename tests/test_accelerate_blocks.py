@@ -1,0 +1,227 @@
+"""accelerate on one block of each codebase that has no test file of its own: one graph for two lengths, forks left."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastdit
+from fastdit.integrations.registry import patched_modules
+from fastdit.testing import close
+from fastdit.testing.accelerated import check_one_graph, layers, reasons
+from fastdit.testing.exact import exact, no_rounding
+from fastdit.testing.zoo import (
+    auraflow,
+    cogview,
+    easyanimate,
+    flux3,
+    helios,
+    hunyuan_dit,
+    krea2,
+    motif,
+    qwen21,
+    text_mask,
+    vae_svd,
+    wan_animate2,
+)
+
+
+def streams(width: int, n: int, text: int) -> tuple:
+    return torch.randn(2, n, width), torch.randn(2, text, width)
+
+
+def angles(n: int, head_dim: int) -> tuple:
+    table = torch.randn(n, head_dim // 2).repeat_interleave(2, dim=1)
+    return table.cos(), table.sin()
+
+
+def rows(width: int, n: int) -> torch.Tensor:
+    return torch.randn(2, 1, width).expand(2, n, width)
+
+
+def key_mask(n: int, text: int) -> torch.Tensor:
+    return torch.cat([torch.ones(2, n), text_mask(text, 2, total=text)], dim=1).bool()[:, None, None]
+
+
+@dataclass
+class Block:
+    """name: of the block in the model; call(n, text): its arguments for so many tokens."""
+
+    build: Callable[[], Any]
+    name: str
+    call: Callable[[int, int], tuple]
+
+
+BLOCKS = {
+    "HunyuanDiT": Block(
+        hunyuan_dit.hunyuan_dit,
+        "blocks.0",
+        lambda n, text: (torch.randn(2, n, 40), torch.randn(2, text, 24), torch.randn(2, 40), angles(n, 20)),
+    ),
+    "AuraFlow joint": Block(
+        auraflow.auraflow,
+        "joint_transformer_blocks.0",
+        lambda n, text: (*streams(40, n, text), torch.randn(2, 40)),
+    ),
+    "AuraFlow single": Block(
+        auraflow.auraflow,
+        "single_transformer_blocks.0",
+        lambda n, text: (torch.randn(2, n, 40), torch.randn(2, 40)),
+    ),
+    "CogView3+": Block(
+        cogview.cogview3, "transformer_blocks.0", lambda n, text: (*streams(48, n, text), torch.randn(2, 28))
+    ),
+    "CogView4": Block(
+        cogview.cogview4,
+        "transformer_blocks.0",
+        lambda n, text: (*streams(48, n, text), torch.randn(2, 28), angles(n, 24)),
+    ),
+    "GLM-Image": Block(
+        cogview.glm_image,
+        "transformer_blocks.0",
+        lambda n, text: (*streams(48, n, text), torch.randn(2, 28), angles(n, 24)),
+    ),
+    "EasyAnimate": Block(
+        easyanimate.easyanimate,
+        "transformer_blocks.0",
+        lambda n, text: (*streams(96, n, text), torch.randn(2, 20), angles(n, 32)),
+    ),
+    "Flux.3": Block(
+        flux3.flux3,
+        "single_transformer_blocks.0",
+        lambda n, text: (*streams(48, n, text), rows(144, n), rows(144, text), angles(n + text, 24)),
+    ),
+    "Krea 2": Block(
+        krea2.krea2,
+        "transformer_blocks.0",
+        lambda n, text: (torch.randn(2, n + text, 48), torch.randn(2, 1, 288), angles(n + text, 12), key_mask(n, text)),
+    ),
+    "Qwen-Image 2.1": Block(
+        qwen21.qwen21,
+        "transformer_blocks.0",
+        lambda n, text: (
+            *(torch.randn(2, n, 48), torch.randn(3, 4 * 48), torch.polar(torch.ones(n, 12), torch.randn(n, 12)), None),
+            torch.arange(n) > text,
+        ),
+    ),
+    "Helios": Block(
+        helios.helios,
+        "blocks.0",
+        lambda n, text: (
+            *(torch.randn(2, n, 48), torch.randn(2, text, 48), torch.randn(2, n, 6, 48)),
+            *(torch.cat(angles(n, 24), dim=1).expand(2, n, 48), n - 4),
+        ),
+    ),
+    "Motif-Video dual": Block(
+        lambda: motif.motif(**motif.TEXT),
+        "transformer_blocks.0",
+        lambda n, text: (*streams(48, n, text), torch.randn(2, 48), key_mask(n, text), angles(n, 24)),
+    ),
+    "Motif-Video single": Block(
+        lambda: motif.motif(**motif.TEXT),
+        "single_transformer_blocks.0",
+        lambda n, text: (*streams(48, n, text), torch.randn(2, 48), key_mask(n, text), angles(n, 24)),
+    ),
+}
+# rotated queries alone, rows that are one in memory, key lengths: the others compile like these
+QUICK = ("HunyuanDiT", "Flux.3", "Krea 2")
+
+
+@pytest.mark.parametrize(
+    "entry", [pytest.param(b, id=name, marks=() if name in QUICK else pytest.mark.full) for name, b in BLOCKS.items()]
+)
+@torch.no_grad()
+def test_one_graph_for_two_lengths(entry):
+    model = entry.build()
+    fastdit.accelerate(model)
+    check_one_graph(model.get_submodule(entry.name), [entry.call(15, 7), entry.call(24, 9)])
+
+
+@pytest.mark.parametrize("entry", BLOCKS.values(), ids=BLOCKS)
+def test_a_fork_is_left_whole(entry):
+    model = entry.build()
+    before = layers(fastdit.accelerate(model))
+    block = model.get_submodule(entry.name)
+    block.adapter = nn.Linear(4, 4)
+    report = fastdit.accelerate(model)
+    known = f"has adapter, which the {type(block).__name__} that is known does not have"
+    assert {known, "inside a block that is left"} <= reasons(report)
+    assert sum(before.values()) - sum(layers(report).values()) >= 2  # the block, its feed-forward, most attentions
+    assert not any(patched_modules(block))
+
+
+def test_another_norm_is_left():
+    for model, name in (
+        (hunyuan_dit.hunyuan_dit(), "blocks.0.norm2"),
+        (auraflow.auraflow(), "single_transformer_blocks.0.norm2"),
+        (cogview.cogview4(), "transformer_blocks.0.norm2"),
+        (easyanimate.easyanimate(), "transformer_blocks.0.norm2.norm"),
+        (krea2.krea2(), "transformer_blocks.0.norm2"),
+        (wan_animate2.animate2(), "blocks.0.norm2"),
+    ):
+        model.set_submodule(name, nn.BatchNorm1d(4))
+        assert any(why.startswith("its norm is a BatchNorm1d, not a ") for why in reasons(fastdit.accelerate(model)))
+
+
+def test_a_norm_of_another_formula_is_left(monkeypatch):
+    """Krea 2's has the weight 1 + w."""
+    model = krea2.krea2()
+    norm = type(model.final_layer.norm)
+    monkeypatch.setattr(norm, "forward", lambda self, x: nn.functional.rms_norm(x, (self.dim,), self.weight, self.eps))
+    report = fastdit.accelerate(model)
+    assert not layers(report) and "its norm is a Krea2RMSNorm, not a zero-centred RMSNorm" in reasons(report)
+
+
+@torch.no_grad()
+def test_modulation_of_equal_tokens_is_made_once():
+    """FLUX.3 expands a row over its tokens; that of the image goes through a SiLU behind, and is dense."""
+    model, sizes = flux3.flux3(), []
+    modulations = [*model.early_stream_modulations.values(), *model.single_stream_modulations.values(), model.norm_out]
+    for module in modulations:
+        module.linear.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[1]))
+    given = flux3.inputs(reference=True)
+    model(**given)
+    assert sorted(sizes) == [6, 6, 7, 7, 15, 15, 15]
+    sizes.clear()
+    fastdit.accelerate(model)
+    model(**given)
+    assert sorted(sizes) == [1, 1, 1, 1, 1, 15, 15]
+
+
+@torch.no_grad()
+def test_a_mask_of_weights_goes_to_the_original(monkeypatch):
+    model = krea2.krea2(num_layers=1)
+    x, temb, rotary, mask = BLOCKS["Krea 2"].call(15, 7)
+    weights = torch.where(mask, 0.0, -3.0)
+    with no_rounding():
+        truth = exact(model).transformer_blocks[0](x.double(), temb.double(), rotary, weights.double())
+    block = model.transformer_blocks[0]
+    before = block(x, temb, rotary, weights)
+    fastdit.accelerate(model)
+    close.assert_close(block(x, temb, rotary, weights), truth, before)
+    monkeypatch.setattr(block.attn.processor, "original", lambda *args: pytest.fail("the original was called"))
+    block(x, temb, rotary, mask)
+
+
+@torch.no_grad()
+def test_another_processor_keeps_the_decoder():
+    """The decoder hands videos to its layers only where all of them take some."""
+    from diffusers.models.attention_processor import AttnProcessor
+
+    model, given = vae_svd.svd_vae(), vae_svd.inputs()
+    truth, before = exact(model).decode(given["z"].double(), given["num_frames"]).sample, model.decode(**given).sample
+    fastdit.accelerate(model)
+    model.set_attn_processor(AttnProcessor())
+    close.assert_close(model.decode(**given).sample, truth, before)
+    model = vae_svd.svd_vae()
+    model.set_attn_processor(AttnProcessor())
+    assert "its processor is AttnProcessor, not AttnProcessor2_0" in reasons(fastdit.accelerate(model))
+
+
+def test_another_blend_keeps_the_decoder():
+    model = vae_svd.svd_vae()
+    model.decoder.up_blocks[0].resnets[1].time_mixer.merge_strategy = "fixed"
+    assert "its merge is fixed, not learned" in reasons(fastdit.accelerate(model))
