@@ -1,6 +1,10 @@
-"""attention's CUDA kernels: every sample, many tiles under every mask, in the block simulator or on a GPU."""
+"""attention's CUDA kernels: every sample, many tiles under every mask, in the block simulator or on a GPU.
+
+Tests that take `card` run twice: on mma.sync, and on wgmma as sm_90 does.
+"""
 
 import math
+import re
 from functools import partial
 
 import attention_laws as laws
@@ -13,8 +17,8 @@ from test_contract import HOT_SAMPLES
 
 import fastdit
 from fastdit import ops
-from fastdit.backends.cuda import attention as adapter
-from fastdit.testing import close, contract
+from fastdit.backends.cuda import _launch, attention as adapter
+from fastdit.testing import close, contract, simt
 from fastdit.testing.workloads import Maker, Sample, samples
 
 SAMPLES = [s for op in BASELINE for s in samples(op) if s.id not in ("odd-head", "one-channel")]
@@ -24,6 +28,14 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 gradients = partial(laws.gradients, "cuda")
 
 
+@pytest.fixture(params=[80, 90], ids=lambda sm: f"sm_{sm}")
+def card(request):
+    if DEVICE == "cuda" and (request.param == 90) > (torch.cuda.get_device_capability() == (9, 0)):
+        pytest.skip("the card is no sm_90")
+    with simt.as_card(request.param):
+        yield request.param
+
+
 def holds(op: str, dtype: torch.dtype, make, what: str = "case") -> None:
     both(Sample(op, what, make, baseline=BASELINE[op]), dtype)
 
@@ -31,7 +43,7 @@ def holds(op: str, dtype: torch.dtype, make, what: str = "case") -> None:
 # ---- every path against the reference ---------------------------------------------------------------------------
 @each_dtype
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
-def test_samples(sample, dtype):
+def test_samples(sample, dtype, card):
     both(sample, dtype)
 
 
@@ -51,7 +63,7 @@ def test_fast_path_equals_torch_ops(sample):
 
 
 @pytest.mark.parametrize("d", [64, 72, 80, 96, 112, 128])
-def test_tiles(d):
+def test_tiles(d, card):
     """Several tiles of queries and of keys, the last ones ragged, in every width that a kernel is made for."""
     holds("attention", DTYPES[d % 16 == 0], dense(133, 70, 1, 1, d))
 
@@ -62,12 +74,18 @@ def test_grouped_heads_and_scales(scale, dtype):
     holds("attention", dtype, dense(70, 133, 4, 2, 64, scale=scale))
 
 
+@pytest.mark.parametrize("scale, dtype", [(-0.2, torch.bfloat16), (0.0, torch.float16)], ids=str)
+def test_grouped_heads_and_scales_on_wgmma(scale, dtype):
+    with simt.as_card(90):
+        holds("attention", dtype, dense(70, 133, 2, 1, 64, scale=scale))
+
+
 @pytest.mark.parametrize("frames", [1, 7, 50])
-def test_frames(frames):
+def test_frames(frames, card):
     holds("attention_varlen", torch.bfloat16, laws.framed(frames, return_lse=True))
 
 
-def test_frames_and_valid_keys_together():
+def test_frames_and_valid_keys_together(card):
     holds(
         "attention", torch.bfloat16,
         lambda m: dense(140, 170, 2, 1, 16, frame_tokens=m.index([9, 33]), kv_len=m.index([137, 0]))(m),
@@ -79,17 +97,35 @@ def test_windows(window, stride):
     holds("attention_varlen", torch.float16, laws.windowed(window, stride))
 
 
+@pytest.mark.parametrize(
+    "window, stride", [laws.WINDOWS[0], *(pytest.param(*w, marks=pytest.mark.full) for w in laws.WINDOWS[1:])]
+)
+def test_windows_on_wgmma(window, stride):
+    with simt.as_card(90):
+        holds("attention_varlen", torch.float16, laws.windowed(window, stride, ((3, 5, 7), (0, 1, 1), (18, 2, 1))))
+
+
+@pytest.mark.parametrize("d, queries, keys", [(128, 70, 330), (40, 60, 400)])
+def test_rings(d, queries, keys):
+    """wgmma: slots go around more than once, with two warpgroups at work and with one."""
+    make = Maker(torch.bfloat16, DEVICE)
+    args = make.randn(1, queries, 1, d), *make.randn(1, keys, 2, 1, d).unbind(2)
+    with simt.as_card(90):
+        holds("attention", torch.bfloat16, dense(queries, keys, 1, 1, d))
+        same_bits_on_every_schedule(lambda: gradients("attention", args, {}))
+
+
 @pytest.mark.full
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_fuzz(data):
+def test_fuzz(card, data):
     what, make = laws.drawn(data.draw, st.integers(1, 16).map((8).__mul__), sides=(9, 9), more=90, frames=60)
     holds("attention_varlen", torch.bfloat16, make, what)
 
 
 # ---- the order of threads, blocks and copies ----------------------------------------------------------------------
 @pytest.mark.parametrize("mask", ["frames", "window"])
-def test_schedules(mask):
+def test_schedules(mask, card):
     make = Maker(torch.bfloat16, DEVICE)
     args, kwargs = segments(make, [72, 0, 8], 2, 72)
     if mask == "frames":
@@ -99,11 +135,11 @@ def test_schedules(mask):
     same_bits_on_every_schedule(lambda: gradients("attention_varlen", args, kwargs))
 
 
-def test_same_bits_packed_or_alone():
+def test_same_bits_packed_or_alone(card):
     laws.packed_or_alone(*HERE, (20, 70, 5))
 
 
-def test_dense_is_packed():
+def test_dense_is_packed(card):
     make = Maker(torch.float16, DEVICE)
     args = make.randn(1, 140, 2, 40), *make.randn(1, 90, 2, 1, 40).unbind(2)
     keys = dict(cu_seqlens_k=make.index([0, 90]), max_seqlen_k=90)
@@ -120,7 +156,7 @@ def test_only_what_is_asked_for(wanted):
 
 
 # ---- layouts ----------------------------------------------------------------------------------------------------
-def test_layouts():
+def test_layouts(card):
     """Strides, rows that do not stand on 16 bytes, tokens and heads in any order, one row for all: the same bits."""
     make = Maker(torch.bfloat16, DEVICE)
     args = [make.randn(2, 70, 2, 24) for _ in range(3)]
@@ -137,7 +173,9 @@ def test_layouts():
         close.assert_all_bitwise(gradients("attention", [change(t) for t in args], {}), expected)
     one = args[1][:1, :1]
     far = one.expand(2, 70, 2, 24)
-    close.assert_all_bitwise(*(gradients("attention", (args[0], t, t), {}) for t in (far, far.contiguous())))
+    with simt.as_card(80):  # wgmma leaves such tensors to mma.sync
+        there = gradients("attention", (args[0], far.contiguous(), far.contiguous()), {})
+    close.assert_all_bitwise(gradients("attention", (args[0], far, far), {}), there)
 
 
 def test_layout_of_the_incoming_gradient():
@@ -150,25 +188,25 @@ def test_one_output_alone(through):
 
 
 # ---- what must not be read ----------------------------------------------------------------------------------------
-def test_poisoned_neighbours_never_leak():
+def test_poisoned_neighbours_never_leak(card):
     laws.poisoned_neighbours_never_leak(*HERE, (21, 90))
 
 
-def test_poisoned_keys_behind_the_valid_ones_never_leak():
+def test_poisoned_keys_behind_the_valid_ones_never_leak(card):
     laws.poisoned_keys_behind_the_valid_ones_never_leak(*HERE, 90, (67, 5))
 
 
-def test_unseen_bricks_are_not_loaded():
+def test_unseen_bricks_are_not_loaded(card):
     laws.unseen_keys_are_not_loaded(*HERE, torch.float16, 128, 256, (2, 16, 16), (1, 8, 16))
 
 
-def test_rows_without_keys_have_no_gradient():
+def test_rows_without_keys_have_no_gradient(card):
     laws.rows_without_keys_have_no_gradient(*HERE, torch.bfloat16)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 2, 8), (2, 0, 2, 8)])
 @pytest.mark.parametrize("keys", [0, 5])
-def test_zero_size(shape, keys):
+def test_zero_size(shape, keys, card):
     make = Maker(torch.bfloat16, DEVICE)
     out = gradients("attention", (make.randn(*shape), *make.randn(shape[0], keys, 2, 2, 8).unbind(2)), {})
     assert out[0].shape == shape and not any(t.any() for t in out[2:])
@@ -222,7 +260,36 @@ def test_refusals(dtype, d, reason):
     assert reason in fastdit.explain("attention", q, q, q)
 
 
-def test_explain():
-    q = torch.zeros(1, 2, 1, 64, dtype=torch.bfloat16, device=DEVICE)
+def path(*args) -> str:
     with fastdit.use_backend("cuda"):
-        assert "cuda        chosen\n" in fastdit.explain("attention", q, q, q)
+        return re.search(r"cuda +chosen \((.*)\)\n", fastdit.explain("attention", *args))[1]
+
+
+def test_explain(monkeypatch):
+    q = torch.zeros(2, 2, 1, 64, dtype=torch.bfloat16, device=DEVICE)
+    with simt.as_card(86):
+        assert path(q, q, q) == "mma.sync: wgmma needs sm_90; got sm_86"
+    with simt.as_card(90):
+        assert path(q, q, q) == "wgmma"
+        text = "mma.sync: wgmma reads tensors whose rows are all there; got k of [2, 2, 1, 64], (0, 64, 64, 1)"
+        assert path(q, q[:1].expand_as(q), q) == text
+        monkeypatch.setattr(adapter, "ask", lambda *_: False)
+        assert path(q, q, q) == "mma.sync: wgmma needs machine code for sm_90a; FASTDIT_CUDA_ARCHS lacks it"
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a card has its own")
+def test_the_simulator_is_of_sm_80():
+    q = torch.zeros(1, 2, 1, 64, dtype=torch.bfloat16)
+    assert _launch.capability(q) == 80
+
+
+def test_tensor_maps_are_checked(monkeypatch):
+    """What the adapter never asks for is an error that names the op and its sizes, before anything is written."""
+    q = torch.zeros(2, 8, 1, 64, dtype=torch.bfloat16, device=DEVICE)
+    with simt.as_card(90), torch.no_grad():
+        monkeypatch.setattr(adapter, "HOPPER_KEYS", 512)
+        with pytest.raises(RuntimeError, match=r"attention: cuTensorMapEncodeTiled failed; .* q=8 k=8 B=2 H=1/1 D=64"):
+            ops.attention(q, q, q, backend="cuda")
+        monkeypatch.setattr(adapter, "_wgmma_refusal", lambda *_: None)
+        with pytest.raises(ValueError, match=r"attention: a stride of the Hopper kernel's .*; got 0 for .* D=64"):
+            ops.attention(q, q[:1].expand_as(q), q, backend="cuda")

@@ -18,11 +18,6 @@ namespace {
 constexpr int kThreads = 128, kWarps = kThreads / 32, kRows = kAttentionQueries / kWarps, kM = kRows / 16;
 constexpr int kN = kAttentionKeys / 8;
 
-// Of a query: its row in the segment, or -1, and the first keys that it sees (lines: behind the last one, in w).
-struct __align__(16) Query {
-  int row, t, h, w;
-};
-
 template <class T, int D>
 class Forward {
   const AttentionParams& p_;
@@ -88,20 +83,7 @@ class Forward {
       }
   }
   __device__ __forceinline__ void mask(Point at) {
-    if (!windowed())
-      return hide([&](int n) {
-        const int key = at.w + n;
-        return [=](const Query& i) { return key < i.w; };
-      });
-    const unsigned t = min(w_.T, static_cast<int>(p_.window[0])), h = min(w_.H, static_cast<int>(p_.window[1])),
-                   w = min(w_.W, static_cast<int>(p_.window[2]));
-    hide([&](int n) {
-      const Point in = brick_token(n, cut_.met), key{at.t + in.t, at.h + in.h, at.w + in.w};
-      return [=](const Query& i) {
-        return static_cast<unsigned>(key.t - i.t) < t && static_cast<unsigned>(key.h - i.h) < h &&
-               static_cast<unsigned>(key.w - i.w) < w;
-      };
-    });
+    with_visibility(p_, w_, at, cut_.met, [&](auto&& shows) { hide(shows); });
   }
 
   // Scores become probabilities under the maximum so far; the sums follow it.
@@ -180,23 +162,6 @@ class Forward {
 
   static constexpr int bytes = Tile<D>::bytes(kAttentionQueries + 2 * kAttentionKeys);
 
-  // Which token this thread's query is, and what it sees.
-  __device__ __forceinline__ void describe() const {
-    const int row = token_row(w_, w_.corner, {w_.T, w_.H, w_.W}, cut_.own, thread_, windowed());
-    Query i{row, 0, 0, 0};
-    if (windowed()) {
-      const Point in = brick_token(thread_, cut_.own);
-      const auto start = [&](int axis, int at, int n) {
-        return window_start(at, n, static_cast<int>(p_.window[axis]), static_cast<int>(p_.window_stride[axis]));
-      };
-      i.t = start(0, w_.corner.t + in.t, w_.T), i.h = start(1, w_.corner.h + in.h, w_.H),
-      i.w = start(2, w_.corner.w + in.w, w_.W);
-    } else {
-      i.w = w_.line.key_end(w_.corner.w + thread_);
-    }
-    queries_[thread_] = i;
-  }
-
   __device__ __forceinline__ void run() {
     Point at = first_brick(w_);
     stage_queries();
@@ -245,9 +210,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   Forward<T, D> forward(p, cut, work, queries, tiles, factor);
   const int all = tiles_of(p, cut);
   for (int tile = static_cast<int>(blockIdx.x) % programs; tile < all; tile += programs) {
-    if (threadIdx.x == 0) meet_keys(p, cut, place(p, cut, false, plane, tile, work), work);
+    if (threadIdx.x == 0) meet<false>(p, cut, plane, tile, work);
     __syncthreads();
-    forward.describe();
+    queries[threadIdx.x] = query_of(p, cut, work, static_cast<int>(threadIdx.x));
     __syncthreads();
     forward.run();
     __syncthreads();  // before the next tile is described

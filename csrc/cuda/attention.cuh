@@ -199,6 +199,13 @@ __device__ __forceinline__ void meet_queries(const AttentionParams& p, const Cut
   count_bricks(cut, w);
 }
 
+// A tile of a plane, of keys or of queries, and what it meets.
+template <bool keys>
+__device__ __forceinline__ void meet(const AttentionParams& p, const Cut& cut, int plane, int tile, Work& w) {
+  const int number = place(p, cut, keys, plane, tile, w);
+  keys ? meet_queries(p, cut, number, w) : meet_keys(p, cut, number, w);
+}
+
 // The bricks of a box, one after the other.
 __device__ __forceinline__ Point first_brick(const Work& w) { return {w.t.lo, w.h.lo, w.w.lo}; }
 __device__ __forceinline__ Point next_brick(Point at, const Work& w, Brick b) {
@@ -221,6 +228,98 @@ __device__ __forceinline__ int token_row(const Work& w, Point at, Point hi, Bric
   const Point in = brick_token(number, b);
   const int t = at.t + in.t, h = at.h + in.h, x = at.w + in.w;
   return t < hi.t && h < hi.h && x < hi.w ? (t * w.H + h) * w.W + x : -1;
+}
+
+// ---- queries ----------------------------------------------------------------------------------------------
+// Of a query: its row in the segment, or -1, and the first keys that it sees (lines: behind the last one, in w).
+struct __align__(16) Query {
+  int row, t, h, w;
+};
+
+// Token `number` of the brick that the block owns.
+__device__ __forceinline__ Query query_of(const AttentionParams& p, const Cut& cut, const Work& w, int number) {
+  const bool windowed = p.grids != nullptr;
+  const int row = token_row(w, w.corner, {w.T, w.H, w.W}, cut.own, number, windowed);
+  if (!windowed) return {row, 0, 0, w.line.key_end(w.corner.w + number)};
+  const Point in = brick_token(number, cut.own);
+  const auto start = [&](int axis, int at, int n) {
+    return window_start(at, n, static_cast<int>(p.window[axis]), static_cast<int>(p.window_stride[axis]));
+  };
+  return {row, start(0, w.corner.t + in.t, w.T), start(1, w.corner.h + in.h, w.H), start(2, w.corner.w + in.w, w.W)};
+}
+
+// Calls use(shows): shows(n) says of key n of the brick at a point which Query sees it.
+template <class F>
+__device__ __forceinline__ void with_visibility(const AttentionParams& p, const Work& work, Point at, Brick brick,
+                                                F&& use) {
+  if (!p.grids)
+    return use([&](int n) {
+      const int key = at.w + n;
+      return [=](const Query& i) { return key < i.w; };
+    });
+  const unsigned t = min(work.T, static_cast<int>(p.window[0])), h = min(work.H, static_cast<int>(p.window[1])),
+                 w = min(work.W, static_cast<int>(p.window[2]));
+  use([&](int n) {
+    const Point in = brick_token(n, brick), key{at.t + in.t, at.h + in.h, at.w + in.w};
+    return [=](const Query& i) {
+      return static_cast<unsigned>(key.t - i.t) < t && static_cast<unsigned>(key.h - i.h) < h &&
+             static_cast<unsigned>(key.w - i.w) < w;
+    };
+  });
+}
+
+// ---- rows of the backward -----------------------------------------------------------------------------------
+// A row that the block owns, a query or a key, and what it meets.
+struct __align__(16) Owned {
+  int row;     // in the segment, or -1
+  int usable;  // 0: behind kv_len, its gradient is 0
+  int t, t_end, h, h_end, w, w_end;
+};
+
+// Token `number` of the brick that the block owns.
+template <bool keys>
+__device__ __forceinline__ Owned owned_of(const AttentionParams& p, const Cut& cut, const Work& w, int number) {
+  const int row = token_row(w, w.corner, {w.T, w.H, w.W}, cut.own, number, p.grids != nullptr);
+  Owned o{row, row >= 0, 0, 0, 0, 0, 0, 0};
+  if (p.grids) {
+    const Point in = brick_token(number, cut.own);
+    const auto range = [&](int axis, int i, int n, int& begin, int& end) {
+      const int window = static_cast<int>(p.window[axis]), stride = static_cast<int>(p.window_stride[axis]);
+      if (keys)
+        begin = first_viewer(i, window, stride), end = viewers_end(i, n, window, stride);
+      else
+        begin = window_start(i, n, window, stride), end = min(begin + window, n);
+    };
+    range(0, w.corner.t + in.t, w.T, o.t, o.t_end);
+    range(1, w.corner.h + in.h, w.H, o.h, o.h_end);
+    range(2, w.corner.w + in.w, w.W, o.w, o.w_end);
+  } else if (keys) {
+    if (row >= w.line.keys) o.usable = 0;
+    o.w = w.line.first_query(w.corner.w + number), o.w_end = kFar;
+  } else {
+    o.w_end = w.line.key_end(w.corner.w + number);
+  }
+  return o;
+}
+
+// Calls use(sees): sees(n)(half) says whether owned(half) meets token n of the brick at a point.
+template <class Own, class F>
+__device__ __forceinline__ void with_sight(const AttentionParams& p, const Work& w, Point at, Brick brick, Own&& owned,
+                                           F&& use) {
+  if (in_core(at, w, brick)) return use([](int) { return [](int) { return true; }; });
+  const Owned own[2] = {owned(0), owned(1)};
+  if (!p.grids)
+    return use([&](int n) {
+      const int i = at.w + n;
+      return [&own, i](int half) { return i >= own[half].w && i < own[half].w_end; };
+    });
+  use([&](int n) {
+    const Point in = brick_token(n, brick), i{at.t + in.t, at.h + in.h, at.w + in.w};
+    return [&own, i](int half) {
+      const Owned& o = own[half];
+      return i.t >= o.t && i.t < o.t_end && i.h >= o.h && i.h < o.h_end && i.w >= o.w && i.w < o.w_end;
+    };
+  });
 }
 
 // ---- products of a warp -----------------------------------------------------------------------------------
@@ -303,8 +402,8 @@ __device__ __forceinline__ void stage_brick(Tile<D> to, const Rows& from, const 
 }
 
 // Rows first .. first + rows of a tile that this warp wrote, to global memory. row(r): where row r belongs, or -1.
-template <int rows, int D, class Row>
-__device__ __forceinline__ void store_rows(const Rows& to, Tile<D> tile, int first, int present, Row&& row) {
+template <int rows, class Tile, class Row>
+__device__ __forceinline__ void store_rows(const Rows& to, Tile tile, int first, int present, Row&& row) {
   __syncwarp();
 #pragma unroll 4
   for (int i = opaque(static_cast<int>(threadIdx.x)) % 32; i < rows * tile.chunks; i += 32) {

@@ -33,6 +33,9 @@ struct Cut {
 };
 constexpr int kAttentionQueries = 128, kAttentionKeys = 64;  // own and met of the forward
 void attention_forward(const AttentionParams& p, const Cut& cut, Stream stream, const char* op);
+// For sm_90 (attention_hopper.cu): own kAttentionQueries, met kHopperKeys, both at least eight tokens along w.
+constexpr int kHopperKeys = 128;
+void attention_forward_hopper(const AttentionParams& p, const Cut& cut, Stream stream, const char* op);
 
 // The backward: rows first, then keys (dk, dv) and queries (dq) in any order. p.o, p.lse: the forward's.
 constexpr int kAttentionGradTile = 64;  // own and met
@@ -42,6 +45,12 @@ void attention_backward_keys(const AttentionGradParams& p, const float* rows, co
                              const char* op);
 void attention_backward_queries(const AttentionGradParams& p, const float* rows, const Cut& cut, Stream stream,
                                 const char* op);
+// For sm_90 (attention_backward_hopper.cu), after attention_backward_rows; bricks of at least eight tokens along w.
+constexpr int kHopperGradOwn = 128, kHopperGradMet = 64;
+void attention_backward_keys_hopper(const AttentionGradParams& p, const float* rows, const Cut& cut, Stream stream,
+                                    const char* op);
+void attention_backward_queries_hopper(const AttentionGradParams& p, const float* rows, const Cut& cut, Stream stream,
+                                       const char* op);
 
 void merge_attention_forward(const MergeAttentionParams& p, Stream stream, const char* op);
 void merge_attention_backward(const MergeAttentionGradParams& p, Stream stream, const char* op);

@@ -22,13 +22,6 @@ namespace {
 
 constexpr int kThreads = 128, kTile = kAttentionGradTile, kRows = kTile / (kThreads / 32), kN = kTile / 8;
 
-// A row that the block owns, and what it meets.
-struct __align__(16) Owned {
-  int row;     // in the segment, or -1
-  int usable;  // 0: behind kv_len, its gradient is 0
-  int t, t_end, h, h_end, w, w_end;
-};
-
 // Where the block is: the query head of the group, and a brick.
 struct Turn {
   int head, number;
@@ -128,20 +121,8 @@ class Backward {
     }
   }
   __device__ __forceinline__ void weigh(Point at) {
-    if (in_core(at, w_, cut_.met)) return weigh([](int) { return [](int) { return true; }; });
-    const Owned own[2] = {owned(0), owned(1)};
-    if (!windowed())
-      return weigh([&](int n) {
-        const int i = at.w + n;
-        return [&own, i](int half) { return i >= own[half].w && i < own[half].w_end; };
-      });
-    weigh([&](int n) {
-      const Point in = brick_token(n, cut_.met), i{at.t + in.t, at.h + in.h, at.w + in.w};
-      return [&own, i](int half) {
-        const Owned& o = own[half];
-        return i.t >= o.t && i.t < o.t_end && i.h >= o.h && i.h < o.h_end && i.w >= o.w && i.w < o.w_end;
-      };
-    });
+    with_sight(
+        p_, w_, at, cut_.met, [&](int half) -> const Owned& { return owned(half); }, [&](auto&& sees) { weigh(sees); });
   }
 
   // ---- the end --------------------------------------------------------------------------------------------
@@ -180,32 +161,6 @@ class Backward {
         warp_(thread_ / 32),
         lane_(thread_ % 32),
         factor_(factor) {}
-
-  // Which token row `thread` is, and what it meets.
-  __device__ __forceinline__ void describe() const {
-    if (thread_ >= kTile) return;
-    const int row = token_row(w_, w_.corner, {w_.T, w_.H, w_.W}, cut_.own, thread_, windowed());
-    Owned o{row, row >= 0, 0, 0, 0, 0, 0, 0};
-    if (windowed()) {
-      const Point in = brick_token(thread_, cut_.own);
-      const auto range = [&](int axis, int i, int n, int& begin, int& end) {
-        const int window = static_cast<int>(p_.window[axis]), stride = static_cast<int>(p_.window_stride[axis]);
-        if (keys)
-          begin = first_viewer(i, window, stride), end = viewers_end(i, n, window, stride);
-        else
-          begin = window_start(i, n, window, stride), end = min(begin + window, n);
-      };
-      range(0, w_.corner.t + in.t, w_.T, o.t, o.t_end);
-      range(1, w_.corner.h + in.h, w_.H, o.h, o.h_end);
-      range(2, w_.corner.w + in.w, w_.W, o.w, o.w_end);
-    } else if (keys) {
-      if (row >= w_.line.keys) o.usable = 0;
-      o.w = w_.line.first_query(w_.corner.w + thread_), o.w_end = kFar;
-    } else {
-      o.w_end = w_.line.key_end(w_.corner.w + thread_);
-    }
-    owned_[thread_] = o;
-  }
 
   __device__ __forceinline__ void run() {
     int left = w_.count;
@@ -278,12 +233,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   Backward<T, D, keys> backward(p, cut, work, owned, facts, rows, tiles, factor);
   const int all = tiles_of(p, cut);
   for (int tile = static_cast<int>(blockIdx.x) % programs; tile < all; tile += programs) {
-    if (threadIdx.x == 0) {
-      const int number = place(p, cut, keys, plane, tile, work);
-      keys ? meet_queries(p, cut, number, work) : meet_keys(p, cut, number, work);
-    }
+    if (threadIdx.x == 0) meet<keys>(p, cut, plane, tile, work);
     __syncthreads();
-    backward.describe();
+    if (threadIdx.x < kTile) owned[threadIdx.x] = owned_of<keys>(p, cut, work, static_cast<int>(threadIdx.x));
     __syncthreads();
     backward.run();
     __syncthreads();  // before the next tile is described

@@ -23,6 +23,7 @@ if(sim)
                       $<TARGET_OBJECTS:cuda_sim_kernels>)
   foreach(target cuda_sim_kernels _cuda_sim)
     target_include_directories(${target} PRIVATE csrc/include)
+    target_compile_definitions(${target} PRIVATE FASTDIT_SM_90A)
     target_compile_options(${target} PRIVATE -Wall -Wextra -Wno-unknown-pragmas -Wno-maybe-uninitialized)
     if(FASTDIT_WERROR)
       target_compile_options(${target} PRIVATE -Werror)
@@ -51,6 +52,9 @@ if(card)
   set(CMAKE_CUDA_RUNTIME_LIBRARY Static)  # torch's own is another version; without a driver the module still imports
   pybind11_add_module(_cuda NO_EXTRAS csrc/bindings/cuda.cpp ${cuda_bindings} ${cuda_kernels})
   target_include_directories(_cuda PRIVATE csrc/include ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+  if(FASTDIT_CUDA_ARCHS MATCHES "90a-real|90a(;|$)")  # not as PTX alone: it has no kernels of sm_90a
+    target_compile_definitions(_cuda PRIVATE FASTDIT_SM_90A)
+  endif()
   # spills and local arrays fail the build
   target_compile_options(_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-warn-spills,-warn-lmem-usage,-Werror>)
   install(TARGETS _cuda LIBRARY DESTINATION fastdit)

@@ -77,6 +77,17 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// ---- registers (sm_90) ------------------------------------------------------------------------------------
+// A whole warpgroup: from here on each thread has this many, a multiple of 8. More: once others have given theirs away.
+template <int count>
+__device__ __forceinline__ void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
+}
+template <int count>
+__device__ __forceinline__ void fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+}
+
 // ---- mbarrier (sm_90) -------------------------------------------------------------------------------------
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
@@ -161,6 +172,11 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 
 inline int opaque(int x) { return x; }
 inline float exp2_fast(float x) { return x < -126 ? 0.0f : std::exp2(x); }
+
+template <int count>
+void more_registers() {}
+template <int count>
+void fewer_registers() {}
 
 inline void barrier_init(uint64_t* barrier, int arrivals) { async()->barrier_init(barrier, arrivals); }
 inline void barrier_fence_init() { async()->barrier_fence_init(); }

@@ -27,6 +27,13 @@ __device__ __forceinline__ void product_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(groups) : "memory");
 }
 
+// After the wait: what the compiler reads of these registers it reads here or later.
+template <int registers>
+__device__ __forceinline__ void product_values(float (&d)[registers]) {
+#pragma unroll
+  for (int i = 0; i < registers; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 template <class T, bool trans_a, bool trans_b, int registers>
 struct Product;  // one per dtype, layout and N
 
@@ -126,6 +133,8 @@ template <int groups>
 void product_wait(FASTDIT_CALLED) {
   async()->product_wait(groups, FASTDIT_SITE("wgmma.wait_group"));
 }
+template <int registers>
+void product_values(float (&)[registers]) {}
 
 template <class T, int registers>
 simt::Product describe(uint64_t b, bool accumulate, bool trans_b, simt::Site site) {

@@ -23,7 +23,17 @@ AttentionGradParams gradient_parameters(const py::tuple& shared, const py::tuple
   return p;
 }
 
-// attention_backward_keys or attention_backward_queries
+template <void (*pass)(const AttentionParams&, const Cut&, Stream, const char*)>
+void forward(const py::tuple& where, const std::string& op, const py::tuple& shared, const py::tuple& tiles) {
+  AttentionParams p;
+  fill(p, shared);
+  const Cut c = cut(tiles);
+  const Stream s = stream(where);
+  py::gil_scoped_release release;
+  pass(p, c, s, op.c_str());
+}
+
+// attention_backward_keys or attention_backward_queries, for any card or for sm_90
 template <void (*pass)(const AttentionGradParams&, const float*, const Cut&, Stream, const char*)>
 void backward(const py::tuple& where, const std::string& op, const py::tuple& shared, const py::tuple& grads,
               int64_t rows, const py::tuple& tiles) {
@@ -55,17 +65,19 @@ void bind_attention(py::module_& m) {
         attention_plan(p, s, op.c_str());
       },
       "Packed segments as tiles, the costly ones first; see cuda/attention.h.");
+  m.def("attention_forward", &forward<attention_forward>,
+        "o = softmax(scale * q k^T) v over the visible keys, and lse; see fastdit/attention.h.");
+  m.def("attention_forward_hopper", &forward<attention_forward_hopper>, "The same on sm_90; see cuda/attention.h.");
   m.def(
-      "attention_forward",
-      [](const py::tuple& where, const std::string& op, const py::tuple& shared, const py::tuple& tiles) {
-        AttentionParams p;
-        fill(p, shared);
-        const Cut c = cut(tiles);
-        const Stream s = stream(where);
-        py::gil_scoped_release release;
-        attention_forward(p, c, s, op.c_str());
+      "attention_hopper_built",
+      [](int) {
+#if defined(FASTDIT_SM_90A)
+        return true;
+#else
+        return false;
+#endif
       },
-      "o = softmax(scale * q k^T) v over the visible keys, and lse; see fastdit/attention.h.");
+      "Whether the module carries attention_forward_hopper for the device's architecture, given that it is sm_90.");
   m.def(
       "attention_backward_rows",
       [](const py::tuple& where, const std::string& op, const py::tuple& shared, const py::tuple& grads, int64_t rows) {
@@ -77,6 +89,8 @@ void bind_attention(py::module_& m) {
       "rows: (2, B * H * N) fp32, lse in base 2 and sum(do * o) - dlse.");
   m.def("attention_backward_keys", &backward<attention_backward_keys>, "dk and dv of attention_forward.");
   m.def("attention_backward_queries", &backward<attention_backward_queries>, "dq of attention_forward.");
+  m.def("attention_backward_keys_hopper", &backward<attention_backward_keys_hopper>, "dk and dv on sm_90.");
+  m.def("attention_backward_queries_hopper", &backward<attention_backward_queries_hopper>, "dq on sm_90.");
   m.def(
       "merge_attention_forward",
       [](const py::tuple& where, const std::string& op, const py::tuple& shared, py::handle o, py::handle lse) {

@@ -12,14 +12,14 @@ import math
 
 
 @functools.cache
-def bricks(window: tuple, stride: tuple, own: int, other: int, of_keys: bool) -> tuple[tuple, tuple]:
+def bricks(window: tuple, stride: tuple, own: int, other: int, of_keys: bool, across: int = 1) -> tuple[tuple, tuple]:
     """The brick of `own` tokens that a program keeps and the one of `other` tokens in which it walks those that it
-    meets, inside a large grid: the pair that walks the fewest."""
+    meets, inside a large grid: the pair that walks the fewest. across: the least that both have along w."""
     far = [
         {(a, b): walked(w, s, a, b, of_keys) for a in _powers(own) for b in _powers(other)}
         for w, s in zip(window, stride, strict=True)
     ]
-    pairs = itertools.product(_shapes(own), _shapes(other))
+    pairs = itertools.product(_shapes(own, across), _shapes(other, across))
     return min(pairs, key=lambda pair: math.prod(axis[a, b] for axis, a, b in zip(far, *pair, strict=True)))
 
 
@@ -41,7 +41,9 @@ def _powers(tokens: int) -> list[int]:
     return [1 << i for i in range(tokens.bit_length())]
 
 
-def _shapes(tokens: int) -> list[tuple[int, int, int]]:
+def _shapes(tokens: int, across: int) -> list[tuple[int, int, int]]:
     """Bricks of `tokens` tokens, widest along w first, then along h."""
     sides = _powers(tokens)
-    return [(tokens // (h * w), h, w) for w in reversed(sides) for h in reversed(sides) if h * w <= tokens]
+    return [
+        (tokens // (h * w), h, w) for w in reversed(sides) if w >= across for h in reversed(sides) if h * w <= tokens
+    ]

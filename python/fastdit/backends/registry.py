@@ -44,6 +44,7 @@ class Impl:
     supports: None when it can run the call, else the reason why not.
     backward: (*grad_outputs, *args, *saved_outputs, needs) -> one grad or None per differentiable argument.
     pays: of an op that fuses others, None where it is the faster way, else the reason; absent: never taken by itself.
+    path: which of its kernels serve the call, for `explain`.
     """
 
     op: str
@@ -54,6 +55,7 @@ class Impl:
     deterministic: bool = True
     backward_backend: str | None = None  # where the gradient runs when it is another backend's
     pays: Callable[..., str | None] | None = None
+    path: Callable[..., str] | None = None
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -206,7 +208,8 @@ def decisions(op: str, args: tuple, backend: str | None) -> list[tuple[str, str]
         if name == chosen:
             impl = _impls[op][name]
             also = f", backward: {impl.backward_backend}" if impl.backward_backend else ""
-            rows.append((name, f"chosen{also}"))
+            path = f" ({impl.path(*args)})" if impl.path else ""
+            rows.append((name, f"chosen{also}{path}"))
         elif reason is not None:
             rows.append((name, f"no: {reason}"))
         else:

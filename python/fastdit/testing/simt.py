@@ -1,7 +1,8 @@
 """The CUDA kernels without a GPU: fastdit._cuda_sim runs the same sources on CPU tensors, one thread block at a time.
 
 Every access is checked: bounds to the element, alignment, what was never written, races, missing waits. A fault is a
-RuntimeError that names the kernel, the block and the thread. `simulated()` makes it the backend "cuda" of CPU tensors.
+RuntimeError that names the kernel, the block and the thread. `simulated()` makes it the backend "cuda" of CPU tensors;
+`as_card()` says for which card kernels are chosen.
 """
 
 from __future__ import annotations
@@ -43,8 +44,19 @@ def _allow(sim: Any, t: Tensor, filled: bool, writable: bool) -> None:
 
 
 @contextlib.contextmanager
+def as_card(sm: int) -> Iterator[None]:
+    """Inside the block kernels are chosen for this compute capability: 90 also runs those for sm_90a alone."""
+    before, _launch.card = _launch.card, sm
+    try:
+        yield
+    finally:
+        _launch.card = before
+
+
+@contextlib.contextmanager
 def simulated(schedule: str = "eager", seed: int = 1) -> Iterator[None]:
-    """Inside the block backend="cuda" takes CPU tensors, in this order of threads, blocks and asynchronous copies."""
+    """Inside the block backend="cuda" takes CPU tensors, in this order of threads, blocks and asynchronous copies.
+    The card is one of sm_80 unless `as_card` says otherwise."""
     sim = module()
     sim.schedule(schedule, seed)
     if _launch.simulator is not None:  # inside another such block: only the schedule is its own

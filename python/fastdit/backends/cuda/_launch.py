@@ -6,6 +6,7 @@ same kernels in the block simulator; it is why a call names its tensors beside t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,6 +23,7 @@ except ImportError as error:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _C: Any = torch._C
 simulator: Callable[..., Any] | None = None  # (entry, op, arguments, reads, writes): set by testing/simt.py only
+card: int | None = None  # the compute capability to choose kernels for, not the card's own: set by testing/simt.py only
 
 
 def unfit(x: Tensor) -> str | None:
@@ -31,6 +33,19 @@ def unfit(x: Tensor) -> str | None:
     if x.dtype not in DTYPES:
         return f"has no kernel for {x.dtype}"
     return None
+
+
+@functools.cache
+def _of_device(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def capability(x: Tensor) -> int:
+    """Compute capability of the card that x is on: 90 for sm_90. In the simulator it is 80."""
+    if card is not None:
+        return card
+    return _of_device(x.get_device()) if x.is_cuda else 80
 
 
 def launch(

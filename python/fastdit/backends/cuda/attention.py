@@ -1,7 +1,8 @@
 """attention on the CUDA kernels (csrc/cuda/attention*.cu): dense and packed, bf16 and fp16, forward and backward.
 
 Launches: 1 forward, 3 backward; packed, one more for each plan of tiles (1 and 2). Deterministic in any case. Tensors
-are read where they lie; those whose rows do not stand on 16 bytes are copied first.
+are read where they lie; those whose rows do not stand on 16 bytes are copied first. On sm_90 products run on wgmma
+(attention_hopper.cu, attention_backward_hopper.cu), save where `_wgmma_refusal` says why not; else on mma.sync.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from .._attention_bricks import bricks
 from .._tensors import contiguous, empty, rows_contiguous
 from ..cpu._abi import pointer
 from ..registry import Impl, register as _register
-from ._launch import launch, unfit
+from ._launch import ask, capability, launch, unfit
 
 QUERIES, KEYS, TILE = 128, 64, 64  # tokens: kAttentionQueries, kAttentionKeys, kAttentionGradTile
+HOPPER_KEYS, HOPPER_OWN, HOPPER_MET = 128, 128, 64  # kHopperKeys, kHopperGradOwn, kHopperGradMet
+HOPPER_ACROSS = 8  # what a brick has along w at least
 CHANNELS = 128
 
 
@@ -40,6 +43,26 @@ def _fit(t):
     return t if low % 8 == 0 and strides[-3] < 1 << 31 else t.clone(memory_format=torch.contiguous_format)
 
 
+def _wgmma_refusal(q, k, v, do=None) -> str | None:
+    """Why a pass over these tensors, as `_fit` gives them, is left to mma.sync; None when wgmma takes it."""
+    if capability(q) != 90:
+        return f"wgmma needs sm_90; got sm_{capability(q)}"
+    if not ask("attention_hopper_built", q):
+        return "wgmma needs machine code for sm_90a; FASTDIT_CUDA_ARCHS lacks it"
+    for name, t in (("q", q), ("k", k), ("v", v), ("the gradient", do)):
+        if t is None:
+            continue
+        for size, stride in zip(t.shape[:-1], t.stride(), strict=False):
+            if (size != 1 and stride == 0) or size == 0:
+                return f"wgmma reads tensors whose rows are all there; got {name} of {list(t.shape)}, {t.stride()}"
+    return None
+
+
+def _path(q, k, v, *_) -> str:
+    refusal = _wgmma_refusal(_fit(q), _fit(k), _fit(v))
+    return "wgmma" if refusal is None else f"mma.sync: {refusal}"
+
+
 def _line(tokens: int) -> tuple[int, int, int]:
     return (1, 1, tokens)
 
@@ -56,8 +79,9 @@ class _Dense:
     def shared(self, o, lse) -> tuple:
         return dense(self.q, self.k, self.v, o, lse, *self.indices, *self._rest)
 
-    def cut(self, own: int, met: int, keys: bool = False) -> tuple[tuple, None]:
-        """(plan, programs of a head, bricks of `own` and of `met` tokens), and the tensor of the plan."""
+    def cut(self, own: int, met: int, keys: bool = False, across: int = 1) -> tuple[tuple, None]:
+        """(plan, programs of a head, bricks of `own` and of `met` tokens), and the tensor of the plan. across: what
+        bricks of a window have along w at least."""
         rows = self.k if keys else self.q
         return (0, -(-rows.shape[1] // own), _line(own), _line(met)), None
 
@@ -80,14 +104,14 @@ class _Packed:
     def shared(self, o, lse) -> tuple:
         return packed(self.q, self.k, self.v, o, lse, *self.indices, *self._rest)
 
-    def cut(self, own: int, met: int, keys: bool = False) -> tuple[tuple, Tensor]:
+    def cut(self, own: int, met: int, keys: bool = False, across: int = 1) -> tuple[tuple, Tensor]:
         cu_q, cu_k, _, grids = self.indices
         cu, cu_other, rows = (cu_k, cu_q, self.k.shape[0]) if keys else (cu_q, cu_k, self.q.shape[0])
         tiles, sides = -(-rows // own), (0, 0, 0)
         programs, of_own, of_met = tiles + cu.shape[0], _line(own), _line(met)
         if self._window is not None:
             sides, stride = self._window
-            of_own, of_met = bricks(sides, stride, own, met, keys)
+            of_own, of_met = bricks(sides, stride, own, met, keys, across)
             programs += tiles  # only the device knows how many bricks there are: programs may take several
         plan = cu.new_empty((2, cu.shape[0] + 1))
         pointers = (pointer(plan), pointer(cu), pointer(cu_other), pointer(grids))
@@ -103,9 +127,11 @@ def _forward(Call, q, *rest):
     lse = torch.empty((*batch, heads, tokens), dtype=torch.float32, device=q.device)
     if o.numel():
         call = Call(q, *rest)
-        cut, plan = call.cut(QUERIES, KEYS)
+        wgmma = _wgmma_refusal(call.q, call.k, call.v) is None
+        cut, plan = call.cut(QUERIES, HOPPER_KEYS, across=HOPPER_ACROSS) if wgmma else call.cut(QUERIES, KEYS)
         reads = (call.q, call.k, call.v, *call.indices, plan)
-        launch("attention_forward", call.op, call.q, (call.shared(o, lse), cut), reads, (o, lse))
+        entry = "attention_forward_hopper" if wgmma else "attention_forward"
+        launch(entry, call.op, call.q, (call.shared(o, lse), cut), reads, (o, lse))
     return o, lse
 
 
@@ -128,11 +154,14 @@ def _backward(Call, do, dlse, q, k, v, *rest):
     given = (given_o(do), given_lse(dlse), *(given_o(g) for g in grads))
     rows = torch.empty((2, *lse.shape), dtype=torch.float32, device=q.device)
     launch("attention_backward_rows", op, q, (shared, given, pointer(rows)), (do, dlse, o, lse), (rows,))
+    wgmma = _wgmma_refusal(call.q, call.k, call.v, do) is None
+    suffix, sizes = ("_hopper", (HOPPER_OWN, HOPPER_MET)) if wgmma else ("", (TILE, TILE))
     for entry, made, keys in (("keys", (dk, dv), True), ("queries", (dq,), False)):
         if any(g is not None for g in made):
-            cut, plan = call.cut(TILE, TILE, keys)
+            cut, plan = call.cut(*sizes, keys, HOPPER_ACROSS if wgmma else 1)
             reads = (call.q, call.k, call.v, do, rows, *call.indices, plan)
-            launch(f"attention_backward_{entry}", op, q, (shared, given, pointer(rows), cut), reads, made)
+            arguments = (shared, given, pointer(rows), cut)
+            launch(f"attention_backward_{entry}{suffix}", op, q, arguments, reads, made)
     return tuple(grads)
 
 
@@ -146,5 +175,5 @@ merge_attention, merge_attention_backward = merges(launch)
 
 def register() -> None:
     for name in ("attention", "attention_varlen"):
-        _register(Impl(name, "cuda", _supports, globals()[name], globals()[f"{name}_backward"]))
+        _register(Impl(name, "cuda", _supports, globals()[name], globals()[f"{name}_backward"], path=_path))
     _register(Impl("merge_attention", "cuda", lambda o1, *_: unfit(o1), merge_attention, merge_attention_backward))
