@@ -77,6 +77,7 @@ def test_autocast():
     check_autocast(model, lambda m: m(**given).sample, truth)
 
 
+@pytest.mark.full  # LTX's is compiled in its own tests
 @torch.no_grad()
 def test_compiled_model():
     model, given = pixart.pixart(num_layers=1), pixart.inputs()
