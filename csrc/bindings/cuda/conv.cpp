@@ -63,16 +63,6 @@ void bind_conv(py::module_& m) {
       },
       "Of conv_forward_hopper: Cout, frames, lines and columns of a tile, taps that share a patch, tiles.");
   m.def(
-      "conv_hopper_built",
-      [](int) {
-#if defined(FASTDIT_SM_90A)
-        return true;
-#else
-        return false;
-#endif
-      },
-      "Whether the module carries conv_forward_hopper for the device's architecture, given that it is sm_90.");
-  m.def(
       "conv_weight_grad_parts",
       [](int device, const py::tuple& shared, const py::tuple& grad) {
         return conv_weight_grad_parts(weight_gradient_parameters(shared, grad), device);

@@ -122,7 +122,7 @@ def _wgmma_refusal(x, *call) -> str | None:
     """Why a convolution is left to mma.sync; None when wgmma takes it. call: as `_unfit_for_wgmma` takes it."""
     if capability(x) != 90:
         return f"wgmma needs sm_90; got sm_{capability(x)}"
-    if not ask("conv_hopper_built", x):
+    if not ask("hopper_built", x):
         return "wgmma needs machine code for sm_90a; FASTDIT_CUDA_ARCHS lacks it"
     return _unfit_for_wgmma(x, *call) or None
 
