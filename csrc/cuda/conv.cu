@@ -357,11 +357,16 @@ void run(const ConvParams& p, const ConvTaps& taps, Stream stream, const char* o
 
 }  // namespace
 
-void conv_forward(const ConvParams& given, const ConvTaps& taps, Stream stream, const char* op) {
+ConvParams conv_checked(const ConvParams& given, const ConvTaps& taps, const char* op) {
   const int size = static_cast<int>(itemsize(static_cast<DType>(given.dtype)));
   check_packed(given, fits(taps.data, size, 16 / size, {taps.n, taps.t, taps.h, taps.w}), op);
   ConvParams p = given;
   flatten(p);
+  return p;
+}
+
+void conv_forward(const ConvParams& given, const ConvTaps& taps, Stream stream, const char* op) {
+  const ConvParams p = conv_checked(given, taps, op);
   FASTDIT_DTYPE(p.dtype, run, p, taps, stream, op)
 }
 

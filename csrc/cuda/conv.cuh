@@ -83,4 +83,7 @@ inline void check_packed(const ConvParams& p, bool others, const char* op) {
     throw std::invalid_argument(std::string(op) + ": tensors must have adjacent channels on 16 bytes; got " + sizes(p));
 }
 
+// As the forward's kernels take them: checked, and frames that are one run of pixels as one row.
+ConvParams conv_checked(const ConvParams& given, const ConvTaps& taps, const char* op);
+
 }  // namespace fastdit::cuda

@@ -69,16 +69,6 @@ void bind_attention(py::module_& m) {
         "o = softmax(scale * q k^T) v over the visible keys, and lse; see fastdit/attention.h.");
   m.def("attention_forward_hopper", &forward<attention_forward_hopper>, "The same on sm_90; see cuda/attention.h.");
   m.def(
-      "attention_hopper_built",
-      [](int) {
-#if defined(FASTDIT_SM_90A)
-        return true;
-#else
-        return false;
-#endif
-      },
-      "Whether the module carries attention_forward_hopper for the device's architecture, given that it is sm_90.");
-  m.def(
       "attention_backward_rows",
       [](const py::tuple& where, const std::string& op, const py::tuple& shared, const py::tuple& grads, int64_t rows) {
         const AttentionGradParams p = gradient_parameters(shared, grads);

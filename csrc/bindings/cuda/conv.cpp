@@ -28,25 +28,40 @@ ConvWeightGradParams weight_gradient_parameters(const py::tuple& shared, const p
   return q;
 }
 
+// (address, strides of N, T, H, W)
+ConvTaps filters(const py::tuple& t) {
+  return {pointer<const void>(t, 0), item(t, 1), item(t, 2), item(t, 3), item(t, 4)};
+}
+
+// conv_forward or conv_forward_hopper
+template <void (*kernel)(const ConvParams&, const ConvTaps&, Stream, const char*)>
+void forward(const py::tuple& where, const std::string& op, const py::tuple& shared, const py::tuple& taps,
+             const py::object& bias, const py::object& residual, const py::tuple& out) {
+  const Video y(out), r(residual);
+  ConvParams p = parameters(shared, y);
+  p.y = y.data, p.wide = y.dtype != p.dtype, p.residual = r.data;
+  copy(y.stride, p.y_stride), copy(r.stride, p.residual_stride);
+  vector(bias, p.bias, p.bias_dtype);
+  const ConvTaps w = filters(taps);
+  const Stream s = stream(where);
+  py::gil_scoped_release release;
+  kernel(p, w, s, op.c_str());
+}
+
 }  // namespace
 
 void bind_conv(py::module_& m) {
+  m.def("conv_forward", &forward<conv_forward>,
+        "y = conv(pad(cat(cache, x)), taps) + bias + residual; see fastdit/conv.h. taps: address, strides of N, T, H, "
+        "W.");
+  m.def("conv_forward_hopper", &forward<conv_forward_hopper>, "The same on sm_90; see cuda/conv.h.");
   m.def(
-      "conv_forward",
-      [](const py::tuple& where, const std::string& op, const py::tuple& shared, const py::tuple& taps,
-         const py::object& bias, const py::object& residual, const py::tuple& out) {
-        const Video y(out), r(residual);
-        ConvParams p = parameters(shared, y);
-        p.y = y.data, p.wide = y.dtype != p.dtype, p.residual = r.data;
-        copy(y.stride, p.y_stride), copy(r.stride, p.residual_stride);
-        vector(bias, p.bias, p.bias_dtype);
-        const ConvTaps w{pointer<const void>(taps, 0), item(taps, 1), item(taps, 2), item(taps, 3), item(taps, 4)};
-        const Stream s = stream(where);
-        py::gil_scoped_release release;
-        conv_forward(p, w, s, op.c_str());
+      "conv_hopper_tile",
+      [](int device, const py::tuple& shared, const py::tuple& taps, const py::tuple& out) {
+        const ConvTile t = conv_hopper_tile(parameters(shared, Video(out)), filters(taps), device);
+        return py::make_tuple(t.cout, t.frames, t.lines, t.columns, t.shared, t.tiles);
       },
-      "y = conv(pad(cat(cache, x)), taps) + bias + residual; see fastdit/conv.h. taps: address, strides of N, T, H, "
-      "W.");
+      "Of conv_forward_hopper: Cout, frames, lines and columns of a tile, taps that share a patch, tiles.");
   m.def(
       "conv_weight_grad_parts",
       [](int device, const py::tuple& shared, const py::tuple& grad) {

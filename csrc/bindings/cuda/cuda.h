@@ -18,6 +18,16 @@ void bind_patch(py::module_& m);
 void bind_rotary(py::module_& m);
 
 inline void bind_families(py::module_& m) {
+  m.def(
+      "hopper_built",
+      [](int) {
+#if defined(FASTDIT_SM_90A)
+        return true;
+#else
+        return false;
+#endif
+      },
+      "Whether the module carries the kernels for sm_90a, given that the device is one.");
   bind_modulation(m);
   bind_attention(m);
   bind_conv(m);

@@ -47,7 +47,7 @@ def _wgmma_refusal(q, k, v, do=None) -> str | None:
     """Why a pass over these tensors, as `_fit` gives them, is left to mma.sync; None when wgmma takes it."""
     if capability(q) != 90:
         return f"wgmma needs sm_90; got sm_{capability(q)}"
-    if not ask("attention_hopper_built", q):
+    if not ask("hopper_built", q):
         return "wgmma needs machine code for sm_90a; FASTDIT_CUDA_ARCHS lacks it"
     for name, t in (("q", q), ("k", k), ("v", v), ("the gradient", do)):
         if t is None:

@@ -1,8 +1,10 @@
-"""conv on the CUDA kernels (csrc/cuda/conv.cu, conv_weight.cu, conv_norm.cu): implicit GEMMs on the warp's matrix unit.
+"""conv on the CUDA kernels (csrc/cuda/conv*.cu): implicit GEMMs on the warp's matrix unit; on sm_90 the forward and the
+input's gradient on wgmma (conv_hopper.cu), save where `_wgmma_refusal` says why not.
 
 Launches: 1 for the convolution; 1 to pack the weight unless it lies in channels_last_3d in x's dtype; 1 for norm and
 SiLU, or where x's pixels do not lie on 16 bytes (NCDHW, three channels): act(norm(cat(cache, x))), written once, 2 *
-itemsize bytes a value. Cache and padding are never copied for their own sake. fp32 is three products of tf32.
+itemsize bytes a value. Cache and padding are never copied for their own sake. fp32 is three bf16 each, six
+products.
 """
 
 from __future__ import annotations
@@ -10,14 +12,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._conv import NORM, Kernels, backward, forward, norms
+from ...reference.conv import output_shape
+from .._conv import NORM, PAD, Kernels, backward, forward, norms
 from .._facts import kept
 from .._video import empty, next_cache_backward
 from ..cpu._abi import DTYPE, pointer
 from ..registry import Impl, register as _register
-from ._launch import ask, launch, unfit
+from ._launch import ask, capability, launch, unfit
 
 WIDEST = 512  # channels that one block of the norms' backward holds
+NARROWEST, BROADEST = 32, 8192  # of Cout: fewer leave most of a tile idle; more biases than a block has room for
 
 
 def _strides(t: Tensor) -> tuple[int, ...]:
@@ -95,6 +99,34 @@ def _geometry(x, cache, kernel, stride, dilation, start, time_first: bool, space
     return _video(x), _video(cache), tuple(kernel), stride, dilation, before, int(time_first), space
 
 
+@kept
+def _unfit_for_wgmma(x, cache, cout: int, kernel, stride, dilation, start, out, space: int) -> str:
+    """Never for how many frames there are: chunks of a video must take one path. out: y's shape; space: of PAD."""
+    if x.dtype == torch.float32:
+        return "wgmma has 16-bit products; got fp32"
+    if not NARROWEST < cout <= BROADEST:
+        return f"wgmma serves {NARROWEST + 1} to {BROADEST} output channels; got {cout}"
+    if stride[1] != 1 or stride[2] != 1:
+        return f"wgmma has no stride in space; got {tuple(stride)}"
+    if space and any(
+        start[i] < 0 or start[i] + out[2 + i] + (kernel[i] - 1) * dilation[i] > x.shape[2 + i] for i in (1, 2)
+    ):
+        return "wgmma pads with zeros only"
+    for t in (x, cache):
+        if t is not None and any(n == 0 or (n > 1 and s == 0) for n, s in zip(t.shape, _strides(t), strict=True)):
+            return f"wgmma reads tensors whose pixels are all there; got {list(t.shape)}, {t.stride()}"
+    return ""
+
+
+def _wgmma_refusal(x, *call) -> str | None:
+    """Why a convolution is left to mma.sync; None when wgmma takes it. call: as `_unfit_for_wgmma` takes it."""
+    if capability(x) != 90:
+        return f"wgmma needs sm_90; got sm_{capability(x)}"
+    if not ask("hopper_built", x):
+        return "wgmma needs machine code for sm_90a; FASTDIT_CUDA_ARCHS lacks it"
+    return _unfit_for_wgmma(x, *call) or None
+
+
 def _convolve(
     y, x, cache, weight, kernel, w_stride, bias, residual, stride, dilation, start, time_first: bool, space: int
 ) -> None:
@@ -103,8 +135,10 @@ def _convolve(
     sizes = (weight.shape[0], *kernel)
     steps = (0 if n == 1 else s for n, s in zip(sizes, steps, strict=True))
     taps = (weight.data_ptr() + corner * weight.element_size(), *steps)
+    refusal = _wgmma_refusal(x, cache, weight.shape[0], kernel, stride, dilation, start, y.shape, space)
+    entry = "conv_forward_hopper" if refusal is None and y.dtype == x.dtype else "conv_forward"
     launch(
-        "conv_forward", "causal_conv3d", x, (shared, taps, _vector(bias), _video(residual), _video(y)),
+        entry, "causal_conv3d", x, (shared, taps, _vector(bias), _video(residual), _video(y)),
         (x, cache, weight, bias, residual), (y,),
     )  # fmt: skip
 
@@ -215,7 +249,7 @@ def register() -> None:
         _sum_rows, _pixel_sums,
     )  # fmt: skip
     norm_silu, norm_silu_backward, next_cache = norms(k)
-    _register(Impl("causal_conv3d", "cuda", _supports, forward(k), backward(k)))
+    _register(Impl("causal_conv3d", "cuda", _supports, forward(k), backward(k), path=_path))
     _register(Impl("next_cache", "cuda", _moves, next_cache, next_cache_backward))
     _register(Impl("norm_silu", "cuda", _moves, norm_silu, norm_silu_backward))
 
@@ -226,3 +260,10 @@ def _moves(x, *_) -> str | None:
 
 def _supports(x, *rest) -> str | None:
     return "has no winograd; algo='auto' takes direct" if rest[-1] == "winograd" else unfit(x)
+
+
+def _path(x, weight, bias, cache, norm_weight, residual, stride, dilation, padding, time_pad, space_pad, *_) -> str:
+    start, stride, dilation = (0, -padding[2], -padding[4]), tuple(stride), tuple(dilation)
+    out = output_shape(x.shape, weight.shape, stride, dilation, tuple(padding))
+    refusal = _wgmma_refusal(x, None, weight.shape[0], weight.shape[2:], stride, dilation, start, out, PAD[space_pad])
+    return "forward on wgmma, the weight's gradient on mma.sync" if refusal is None else f"mma.sync: {refusal}"

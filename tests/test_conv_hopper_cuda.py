@@ -1,0 +1,174 @@
+"""conv's Hopper kernel (csrc/cuda/conv_hopper.cu), in the block simulator or on a card of sm_90.
+
+What it shares with the kernels for every card is in test_conv_cuda.py; the weight's gradient is theirs.
+"""
+
+import re
+
+import conv_laws as laws
+import pytest
+import torch
+from conv_laws import LAST, each_format
+from cuda_place import DEVICE, HERE, both, machine, pytestmark, same_bits_on_every_schedule  # noqa: F401
+
+import fastdit
+from fastdit import ops
+from fastdit.backends.cuda import _launch, conv as adapter
+from fastdit.testing import contract, simt
+from fastdit.testing.poison import poisoned
+from fastdit.testing.workloads import Maker, Sample, samples
+
+SAMPLES = [s for s in samples("causal_conv3d") if s.id != "winograd-odd"]
+QUICK = ("wan", "direct-odd", "strided", "down-time", "pointwise", "cogvideox")  # the others are slow, or not served
+
+
+@pytest.fixture(autouse=True)
+def _hopper(machine):  # noqa: F811
+    if DEVICE == "cuda" and _launch.capability(torch.empty(0, device=DEVICE)) != 90:
+        pytest.skip("the card is no sm_90")
+    with simt.as_card(90):
+        yield
+
+
+def _cases():
+    for sample in SAMPLES:
+        for dtype in (torch.bfloat16, torch.float16):
+            quick = sample.id in QUICK and dtype == torch.bfloat16
+            yield pytest.param(sample, dtype, id=f"{sample}-{dtype}", marks=() if quick else pytest.mark.full)
+
+
+@pytest.mark.parametrize("sample, dtype", _cases())
+def test_samples(sample, dtype):
+    both(sample, dtype)
+
+
+# ---- tiles ------------------------------------------------------------------------------------------------
+@pytest.fixture
+def tiles(monkeypatch):
+    """Of each convolution launched: None on mma.sync, else (Cout, frames, lines, columns, shared taps, tiles)."""
+    found = []
+
+    def launch(entry, op, x, arguments, *rest):
+        if entry == "conv_forward_hopper":
+            shared, taps, _, _, y = arguments
+            found.append(_launch.ask("conv_hopper_tile", x, shared, taps, y))
+        elif entry == "conv_forward":
+            found.append(None)
+        _launch.launch(entry, op, x, arguments, *rest)
+
+    monkeypatch.setattr(adapter, "launch", launch)
+    return found
+
+
+def _video(C, Cout, kernel, size, cache=0, residual=False, last=True, **kwargs) -> Sample:
+    def make(m: Maker):
+        layout = LAST if last else torch.contiguous_format
+        video = lambda channels, *size: m.randn(1, channels, *size).to(memory_format=layout)  # noqa: E731
+        given = dict(kwargs, bias=m.randn(Cout))
+        if cache:
+            given["cache"] = video(C, cache, *size[1:])
+        if residual:
+            given["residual"] = video(Cout, *size)
+        scale = (C * kernel[0] * kernel[1] * kernel[2]) ** -0.5
+        return (video(C, *size), m.randn(Cout, C, *kernel) * scale), given
+
+    return Sample("causal_conv3d", f"{C}-{Cout}", make)
+
+
+def _spread(lines: int) -> dict:
+    return dict(dilation=(1, lines, 5), padding=(0, 0, lines, lines, 5, 5))
+
+
+_HALF = dict(stride=(2, 1, 1), padding=(1, 0, 0, 0, 0, 0))
+# name: ((Cout, frames, lines, columns, shared taps) of the forward on a device of four processors, sample)
+TILES = {
+    "192": ((192, 1, 1, 256, 1), _video(40, 192, (1, 1, 1), (1, 16, 60), residual=True)),
+    "128-ragged": ((128, 1, 1, 256, 1), _video(40, 122, (1, 1, 1), (4, 15, 16), residual=True)),
+    "96-half-a-chunk": ((96, 1, 16, 16, 3), _video(96, 96, (1, 3, 1), (4, 14, 15), residual=True)),
+    "frames-of-cache-and-x": ((64, 2, 8, 8, 3), _video(40, 48, (3, 3, 3), (4, 5, 6), cache=1, residual=True)),
+    "time": ((64, 2, 1, 64, 1), _video(40, 64, (3, 1, 1), (5, 6, 8), cache=2)),
+    "rings": ((64, 2, 1, 64, 1), _video(160, 40, (3, 1, 1), (5, 6, 8), cache=2)),
+    "many-rounds": ((96, 1, 2, 128, 3), _video(40, 40, (1, 3, 1), (1, 2, 600))),
+    "dilated": ((96, 1, 32, 8, 3), _video(40, 48, (1, 3, 3), (1, 20, 29), **_spread(5))),
+    "a-patch-a-tap": ((96, 1, 8, 32, 1), _video(40, 48, (1, 3, 3), (1, 20, 29), **_spread(40))),
+    "ncdhw": ((64, 1, 16, 8, 3), _video(40, 48, (3, 3, 3), (2, 5, 6), cache=2, residual=True, last=False)),
+    "stride-in-time": ((64, 2, 1, 64, 1), _video(40, 48, (3, 1, 1), (6, 4, 7), **_HALF)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_tiles(name, tiles):
+    """Each kernel and kind of tile, ragged in every dimension; the input's gradient takes it too."""
+    expected, sample = TILES[name]
+    dtype = torch.float16 if name == "time" else torch.bfloat16
+    contract.forward(sample, dtype, *HERE)
+    assert len(tiles) == 1
+    if DEVICE == "cpu":
+        assert tiles[0][:5] == expected
+    contract.backward(sample, dtype, *HERE)
+    assert None not in tiles and len(tiles) >= 3
+
+
+@pytest.mark.parametrize("name", ["rings", "many-rounds", "192"])
+def test_schedules(name):
+    """More steps than the rings hold, with a patch a tap, where only its own barrier guards it; several tiles a block,
+    whose rings go on from one to the next."""
+    (x, weight), kwargs = TILES[name][1].make(Maker(torch.bfloat16, DEVICE))
+
+    def run():
+        with poisoned():
+            return [ops.causal_conv3d(x, weight, **kwargs, backend="cuda")]
+
+    same_bits_on_every_schedule(run)
+
+
+# ---- laws -------------------------------------------------------------------------------------------------
+def _wan(T: int, last: bool = True):
+    x, weight, kwargs = laws.wan(DEVICE, torch.bfloat16, T, last)
+    return x, torch.cat([weight, weight.flip(1)]), kwargs  # 48 output channels: 24 are not served
+
+
+@each_format
+@pytest.mark.parametrize("chunks", [(1, 1, 2), (3, 0, 1)], ids=str)
+def test_chunked_equals_whole(last, chunks):
+    """In whatever tiles: chunks of one frame do not take those of the whole."""
+    x, weight, kwargs = _wan(4, last)
+    laws.chunked_equals_whole("cuda", x, weight, chunks, **kwargs)
+
+
+def test_missing_frames_are_not_convolved():
+    x, weight, kwargs = _wan(1)
+    laws.missing_frames_are_not_convolved("cuda", x, weight, **kwargs)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_pixel_stays_in_its_window(bad):
+    laws.bad_pixel_stays_in_its_window(*HERE, torch.bfloat16, bad)
+
+
+# ---- what it serves ---------------------------------------------------------------------------------------
+REFUSED = {
+    "needs sm_90": {},
+    "16-bit": dict(dtype=torch.float32),
+    "33 to 8192": dict(Cout=32),
+    "no stride": dict(stride=(1, 2, 2)),
+    "pads with zeros": dict(space_pad="replicate"),
+    "pixels are all there": dict(expand=True),
+    "": dict(space_pad="reflect", padding=(2, 0, 0, 0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_wgmma_serves(reason, tiles):
+    """Everything else is left to mma.sync, and `explain` says why."""
+    kwargs = dict(REFUSED[reason])
+    m = Maker(kwargs.pop("dtype", torch.bfloat16), DEVICE)
+    weight = m.randn(kwargs.pop("Cout", 40), 16, 3, 3, 3)
+    x = m.randn(1, 16, 2, 6, 6).to(memory_format=LAST)
+    if kwargs.pop("expand", False):
+        x = x[:, :, :1].expand(-1, -1, 2, -1, -1)
+    with simt.as_card(80 if reason == "needs sm_90" else 90):
+        ops.causal_conv3d(x, weight, **kwargs, backend="cuda")
+        said = fastdit.explain("causal_conv3d", x, weight, **kwargs, backend="cuda")
+    assert (tiles == [None]) == bool(reason)
+    assert re.search(f"mma.sync: wgmma.*{reason}" if reason else "forward on wgmma", said)
