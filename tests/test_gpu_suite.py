@@ -89,6 +89,16 @@ def test_sanitizer_runs_samples_that_exist():
     assert len(names) >= 6 and set(names) <= {str(s) for s in samples()}
 
 
+def test_sanitizer_picks_tests_of_every_cuda_family():
+    pytest.importorskip("fastdit._cuda_sim")
+    picked = re.search(r"picked='(.*?)'", (ROOT / ".ci" / "gpu").read_text(), re.DOTALL).group(1)
+    files = sorted(str(p) for p in (ROOT / "tests").glob("test_*_cuda.py"))
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *files, "-k", " ".join(picked.split())]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    found = dict(re.findall(r"tests/(test_\w+)\.py: (\d+)", done.stdout))
+    assert set(found) == {Path(f).stem for f in files} and sum(map(int, found.values())) <= 12, done.stdout
+
+
 def test_make_gpu_says_that_there_is_none():
     if torch.cuda.is_available():
         pytest.skip("there is one")
