@@ -59,7 +59,7 @@ def accelerate(
                 if kind.block:
                     inside[name] = unknown is None
                 patches = list(kind.patches(module)) if unknown is None else []
-                absorbed = list(kind.absorbs(module)) if unknown is None else []
+                absorbed = [m for m in kind.absorbs(module) if m is not None] if unknown is None else []
                 why = (
                     outside(kind, name, inside) or refusal(kind, name, patches, absorbed, allowed, patterns) or unknown
                 )

@@ -143,7 +143,7 @@ register(
         ),
         refuse=refuse_attention,
         patches=lambda attn: [(attn, "processor", shared(FastditAuraFlowAttnProcessor))],
-        absorbs=lambda attn: [norm for norm in norms_of(attn) if norm is not None],
+        absorbs=norms_of,
         saving=saving,
         part=True,
     )

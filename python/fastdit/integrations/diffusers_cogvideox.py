@@ -15,6 +15,7 @@ from fastdit.integrations.diffusers_flux_attention import pairs
 from fastdit.integrations.diffusers_processor import Processor, shared
 from fastdit.integrations.joint import (
     Stream,
+    affine,
     is_layer_norm,
     joint_attention,
     projections,
@@ -39,7 +40,7 @@ def attended(self, x: Tensor, context: Tensor, temb: Tensor, attention: dict[str
     """Video and text up to the MLP, and the rounding law; attention: further arguments of `self.attn1`."""
     (shift, scale, gate), (c_shift, c_scale, c_gate) = tables(self.norm1, temb)
     precision = law(self, x, gate, self.norm1.norm.weight)
-    first, second = norm(self.norm1, precision), norm(self.norm2, precision)
+    first, second = affine(self.norm1.norm, precision), affine(self.norm2.norm, precision)
 
     a, c = self.attn1(
         hidden_states=ops.norm_modulate(x, shift=shift, scale=scale, **first),
@@ -75,10 +76,6 @@ def tables(zero: Any, temb: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, .
     """(shift, scale, gate) of the video and of the text, each (B, C)."""
     rows = zero.linear(zero.silu(temb)).chunk(6, dim=1)
     return rows[:3], rows[3:]
-
-
-def norm(zero: Any, precision: str) -> dict[str, Any]:
-    return dict(weight=zero.norm.weight, bias=zero.norm.bias, eps=zero.norm.eps, precision=precision)
 
 
 BLOCK = ("norm1", "attn1", "norm2", "ff")
@@ -147,14 +144,21 @@ class FastditCogVideoXAttnProcessor(Processor):
         return text_first(attn, hidden_states, encoder_hidden_states, cos, sin)
 
 
+def joined(
+    attn: Any, x: Tensor, context: Tensor, cos: Tensor | None, sin: Tensor | None, layout: str = "interleaved"
+) -> Tensor:
+    """One attention over [text, x] by the same layers, of which x rotates."""
+    both = torch.cat([context, x], dim=1)
+    norms = attn.norm_q, attn.norm_k
+    return joint_attention(Stream(*projections(attn, both), *norms, cos, sin, layout, start=context.shape[1]))[0]
+
+
 def text_first(
     attn: Any, x: Tensor, context: Tensor, cos: Tensor | None, sin: Tensor | None, layout: str = "interleaved"
 ) -> tuple[Tensor, Tensor]:
-    """One attention over [text, x] by the same layers, of which x rotates: what x gets, and what the text gets."""
+    """`joined` and the output layers: what x gets, and what the text gets."""
     text = context.shape[1]
-    both = torch.cat([context, x], dim=1)
-    stream = Stream(*projections(attn, both), attn.norm_q, attn.norm_k, cos, sin, layout=layout, start=text)
-    o = attn.to_out[1](attn.to_out[0](joint_attention(stream)[0]))
+    o = attn.to_out[1](attn.to_out[0](joined(attn, x, context, cos, sin, layout)))
     return o[:, text:], o[:, :text]
 
 
@@ -175,7 +179,7 @@ register(
         ),
         refuse=refuse_attention,
         patches=lambda attn: [(attn, "processor", shared(FastditCogVideoXAttnProcessor))],
-        absorbs=lambda attn: [norm for norm in (attn.norm_q, attn.norm_k) if norm is not None],
+        absorbs=lambda attn: [attn.norm_q, attn.norm_k],
         saving=lambda attn: rotation_passes(itemsize(attn)) * attn.inner_dim * itemsize(attn),
         part=True,
     )
@@ -187,7 +191,7 @@ register(
 
 def output_norm_forward(self, x: Tensor, timestep: Tensor | None = None, temb: Tensor | None = None) -> Tensor:
     shift, scale = self.linear(self.silu(temb)).chunk(2, dim=1)
-    return ops.norm_modulate(x, shift=shift, scale=scale, **norm(self, law(self, x, scale, self.norm.weight)))
+    return ops.norm_modulate(x, shift=shift, scale=scale, **affine(self.norm, law(self, x, scale, self.norm.weight)))
 
 
 output_norm_forward.__name__ = "forward"

@@ -196,7 +196,7 @@ def register_attention(name: str, processor: type) -> None:
             ),
             refuse=lambda attn: refuse_processor(attn.processor, name) or refuse_attention(attn),
             patches=lambda attn: [(attn, "processor", shared(processor))],
-            absorbs=lambda attn: [norm for norm in (attn.norm_q, attn.norm_k) if norm is not None],
+            absorbs=lambda attn: [attn.norm_q, attn.norm_k],
             saving=lambda attn: rotation_passes(itemsize(attn)) * attn.inner_dim * itemsize(attn),
             part=True,
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastdit import ops
@@ -18,6 +17,7 @@ from fastdit.integrations.diffusers_cogvideox import (
     absorbed_by_block,
     attended,
     is_block,
+    joined,
     refuse_block,
 )
 from fastdit.integrations.diffusers_flux_attention import norms_of, pairs
@@ -102,9 +102,8 @@ class FastditEasyAnimateAttnProcessor(Processor):
             cos, sin = (t.to(hidden_states.device) for t in pairs(*image_rotary_emb))
         if attn.add_q_proj is None:
             n = encoder_hidden_states.shape[1]
-            both = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-            stream = Stream(*projections(attn, both), attn.norm_q, attn.norm_k, cos, sin, start=n)
-            context, x = joint_attention(stream)[0].split([n, hidden_states.shape[1]], dim=1)
+            both = joined(attn, hidden_states, encoder_hidden_states, cos, sin)
+            context, x = both.split([n, hidden_states.shape[1]], dim=1)
         else:
             text = Stream(*text_projections(attn, encoder_hidden_states), attn.norm_added_q, attn.norm_added_k)
             video = Stream(*projections(attn, hidden_states), attn.norm_q, attn.norm_k, cos, sin)
@@ -130,7 +129,7 @@ register(
         ),
         refuse=refuse_attention,
         patches=lambda attn: [(attn, "processor", shared(FastditEasyAnimateAttnProcessor))],
-        absorbs=lambda attn: [norm for norm in norms_of(attn) if norm is not None],
+        absorbs=norms_of,
         saving=lambda attn: rotation_passes(itemsize(attn)) * attn.inner_dim * itemsize(attn),
         part=True,
     )

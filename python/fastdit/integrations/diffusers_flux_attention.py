@@ -96,7 +96,7 @@ register(
         match=matches_attention,
         refuse=refuse_attention,
         patches=lambda attn: [(attn, "processor", shared(FastditFluxAttnProcessor))],
-        absorbs=lambda attn: [norm for norm in norms_of(attn) if norm is not None],
+        absorbs=norms_of,
         saving=lambda attn: rotation_passes(itemsize(attn)) * attn.inner_dim * itemsize(attn),
         part=True,
     )

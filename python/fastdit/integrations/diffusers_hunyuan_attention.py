@@ -21,6 +21,7 @@ from fastdit.integrations.joint import (
     rotation_passes,
     text_projections,
 )
+from fastdit.integrations.masks import is_key_mask
 from fastdit.integrations.registry import Kind, register
 from fastdit.integrations.structure import has, itemsize
 
@@ -60,7 +61,7 @@ class FastditHunyuanVideoAttnProcessor(Processor):
 
     def covers(self, mask: Tensor | None) -> bool:
         """Is it a padding mask of all keys, (B, 1, 1, N)?"""
-        return mask is None or (mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1)
+        return mask is None or is_key_mask(mask)
 
     def keys(self, mask: Tensor | None, first: int, last: int) -> dict[str, Tensor]:
         """The valid keys of each sample, which come first: the model makes its mask by counting text tokens.

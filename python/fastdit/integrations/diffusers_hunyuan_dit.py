@@ -17,7 +17,7 @@ from fastdit import ops
 from fastdit.integrations.diffusers_dit import attend, matches_attention
 from fastdit.integrations.diffusers_flux_attention import pairs
 from fastdit.integrations.diffusers_processor import Processor, refuse_processor, shared
-from fastdit.integrations.joint import head_norms, is_layer_norm, queries_only, refuse_qk_norms, rotation_passes
+from fastdit.integrations.joint import affine, head_norms, is_layer_norm, queries_only, refuse_qk_norms, rotation_passes
 from fastdit.integrations.registry import Kind, register
 from fastdit.integrations.structure import has, itemsize, law, parameters, unknown
 
@@ -51,10 +51,6 @@ def block_forward(
 
 
 block_forward.__name__ = "forward"
-
-
-def affine(norm: Any, precision: str) -> dict[str, Any]:
-    return dict(weight=norm.weight, bias=norm.bias, eps=norm.eps, precision=precision)
 
 
 BLOCK = ("norm1", "attn1", "norm2", "attn2", "norm3", "ff", "skip_linear")
@@ -138,7 +134,7 @@ register(
         match=lambda m: matches_attention(m, "image_rotary_emb"),
         refuse=refuse_attention,
         patches=lambda attn: [(attn, "processor", shared(FastditHunyuanDiTAttnProcessor))],
-        absorbs=lambda attn: [norm for norm in (attn.norm_q, attn.norm_k) if norm is not None],
+        absorbs=lambda attn: [attn.norm_q, attn.norm_k],
         # of the image's tokens: in the cross-attention the queries only
         saving=lambda attn: (
             rotation_passes(itemsize(attn)) // (2 if attn.is_cross_attention else 1) * attn.inner_dim * itemsize(attn)

@@ -94,20 +94,23 @@ def dual(
     index: Tensor | None,
     mask: Tensor | None,
     rotary: Rotary,
+    close: Callable[[Tensor, Tensor, Tensor, str], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """Both streams; close: (x, attention's output, the text as it entered, law) -> the video, where another end is."""
     x = x.contiguous()  # the first block's come transposed from an eager patch embedding
     text = adaln_zero(block.norm1_context, temb)
     precision, text_precision = law(block, x, video.gate1), law(block, context, text.gate1)  # autocast widens one
-    x_output, context_output = block.attn(
+    c = open_stream(context, text, block.norm1_context.norm, text_precision)
+    y, context_output = block.attn(
         hidden_states=open_stream(x, video, block.norm1.norm, precision, index),
-        encoder_hidden_states=open_stream(context, text, block.norm1_context.norm, text_precision),
+        encoder_hidden_states=c,
         attention_mask=mask,
         image_rotary_emb=rotary,
     )
-    return (
-        close_stream(x, x_output, video, block.norm2, block.ff, precision, index),
-        close_stream(context, context_output, text, block.norm2_context, block.ff_context, text_precision),
-    )
+    context = close_stream(context, context_output, text, block.norm2_context, block.ff_context, text_precision)
+    if close is not None:
+        return close(x, y, c, precision), context
+    return close_stream(x, y, video, block.norm2, block.ff, precision, index), context
 
 
 DUAL = ("norm1", "norm1_context", "attn", "norm2", "ff", "norm2_context", "ff_context")
@@ -131,6 +134,11 @@ def refuse_dual(block: Any, *more: str) -> str | None:
     )
 
 
+def absorbed_by_dual(block: Any) -> list[Any]:
+    norms = (block.norm1, block.norm1_context)
+    return [*norms, *(norm.norm for norm in norms), block.norm2, block.norm2_context]
+
+
 register(
     Kind(
         name="HunyuanVideo dual block",
@@ -138,10 +146,7 @@ register(
         match=lambda m: has(m, *DUAL) and tuple(parameters(m)) in DUALS,
         refuse=refuse_dual,
         patches=lambda block: [(block, "forward", DUALS[tuple(parameters(block))])],
-        absorbs=lambda block: [
-            *(block.norm1, block.norm1.norm, block.norm1_context, block.norm1_context.norm),
-            *(block.norm2, block.norm2_context),
-        ],
+        absorbs=absorbed_by_dual,
         # passes over (tokens, C): eager 2*(norm 2, scale 2, shift 2) + 2*(gate 2, add 3) = 22, fused 2 + 4 + 3 = 9;
         # token replacement cuts and joins four times more, 2 each
         saving=lambda block: (
@@ -231,6 +236,10 @@ def refuse_single(block: Any, *more: str) -> str | None:
     return refuse_adaln(block.norm, 3) or unknown(block, *SINGLE, *more)
 
 
+def absorbed_by_single(block: Any) -> list[Any]:
+    return [block.norm, block.norm.norm, block.act_mlp]
+
+
 register(
     Kind(
         name="HunyuanVideo single block",
@@ -238,7 +247,7 @@ register(
         match=lambda m: has(m, *SINGLE) and tuple(parameters(m)) in SINGLES,
         refuse=refuse_single,
         patches=lambda block: [(block, "forward", SINGLES[tuple(parameters(block))])],
-        absorbs=lambda block: [block.norm, block.norm.norm, block.act_mlp],
+        absorbs=absorbed_by_single,
         # passes over (tokens, C): eager norm 2, scale 2, shift 2, gate 2, add 3, two streams joined again twice 4,
         # token replacement twice more 4; fused 2 + 3
         saving=lambda block: (

@@ -16,7 +16,7 @@ from fastdit.integrations.adaln_single import refuse_table
 from fastdit.integrations.diffusers_flux_attention import is_processor, pairs
 from fastdit.integrations.diffusers_processor import Processor, refuse_choice, shared
 from fastdit.integrations.joint import rotation_passes
-from fastdit.integrations.masks import valid_first
+from fastdit.integrations.masks import is_key_mask, valid_first
 from fastdit.integrations.probe import follows, numbers
 from fastdit.integrations.registry import Kind, register
 from fastdit.integrations.structure import has, itemsize, law, parameters, unknown
@@ -161,10 +161,6 @@ class FastditKrea2AttnProcessor(Processor):
             lengths, k, v = valid_first(attention_mask.flatten(1), k, v)
         o = ops.attention(q, k, v, kv_len=lengths).flatten(2)
         return attn.to_out[0](o * torch.sigmoid(attn.to_gate(hidden_states)))
-
-
-def is_key_mask(mask: Tensor) -> bool:
-    return mask.dtype is torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1
 
 
 READS = frozenset(

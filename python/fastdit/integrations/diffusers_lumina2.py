@@ -136,7 +136,7 @@ register(
         ),
         refuse=refuse_attention,
         patches=lambda attn: [(attn, "processor", shared(FastditLumina2AttnProcessor))],
-        absorbs=lambda attn: [norm for norm in (attn.norm_q, attn.norm_k) if norm is not None],
+        absorbs=lambda attn: [attn.norm_q, attn.norm_k],
         saving=complex_rotation_saving,
         part=True,
     )

@@ -13,20 +13,29 @@ from torch import Tensor
 from fastdit import ops
 from fastdit.integrations.diffusers_flux_attention import pairs
 from fastdit.integrations.diffusers_hunyuan_attention import FastditHunyuanImageAttnProcessor, register_attention
-from fastdit.integrations.diffusers_hunyuan_video import DUAL, SINGLE, START, Rotary, refuse_dual, refuse_single, single
+from fastdit.integrations.diffusers_hunyuan_video import (
+    DUAL,
+    SINGLE,
+    START,
+    Rotary,
+    absorbed_by_dual,
+    absorbed_by_single,
+    dual,
+    refuse_dual,
+    refuse_single,
+    single,
+)
 from fastdit.integrations.diffusers_processor import Processor, refuse_processor, shared
 from fastdit.integrations.joint import (
     adaln_zero,
-    close_stream,
     head_norms,
-    open_stream,
     queries_only,
     refuse_qk_norms,
     rotation_passes,
 )
-from fastdit.integrations.masks import valid_first
+from fastdit.integrations.masks import is_key_mask, valid_first
 from fastdit.integrations.registry import Kind, register
-from fastdit.integrations.structure import has, itemsize, law, parameters
+from fastdit.integrations.structure import has, itemsize, parameters
 
 # The blocks --------------------------------------------------------------------------------------------------------
 
@@ -40,23 +49,33 @@ def dual_forward(
     image_rotary_emb: Rotary = None,
     image_embed_seq_len: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    x, context = hidden_states.contiguous(), encoder_hidden_states  # the first block's come transposed
-    video, text = adaln_zero(self.norm1, temb), adaln_zero(self.norm1_context, temb)
-    precision = law(self, x, video.gate1)
-    c = open_stream(context, text, self.norm1_context.norm, precision)
-    rest = dict(attention_mask=attention_mask, image_rotary_emb=image_rotary_emb)
-    y, c_output = self.attn(
-        hidden_states=open_stream(x, video, self.norm1.norm, precision), encoder_hidden_states=c, **rest
+    video = adaln_zero(self.norm1, temb)
+
+    def close(x: Tensor, y: Tensor, c: Tensor, precision: str) -> Tensor:
+        x = ops.gate_residual(x, y, video.gate1, precision=precision)
+        y = self.cross_attn(
+            hidden_states=y,
+            encoder_hidden_states=c,
+            attention_mask=attention_mask,
+            image_rotary_emb=image_rotary_emb,
+            image_embed_seq_len=image_embed_seq_len,
+        )
+        x, h = ops.gate_residual_norm_modulate(
+            x, y, shift=video.shift2, scale=video.scale2, eps=self.norm2.eps, precision=precision
+        )
+        return ops.gate_residual(x, self.ff(h), video.gate2, precision=precision)
+
+    return dual(
+        self,
+        hidden_states,
+        encoder_hidden_states,
+        temb,
+        video,
+        None,
+        attention_mask,
+        image_rotary_emb,
+        None if self.cross_attn is None else close,
     )
-    context = close_stream(context, c_output, text, self.norm2_context, self.ff_context, precision)
-    if self.cross_attn is None:
-        return close_stream(x, y, video, self.norm2, self.ff, precision), context
-    x = ops.gate_residual(x, y, video.gate1, precision=precision)
-    y = self.cross_attn(hidden_states=y, encoder_hidden_states=c, **rest, image_embed_seq_len=image_embed_seq_len)
-    x, h = ops.gate_residual_norm_modulate(
-        x, y, shift=video.shift2, scale=video.scale2, eps=self.norm2.eps, precision=precision
-    )
-    return ops.gate_residual(x, self.ff(h), video.gate2, precision=precision), context
 
 
 def single_forward(
@@ -98,10 +117,7 @@ register(
         match=lambda m: has(m, *DUAL, *MORE) and parameters(m) == CALL,
         refuse=lambda block: refuse_dual(block, *MORE),
         patches=lambda block: [(block, "forward", dual_forward)],
-        absorbs=lambda block: [
-            *(block.norm1, block.norm1.norm, block.norm1_context, block.norm1_context.norm),
-            *(block.norm2, block.norm2_context),
-        ],
+        absorbs=absorbed_by_dual,
         # passes over (tokens, C): eager 2*(norm 2, scale 2, shift 2) + 2*(gate 2, add 3) = 22, fused 2 + 4 + 3 = 9;
         # with a text attention a sum 3 more, and fused 3
         saving=lambda block: 13 * block.norm2.normalized_shape[0] * itemsize(block),
@@ -115,7 +131,7 @@ register(
         match=lambda m: has(m, *SINGLE, *MORE) and parameters(m) == CALL,
         refuse=lambda block: refuse_single(block, *MORE),
         patches=lambda block: [(block, "forward", single_forward)],
-        absorbs=lambda block: [block.norm, block.norm.norm, block.act_mlp],
+        absorbs=absorbed_by_single,
         # passes over (tokens, C): eager norm 2, scale 2, shift 2, gate 2, add 3, streams joined again 2, fused 2 + 3
         saving=lambda block: 8 * block.norm.norm.normalized_shape[0] * itemsize(block),
         block=True,
@@ -159,7 +175,7 @@ class FastditMotifVideoCrossAttnProcessor(Processor):
         image_rotary_emb: Rotary = None,
         image_embed_seq_len: int = 0,
     ) -> Tensor:
-        if attention_mask is not None and (attention_mask.dtype is not torch.bool or attention_mask.shape[2] != 1):
+        if attention_mask is not None and not is_key_mask(attention_mask):
             return self.original(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, image_embed_seq_len
             )
@@ -185,7 +201,7 @@ register(
         ),
         refuse=lambda attn: refuse_qk_norms(attn.norm_q, attn.norm_k),
         patches=lambda attn: [(attn, "processor", shared(FastditMotifVideoCrossAttnProcessor))],
-        absorbs=lambda attn: [norm for norm in (attn.norm_q, attn.norm_k) if norm is not None],
+        absorbs=lambda attn: [attn.norm_q, attn.norm_k],
         saving=lambda attn: rotation_passes(itemsize(attn)) // 2 * attn.inner_dim * itemsize(attn),  # queries only
         part=True,
     )

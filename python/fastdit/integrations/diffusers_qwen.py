@@ -159,7 +159,7 @@ register(
         ),
         refuse=lambda attn: refuse_choice(attn.processor) or refuse_qk_norms(*norms_of(attn)),
         patches=lambda attn: [(attn, "processor", shared(FastditQwenAttnProcessor))],
-        absorbs=lambda attn: [norm for norm in norms_of(attn) if norm is not None],
+        absorbs=norms_of,
         saving=complex_rotation_saving,
         part=True,
     )

@@ -141,7 +141,7 @@ register(
         ),
         refuse=refuse_attention,
         patches=lambda attn: [(attn, "processor", shared(FastditSanaAttnProcessor))],
-        absorbs=lambda attn: [norm for norm in (attn.norm_q, attn.norm_k) if norm is not None],
+        absorbs=lambda attn: [attn.norm_q, attn.norm_k],
         # q in 2 bytes: norm to fp32 3, square 4, mean 2, product 3, weight 2, against 2
         saving=lambda attn: 0 if attn.norm_q is None else 12 * attn.inner_dim * itemsize(attn),
         part=True,

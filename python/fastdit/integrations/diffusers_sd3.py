@@ -178,7 +178,7 @@ register(
         ),
         refuse=lambda attn: refuse_qk_norms(*norms_of(attn)),
         patches=lambda attn: [(attn, "processor", shared(FastditJointAttnProcessor))],
-        absorbs=lambda attn: [norm for norm in norms_of(attn) if norm is not None],
+        absorbs=norms_of,
         saving=saving,
         part=True,
     )

@@ -65,18 +65,12 @@ def refuse_block(block: Any, *more: str) -> str | None:
 
 
 def register_block(name: str, forward: Callable, taken: tuple[str, ...], *more: str) -> None:
-    register(
-        Kind(
-            name=name,
-            ops=("norm_modulate", "gate_residual_norm_modulate", "gate_residual"),
-            match=lambda m: is_block(m, *taken),
-            refuse=lambda block: refuse_block(block, *more),
-            patches=lambda block: [(block, "forward", forward)],
-            absorbs=lambda block: [norm for norm in (block.norm1, block.norm2, block.norm3) if has(norm, "eps")],
-            saving=lambda block: wan_block.saving(block.scale_shift_table.shape[-1], itemsize(block)),
-            precision="fp32",
-            block=True,
-        )
+    wan_block.register_block(
+        name,
+        "scale_shift_table",
+        forward,
+        lambda m: is_block(m, *taken),
+        lambda block: refuse_block(block, *more),
     )
 
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from fastdit.integrations import wan_block
 from fastdit.integrations.diffusers_processor import Processor
 from fastdit.integrations.diffusers_wan import PROCESSORS, attend_beside
-from fastdit.integrations.registry import Kind, register
-from fastdit.integrations.structure import has, itemsize, parameters, unknown
+from fastdit.integrations.structure import has, parameters, unknown
 
 
 def block_forward(
@@ -76,18 +75,12 @@ def refuse_block(block: Any) -> str | None:
     return norms or unknown(block, *BLOCK, "refer_stride")
 
 
-register(
-    Kind(
-        name="Wan-Animate-2 block",
-        ops=("norm_modulate", "gate_residual_norm_modulate", "gate_residual"),
-        match=lambda m: has(m, *BLOCK) and parameters(m) == TAKEN,
-        refuse=refuse_block,
-        patches=lambda block: [(block, "forward", block_forward)],
-        absorbs=lambda block: [norm for norm in (block.norm1, block.norm2, block.norm3) if has(norm, "eps")],
-        saving=lambda block: wan_block.saving(block.modulation.shape[-1], itemsize(block)),
-        precision="fp32",
-        block=True,
-    )
+wan_block.register_block(
+    "Wan-Animate-2 block",
+    "modulation",
+    block_forward,
+    lambda m: has(m, *BLOCK) and parameters(m) == TAKEN,
+    refuse_block,
 )
 
 

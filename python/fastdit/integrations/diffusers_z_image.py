@@ -135,7 +135,7 @@ register(
         ),
         refuse=lambda attn: refuse_choice(attn.processor) or refuse_qk_norms(attn.norm_q, attn.norm_k),
         patches=lambda attn: [(attn, "processor", shared(FastditZAttnProcessor))],
-        absorbs=lambda attn: [norm for norm in (attn.norm_q, attn.norm_k) if norm is not None],
+        absorbs=lambda attn: [attn.norm_q, attn.norm_k],
         saving=complex_rotation_saving,
         part=True,
     )

@@ -223,6 +223,11 @@ def refuse_plain_norms(*norms: Any) -> str | None:
     return None
 
 
+def affine(norm: Any, precision: str) -> dict[str, Any]:
+    """What the modulated operators take for a LayerNorm, with or without weights."""
+    return dict(weight=norm.weight, bias=norm.bias, eps=norm.eps, precision=precision)
+
+
 def is_layer_norm(norm: Any) -> bool:
     """diffusers' FP32LayerNorm is the same: layer_norm computes in fp32 and rounds to the tokens' dtype either way."""
     return type(norm) is nn.LayerNorm or (isinstance(norm, nn.LayerNorm) and type(norm).__name__ == "FP32LayerNorm")

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def is_key_mask(mask: Tensor) -> bool:
+    """Does it say which keys there are, to all heads and queries: (B, 1, 1, N) booleans?"""
+    return mask.dtype is torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1
+
+
 def valid_first(mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """(lengths, *tensors): how many a 0/1 mask (B, N) lets through, (B,) int32, and the tensors with those in front.
 

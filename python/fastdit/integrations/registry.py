@@ -31,7 +31,7 @@ class Kind:
         refuse: why this instance has to stay as it is, or None.
         patches: (module, attribute, replacement) for the block and the submodules that it drives; functions are
             bound to their module. A function has the name of the attribute it replaces: pickle looks it up by name.
-        absorbs: submodules whose work the replacement does itself; they are no longer called.
+        absorbs: submodules whose work the replacement does itself; they are no longer called. None: absent ones.
         saving: bytes of memory traffic spared per `unit` of one call, from the block's sizes.
         unit: what `saving` counts, e.g. "token".
         precision: the rounding law of the original: "native" or "fp32" (`ops.norm_modulate`).
@@ -44,7 +44,7 @@ class Kind:
     match: Callable[[Any], bool]
     refuse: Callable[[Any], str | None]
     patches: Callable[[Any], Iterable[tuple[nn.Module, str, Any]]]
-    absorbs: Callable[[Any], Iterable[nn.Module]] = lambda block: ()
+    absorbs: Callable[[Any], Iterable[nn.Module | None]] = lambda block: ()
     saving: Callable[[Any], int] = lambda block: 0
     unit: str = "token"
     precision: str = "native"

@@ -19,7 +19,7 @@ NAMES = (
     ("w1", "w3", "w2"),  # Z-Image, HiDream
     ("linear_1", "linear_2", "out_projection"),  # AuraFlow
     ("gate", "up", "down"),  # Krea 2
-    ("gate_proj", "up_proj", "down_proj"),
+    ("gate_proj", "up_proj", "down_proj"),  # ACE-Step
     ("gate_layer", "proj", "out"),  # Qwen-Image 2.1
 )
 ACTIVATION = "activation_fn"  # or a function

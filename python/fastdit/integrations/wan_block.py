@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import ops
-from fastdit.integrations.registry import record_of
-from fastdit.integrations.structure import law
+from fastdit.integrations.registry import Kind, record_of, register
+from fastdit.integrations.structure import has, itemsize, law
 
 
 class Rows(NamedTuple):
@@ -114,10 +114,29 @@ def refuse_norms(*norms: Any) -> str | None:
     return None
 
 
-def saving(channels: int, itemsize: int) -> int:
+def register_block(
+    name: str, table: str, forward: Callable, match: Callable[[Any], bool], refuse: Callable[[Any], str | None]
+) -> None:
+    """A kind of block that `run` serves; table: what the modulation of the model is added to."""
+    register(
+        Kind(
+            name=name,
+            ops=("norm_modulate", "gate_residual_norm_modulate", "gate_residual"),
+            match=match,
+            refuse=refuse,
+            patches=lambda block: [(block, "forward", forward)],
+            absorbs=lambda block: [norm for norm in (block.norm1, block.norm2, block.norm3) if has(norm, "eps")],
+            saving=lambda block: saving(getattr(block, table).shape[-1], itemsize(block)),
+            precision="fp32",
+            block=True,
+        )
+    )
+
+
+def saving(channels: int, size: int) -> int:
     """Bytes per token: in units of (tokens, C) in the model's dtype, of which each fp32 pass of eager moves two.
 
     2 modulated norms (cast 3, norm 4, scale 4, shift 4, cast 3), the affine norm (3, 4, 3), 2 gates (cast 3,
     product 4, sum 6, cast 3), the plain sum 3: 81; fused 2 + 4 + 4 + 3.
     """
-    return 68 * channels * itemsize
+    return 68 * channels * size

@@ -68,18 +68,12 @@ def refuse_block(block: Any) -> str | None:
     return wan_block.refuse_norms(block.norm1, block.norm3, block.norm2) or unknown(block, *BLOCK, *settings)
 
 
-register(
-    Kind(
-        name="WanAttentionBlock (Wan-Video)",
-        ops=("norm_modulate", "gate_residual_norm_modulate", "gate_residual"),
-        match=lambda m: has(m, *BLOCK) and parameters(m) == TAKEN,
-        refuse=refuse_block,
-        patches=lambda block: [(block, "forward", block_forward)],
-        absorbs=lambda block: [norm for norm in (block.norm1, block.norm2, block.norm3) if has(norm, "eps")],
-        saving=lambda block: wan_block.saving(block.modulation.shape[-1], itemsize(block)),
-        precision="fp32",
-        block=True,
-    )
+wan_block.register_block(
+    "WanAttentionBlock (Wan-Video)",
+    "modulation",
+    block_forward,
+    lambda m: has(m, *BLOCK) and parameters(m) == TAKEN,
+    refuse_block,
 )
 
 
