@@ -25,6 +25,15 @@ def where(schedule: str = "eager", seed: int = 1):
     return simt.simulated(schedule, seed) if DEVICE == "cpu" else contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def on_card(sm: int):
+    """Kernels of this compute capability: chosen in the simulator, and on a GPU whose own kernels they are."""
+    if DEVICE == "cuda" and (sm == 90) > (torch.cuda.get_device_capability() == (9, 0)):
+        pytest.skip("the card is no sm_90")
+    with simt.as_card(sm):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def machine():
     with where():

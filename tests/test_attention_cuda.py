@@ -11,7 +11,7 @@ import attention_laws as laws
 import pytest
 import torch
 from attention_laws import BASELINE, dense, segments
-from cuda_place import DEVICE, HERE, both, machine, pytestmark, same_bits_on_every_schedule  # noqa: F401
+from cuda_place import DEVICE, HERE, both, machine, on_card, pytestmark, same_bits_on_every_schedule  # noqa: F401
 from hypothesis import HealthCheck, given, settings, strategies as st
 from test_contract import HOT_SAMPLES
 
@@ -30,9 +30,7 @@ gradients = partial(laws.gradients, "cuda")
 
 @pytest.fixture(params=[80, 90], ids=lambda sm: f"sm_{sm}")
 def card(request):
-    if DEVICE == "cuda" and (request.param == 90) > (torch.cuda.get_device_capability() == (9, 0)):
-        pytest.skip("the card is no sm_90")
-    with simt.as_card(request.param):
+    with on_card(request.param):
         yield request.param
 
 
@@ -76,7 +74,7 @@ def test_grouped_heads_and_scales(scale, dtype):
 
 @pytest.mark.parametrize("scale, dtype", [(-0.2, torch.bfloat16), (0.0, torch.float16)], ids=str)
 def test_grouped_heads_and_scales_on_wgmma(scale, dtype):
-    with simt.as_card(90):
+    with on_card(90):
         holds("attention", dtype, dense(70, 133, 2, 1, 64, scale=scale))
 
 
@@ -101,7 +99,7 @@ def test_windows(window, stride):
     "window, stride", [laws.WINDOWS[0], *(pytest.param(*w, marks=pytest.mark.full) for w in laws.WINDOWS[1:])]
 )
 def test_windows_on_wgmma(window, stride):
-    with simt.as_card(90):
+    with on_card(90):
         holds("attention_varlen", torch.float16, laws.windowed(window, stride, ((3, 5, 7), (0, 1, 1), (18, 2, 1))))
 
 
@@ -110,7 +108,7 @@ def test_rings(d, queries, keys):
     """wgmma: slots go around more than once, with two warpgroups at work and with one."""
     make = Maker(torch.bfloat16, DEVICE)
     args = make.randn(1, queries, 1, d), *make.randn(1, keys, 2, 1, d).unbind(2)
-    with simt.as_card(90):
+    with on_card(90):
         holds("attention", torch.bfloat16, dense(queries, keys, 1, 1, d))
         same_bits_on_every_schedule(lambda: gradients("attention", args, {}))
 
@@ -273,7 +271,7 @@ def test_explain(monkeypatch):
         assert path(q, q, q) == "wgmma"
         text = "mma.sync: wgmma reads tensors whose rows are all there; got k of [2, 2, 1, 64], (0, 64, 64, 1)"
         assert path(q, q[:1].expand_as(q), q) == text
-        monkeypatch.setattr(adapter, "ask", lambda *_: False)
+        monkeypatch.setattr(_launch, "ask", lambda *_: False)
         assert path(q, q, q) == "mma.sync: wgmma needs machine code for sm_90a; FASTDIT_CUDA_ARCHS lacks it"
 
 
@@ -286,7 +284,7 @@ def test_the_simulator_is_of_sm_80():
 def test_tensor_maps_are_checked(monkeypatch):
     """What the adapter never asks for is an error that names the op and its sizes, before anything is written."""
     q = torch.zeros(2, 8, 1, 64, dtype=torch.bfloat16, device=DEVICE)
-    with simt.as_card(90), torch.no_grad():
+    with on_card(90), torch.no_grad():
         monkeypatch.setattr(adapter, "HOPPER_KEYS", 512)
         with pytest.raises(RuntimeError, match=r"attention: cuTensorMapEncodeTiled failed; .* q=8 k=8 B=2 H=1/1 D=64"):
             ops.attention(q, q, q, backend="cuda")

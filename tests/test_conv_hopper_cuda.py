@@ -9,7 +9,7 @@ import conv_laws as laws
 import pytest
 import torch
 from conv_laws import LAST, each_format
-from cuda_place import DEVICE, HERE, both, machine, pytestmark, same_bits_on_every_schedule  # noqa: F401
+from cuda_place import DEVICE, HERE, both, machine, on_card, pytestmark, same_bits_on_every_schedule  # noqa: F401
 
 import fastdit
 from fastdit import ops
@@ -24,9 +24,7 @@ QUICK = ("wan", "direct-odd", "strided", "down-time", "pointwise", "cogvideox") 
 
 @pytest.fixture(autouse=True)
 def _hopper(machine):  # noqa: F811
-    if DEVICE == "cuda" and _launch.capability(torch.empty(0, device=DEVICE)) != 90:
-        pytest.skip("the card is no sm_90")
-    with simt.as_card(90):
+    with on_card(90):
         yield
 
 

@@ -68,3 +68,12 @@ def ask(entry: str, x: Tensor, *arguments: Any) -> Any:
     if simulator is not None and x.is_cpu:
         return simulator(entry, None, (0, *arguments), (), ())
     return getattr(_cuda, entry)(x.get_device(), *arguments)
+
+
+def unfit_for_wgmma(x: Tensor) -> str | None:
+    """Why the card of x, or the module, has no kernels of sm_90a; None when it has."""
+    if capability(x) != 90:
+        return f"wgmma needs sm_90; got sm_{capability(x)}"
+    if not ask("hopper_built", x):
+        return "wgmma needs machine code for sm_90a; FASTDIT_CUDA_ARCHS lacks it"
+    return None

@@ -17,7 +17,7 @@ from .._attention_bricks import bricks
 from .._tensors import contiguous, empty, rows_contiguous
 from ..cpu._abi import pointer
 from ..registry import Impl, register as _register
-from ._launch import ask, capability, launch, unfit
+from ._launch import launch, unfit, unfit_for_wgmma
 
 QUERIES, KEYS, TILE = 128, 64, 64  # tokens: kAttentionQueries, kAttentionKeys, kAttentionGradTile
 HOPPER_KEYS, HOPPER_OWN, HOPPER_MET = 128, 128, 64  # kHopperKeys, kHopperGradOwn, kHopperGradMet
@@ -45,10 +45,8 @@ def _fit(t):
 
 def _wgmma_refusal(q, k, v, do=None) -> str | None:
     """Why a pass over these tensors, as `_fit` gives them, is left to mma.sync; None when wgmma takes it."""
-    if capability(q) != 90:
-        return f"wgmma needs sm_90; got sm_{capability(q)}"
-    if not ask("hopper_built", q):
-        return "wgmma needs machine code for sm_90a; FASTDIT_CUDA_ARCHS lacks it"
+    if (refusal := unfit_for_wgmma(q)) is not None:
+        return refusal
     for name, t in (("q", q), ("k", k), ("v", v), ("the gradient", do)):
         if t is None:
             continue

@@ -18,7 +18,7 @@ from .._facts import kept
 from .._video import empty, next_cache_backward
 from ..cpu._abi import DTYPE, pointer
 from ..registry import Impl, register as _register
-from ._launch import ask, capability, launch, unfit
+from ._launch import ask, launch, unfit, unfit_for_wgmma
 
 WIDEST = 512  # channels that one block of the norms' backward holds
 NARROWEST, BROADEST = 32, 8192  # of Cout: fewer leave most of a tile idle; more biases than a block has room for
@@ -100,7 +100,7 @@ def _geometry(x, cache, kernel, stride, dilation, start, time_first: bool, space
 
 
 @kept
-def _unfit_for_wgmma(x, cache, cout: int, kernel, stride, dilation, start, out, space: int) -> str:
+def _unserved(x, cache, cout: int, kernel, stride, dilation, start, out, space: int) -> str:
     """Never for how many frames there are: chunks of a video must take one path. out: y's shape; space: of PAD."""
     if x.dtype == torch.float32:
         return "wgmma has 16-bit products; got fp32"
@@ -119,12 +119,8 @@ def _unfit_for_wgmma(x, cache, cout: int, kernel, stride, dilation, start, out, 
 
 
 def _wgmma_refusal(x, *call) -> str | None:
-    """Why a convolution is left to mma.sync; None when wgmma takes it. call: as `_unfit_for_wgmma` takes it."""
-    if capability(x) != 90:
-        return f"wgmma needs sm_90; got sm_{capability(x)}"
-    if not ask("hopper_built", x):
-        return "wgmma needs machine code for sm_90a; FASTDIT_CUDA_ARCHS lacks it"
-    return _unfit_for_wgmma(x, *call) or None
+    """Why a convolution is left to mma.sync; None when wgmma takes it. call: as `_unserved` takes it."""
+    return unfit_for_wgmma(x) or _unserved(x, *call) or None
 
 
 def _convolve(
