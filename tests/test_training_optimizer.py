@@ -1,4 +1,4 @@
-"""Muon takes the matrices of the blocks and AdamW the rest, each with its own rate; what is kept goes on."""
+"""Muon takes the matrices and kernels of the blocks, AdamW the rest, each at its rate; what is kept goes on."""
 
 import math
 from dataclasses import replace
@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastdit.nn import ChannelNorm
 from fastdit.testing import training
 from fastdit.testing.close import assert_all_bitwise
 from fastdit.training.config import Optimizer
@@ -16,12 +17,13 @@ MUON = Optimizer(kind="muon", lr=1e-3, muon_lr=0.02)
 
 
 class Model(nn.Module):
-    """Two matrices and a vector in a block, one that is adaLN's, one outside."""
+    """A matrix, a kernel and a norm's gain in a block, and a matrix that is adaLN's; one matrix outside."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.block = nn.ModuleDict({"wide": nn.Linear(8, 24), "adaLN_modulation": nn.Linear(4, 8)})
+        self.block.update({"conv": nn.Conv3d(4, 6, (1, 3, 3)), "norm": ChannelNorm(4)})
         self.outside = nn.Linear(8, 8, bias=False)
         for n, p in enumerate(self.parameters()):
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(n))
@@ -35,8 +37,8 @@ def test_who_takes_what():
     model = Model()
     found = optimizers(model)
     kinds = {name: set(found.kept(name)) for name in found.named}
-    assert kinds.pop("block.wide.weight") == {"momentum_buffer"}
-    assert len(kinds) == 4 and all(kind == {"exp_avg", "exp_avg_sq", "step"} for kind in kinds.values())
+    assert kinds.pop("block.wide.weight") == kinds.pop("block.conv.weight") == {"momentum_buffer"}
+    assert len(kinds) == 6 and all(kind == {"exp_avg", "exp_avg_sq", "step"} for kind in kinds.values())
     assert set(optimizers(model, Optimizer()).kept("block.wide.weight")) == {"exp_avg", "exp_avg_sq", "step"}
 
 
@@ -47,8 +49,9 @@ def test_steps():
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizers(model).step(MUON.lr / 2)
     moved = {name: before[name] - p.detach() for name, p in model.named_parameters()}
-    lengths = torch.linalg.svdvals(moved.pop("block.wide.weight")) / (MUON.muon_lr / 2 * math.sqrt(24 / 8))
-    assert lengths.min() > 0.5 and lengths.max() < 1.3  # five iterations end in this range
+    for name, ratio in {"block.wide.weight": 24 / 8, "block.conv.weight": 1.0}.items():  # rows / columns, 1 at least
+        lengths = torch.linalg.svdvals(moved.pop(name).flatten(1)) / (MUON.muon_lr / 2 * math.sqrt(ratio))
+        assert lengths.min() > 0.5 and lengths.max() < 1.3  # five iterations end in this range
     for name, p in model.named_parameters():
         if name in moved:
             torch.testing.assert_close(moved[name], MUON.lr / 2 * p.grad.sign(), rtol=1e-3, atol=1e-6)
@@ -82,8 +85,27 @@ def test_the_text_encoder_takes_part(tmp_path):
     assert not any("adaLN" in n or "embedder" in n or "final" in n or n == "text.embedding.weight" for n in taken)
 
 
-def test_no_matrices(tmp_path):
+def test_the_vae_takes_part(tmp_path):
     config = training.smoke()
     config = replace(config, vae=replace(config.vae, optimizer=MUON))
-    with pytest.raises(ValueError, match="optimizer: muon needs matrices; got blocks without any"):
-        training.trainer("vae", config, tmp_path)
+    made = training.trainer("vae", config, tmp_path)
+    taken = {name for name in made.named if "momentum_buffer" in made.optimizers.kept(name)}
+    assert taken == {n for n in made.named if ".blocks." in n and "conv" in n and n.endswith("weight")}
+
+
+def test_gradients_are_dropped():
+    """Of a kernel too, which Muon sees as another tensor."""
+    model = Model()
+    made = optimizers(model)
+    made.step(1e-3)
+    made.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    before = [p.detach().clone() for p in model.parameters()]
+    made.step(1e-3)  # nothing to go by
+    assert_all_bitwise(model.parameters(), before)
+
+
+def test_no_matrices():
+    model = Model()
+    with pytest.raises(ValueError, match="optimizer: muon needs matrices or kernels; got blocks without any"):
+        Optimizers(dict(model.named_parameters()), [model.block["norm"]], MUON)

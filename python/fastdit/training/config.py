@@ -33,8 +33,9 @@ T = TypeVar("T")
 class Optimizer:
     """lr rises linearly over `warmup` steps, then stays, or falls as a cosine to `final` * lr at the last step.
 
-    kind: "adamw", or "muon" for the matrices of a transformer's blocks, with `muon_lr` in place of lr, and AdamW for
-    the rest: about half the steps to the same loss, each a sixth longer on the small model of "shapes".
+    kind: "adamw", or "muon" for the matrices of a transformer's blocks and the kernels of a VAE's, with `muon_lr` in
+    place of lr, and AdamW for the rest. On the small models of "shapes" the DiT takes half the steps to the same loss,
+    each a sixth longer, and the VAE a third, each an eighth longer.
     clip: largest norm of the gradient, 0 for none. ema: decay of the averaged weights, which are the ones that are
     evaluated and kept; 0 for none. Early on the average forgets faster: min(ema, (1 + step) / (10 + step)).
     """
