@@ -19,6 +19,7 @@ from fastdit.testing.zoo import (
     easyanimate,
     flux3,
     helios,
+    hidream,
     hunyuan_dit,
     krea2,
     motif,
@@ -44,6 +45,11 @@ def rows(width: int, n: int) -> torch.Tensor:
 
 def key_mask(n: int, text: int) -> torch.Tensor:
     return torch.cat([torch.ones(2, n), text_mask(text, 2, total=text)], dim=1).bool()[:, None, None]
+
+
+def hidream_rest(n: int, text: int, context: torch.Tensor | None) -> tuple:
+    """A mask over n keys, the text, the conditioning, a rotation of half of each head."""
+    return text_mask(n, 3, total=n), context, torch.randn(2, 48), torch.randn(2, n + text, 1, 6, 2, 2)
 
 
 @dataclass
@@ -115,6 +121,16 @@ BLOCKS = {
             *(torch.cat(angles(n, 24), dim=1).expand(2, n, 48), n - 4),
         ),
     ),
+    "HiDream joint": Block(
+        lambda: hidream.hidream(**hidream.HALF),
+        "double_stream_blocks.0.block",
+        lambda n, text: (torch.randn(2, n, 48), *hidream_rest(n, text, torch.randn(2, text, 48))),
+    ),
+    "HiDream single": Block(
+        lambda: hidream.hidream(**hidream.HALF),
+        "single_stream_blocks.0.block",
+        lambda n, text: (torch.randn(2, n + text, 48), *hidream_rest(n + text, 0, None)),
+    ),
     "Motif-Video dual": Block(
         lambda: motif.motif(**motif.TEXT),
         "transformer_blocks.0",
@@ -158,6 +174,7 @@ def test_another_norm_is_left():
         (auraflow.auraflow(), "single_transformer_blocks.0.norm2"),
         (cogview.cogview4(), "transformer_blocks.0.norm2"),
         (easyanimate.easyanimate(), "transformer_blocks.0.norm2.norm"),
+        (hidream.hidream(), "double_stream_blocks.0.block.norm3_t"),
         (krea2.krea2(), "transformer_blocks.0.norm2"),
         (wan_animate2.animate2(), "blocks.0.norm2"),
     ):
@@ -203,6 +220,25 @@ def test_a_mask_of_weights_goes_to_the_original(monkeypatch):
     close.assert_close(block(x, temb, rotary, weights), truth, before)
     monkeypatch.setattr(block.attn.processor, "original", lambda *args: pytest.fail("the original was called"))
     block(x, temb, rotary, mask)
+
+
+def test_experts_in_training():
+    """A token goes to two of four experts; the others get none, and a gradient of 0."""
+
+    def gradients(layer, x):
+        leaf = x.clone().requires_grad_()
+        layer(leaf).square().sum().backward()
+        return torch.cat([g.flatten() for g in (leaf.grad, *(p.grad for p in layer.parameters()))])
+
+    model = hidream.hidream(num_routed_experts=4, force_inference_output=False).train()
+    layer, x = model.double_stream_blocks[0].block.ff_i, torch.randn(1, 1, 48)
+    with no_rounding():
+        truth = gradients(exact(layer), x.double())
+    before = gradients(layer, x)
+    assert len(layer.experts) == 4 and sum(bool(e.w1.weight.grad.any()) for e in layer.experts) == 2
+    fastdit.accelerate(model)
+    layer.zero_grad()
+    close.assert_close(gradients(layer, x), truth, before)
 
 
 @torch.no_grad()
