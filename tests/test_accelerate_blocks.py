@@ -22,7 +22,9 @@ from fastdit.testing.zoo import (
     hidream,
     hunyuan_dit,
     krea2,
+    lumina_next,
     motif,
+    omnigen,
     qwen21,
     text_mask,
     vae_svd,
@@ -131,6 +133,19 @@ BLOCKS = {
         "single_stream_blocks.0.block",
         lambda n, text: (torch.randn(2, n + text, 48), *hidream_rest(n + text, 0, None)),
     ),
+    "Lumina-Next": Block(
+        lumina_next.lumina_next,
+        "layers.0",
+        lambda n, text: (
+            *(torch.randn(2, n, 96), torch.ones(2, n, dtype=torch.int32), lumina_next.rotation(1, n, 12)),
+            *(torch.randn(2, text, 20), text_mask(text, 2, total=text).bool(), torch.randn(2, 96), {}),
+        ),
+    ),
+    "OmniGen": Block(
+        omnigen.omnigen,
+        "layers.0",
+        lambda n, text: (torch.randn(2, n + text, 48), torch.randn(2, 1, n + text, n + text), angles(n + text, 24)),
+    ),
     "Motif-Video dual": Block(
         lambda: motif.motif(**motif.TEXT),
         "transformer_blocks.0",
@@ -176,10 +191,12 @@ def test_another_norm_is_left():
         (easyanimate.easyanimate(), "transformer_blocks.0.norm2.norm"),
         (hidream.hidream(), "double_stream_blocks.0.block.norm3_t"),
         (krea2.krea2(), "transformer_blocks.0.norm2"),
+        (lumina_next.lumina_next(), "layers.0.norm1_context"),
+        (omnigen.omnigen(), "layers.0.post_attention_layernorm"),
         (wan_animate2.animate2(), "blocks.0.norm2"),
     ):
         model.set_submodule(name, nn.BatchNorm1d(4))
-        assert any(why.startswith("its norm is a BatchNorm1d, not a ") for why in reasons(fastdit.accelerate(model)))
+        assert any(why.startswith("its norm is a BatchNorm1d, not a") for why in reasons(fastdit.accelerate(model)))
 
 
 def test_a_norm_of_another_formula_is_left(monkeypatch):
@@ -239,6 +256,38 @@ def test_experts_in_training():
     fastdit.accelerate(model)
     layer.zero_grad()
     close.assert_close(gradients(layer, x), truth, before)
+
+
+def test_other_parts_are_left():
+    model = lumina_next.lumina_next()
+    model.layers[0].norm1.silu = nn.GELU()
+    model.layers[1].attn2.norm_k.eps = 0.5
+    assert reasons(fastdit.accelerate(model)) >= {
+        "its modulation is a LuminaRMSNormZero, not SiLU, linear layer and norm",
+        "its query and key norms differ",
+    }
+    model = omnigen.omnigen(num_key_value_heads=1)
+    model.layers[0].mlp.activation_fn = nn.GELU()
+    assert reasons(fastdit.accelerate(model)) >= {
+        "its keys have fewer heads, which the original does not cover either",
+        "its activation is GELU, not SiLU",
+    }
+
+
+@torch.no_grad()
+def test_calls_that_go_to_the_original():
+    """Keys at positions of their own; a mask over tokens that is one for all heads and samples."""
+    model, x = lumina_next.lumina_next(), torch.randn(2, 9, 96)
+    tables = lumina_next.rotation(1, 9, 12), lumina_next.rotation(1, 10, 12)[:, 1:]
+    given = dict(attention_mask=torch.ones(2, 9), query_rotary_emb=tables[0], key_rotary_emb=tables[1])
+    before = model.layers[0].attn1(x, x, **given)
+    fastdit.accelerate(model)
+    close.assert_bitwise(model.layers[0].attn1(x, x, **given), before)
+    model, x = omnigen.omnigen(), torch.randn(2, 9, 48)
+    given = dict(attention_mask=torch.randn(9, 9), image_rotary_emb=angles(9, 24))
+    before = model.layers[0].self_attn(x, x, **given)
+    fastdit.accelerate(model)
+    close.assert_bitwise(model.layers[0].self_attn(x, x, **given), before)
 
 
 @torch.no_grad()
