@@ -19,9 +19,12 @@ from fastdit.testing.zoo import (
     easyanimate,
     flux3,
     helios,
+    hidream,
     hunyuan_dit,
     krea2,
+    lumina_next,
     motif,
+    omnigen,
     qwen21,
     text_mask,
     vae_svd,
@@ -44,6 +47,11 @@ def rows(width: int, n: int) -> torch.Tensor:
 
 def key_mask(n: int, text: int) -> torch.Tensor:
     return torch.cat([torch.ones(2, n), text_mask(text, 2, total=text)], dim=1).bool()[:, None, None]
+
+
+def hidream_rest(n: int, text: int, context: torch.Tensor | None) -> tuple:
+    """A mask over n keys, the text, the conditioning, a rotation of half of each head."""
+    return text_mask(n, 3, total=n), context, torch.randn(2, 48), torch.randn(2, n + text, 1, 6, 2, 2)
 
 
 @dataclass
@@ -115,6 +123,29 @@ BLOCKS = {
             *(torch.cat(angles(n, 24), dim=1).expand(2, n, 48), n - 4),
         ),
     ),
+    "HiDream joint": Block(
+        lambda: hidream.hidream(**hidream.HALF),
+        "double_stream_blocks.0.block",
+        lambda n, text: (torch.randn(2, n, 48), *hidream_rest(n, text, torch.randn(2, text, 48))),
+    ),
+    "HiDream single": Block(
+        lambda: hidream.hidream(**hidream.HALF),
+        "single_stream_blocks.0.block",
+        lambda n, text: (torch.randn(2, n + text, 48), *hidream_rest(n + text, 0, None)),
+    ),
+    "Lumina-Next": Block(
+        lumina_next.lumina_next,
+        "layers.0",
+        lambda n, text: (
+            *(torch.randn(2, n, 96), torch.ones(2, n, dtype=torch.int32), lumina_next.rotation(1, n, 12)),
+            *(torch.randn(2, text, 20), text_mask(text, 2, total=text).bool(), torch.randn(2, 96), {}),
+        ),
+    ),
+    "OmniGen": Block(
+        omnigen.omnigen,
+        "layers.0",
+        lambda n, text: (torch.randn(2, n + text, 48), torch.randn(2, 1, n + text, n + text), angles(n + text, 24)),
+    ),
     "Motif-Video dual": Block(
         lambda: motif.motif(**motif.TEXT),
         "transformer_blocks.0",
@@ -158,11 +189,14 @@ def test_another_norm_is_left():
         (auraflow.auraflow(), "single_transformer_blocks.0.norm2"),
         (cogview.cogview4(), "transformer_blocks.0.norm2"),
         (easyanimate.easyanimate(), "transformer_blocks.0.norm2.norm"),
+        (hidream.hidream(), "double_stream_blocks.0.block.norm3_t"),
         (krea2.krea2(), "transformer_blocks.0.norm2"),
+        (lumina_next.lumina_next(), "layers.0.norm1_context"),
+        (omnigen.omnigen(), "layers.0.post_attention_layernorm"),
         (wan_animate2.animate2(), "blocks.0.norm2"),
     ):
         model.set_submodule(name, nn.BatchNorm1d(4))
-        assert any(why.startswith("its norm is a BatchNorm1d, not a ") for why in reasons(fastdit.accelerate(model)))
+        assert any(why.startswith("its norm is a BatchNorm1d, not a") for why in reasons(fastdit.accelerate(model)))
 
 
 def test_a_norm_of_another_formula_is_left(monkeypatch):
@@ -203,6 +237,57 @@ def test_a_mask_of_weights_goes_to_the_original(monkeypatch):
     close.assert_close(block(x, temb, rotary, weights), truth, before)
     monkeypatch.setattr(block.attn.processor, "original", lambda *args: pytest.fail("the original was called"))
     block(x, temb, rotary, mask)
+
+
+def test_experts_in_training():
+    """A token goes to two of four experts; the others get none, and a gradient of 0."""
+
+    def gradients(layer, x):
+        leaf = x.clone().requires_grad_()
+        layer(leaf).square().sum().backward()
+        return torch.cat([g.flatten() for g in (leaf.grad, *(p.grad for p in layer.parameters()))])
+
+    model = hidream.hidream(num_routed_experts=4, force_inference_output=False).train()
+    layer, x = model.double_stream_blocks[0].block.ff_i, torch.randn(1, 1, 48)
+    with no_rounding():
+        truth = gradients(exact(layer), x.double())
+    before = gradients(layer, x)
+    assert len(layer.experts) == 4 and sum(bool(e.w1.weight.grad.any()) for e in layer.experts) == 2
+    fastdit.accelerate(model)
+    layer.zero_grad()
+    close.assert_close(gradients(layer, x), truth, before)
+
+
+def test_other_parts_are_left():
+    model = lumina_next.lumina_next()
+    model.layers[0].norm1.silu = nn.GELU()
+    model.layers[1].attn2.norm_k.eps = 0.5
+    assert reasons(fastdit.accelerate(model)) >= {
+        "its modulation is a LuminaRMSNormZero, not SiLU, linear layer and norm",
+        "its query and key norms differ",
+    }
+    model = omnigen.omnigen(num_key_value_heads=1)
+    model.layers[0].mlp.activation_fn = nn.GELU()
+    assert reasons(fastdit.accelerate(model)) >= {
+        "its keys have fewer heads, which the original does not cover either",
+        "its activation is GELU, not SiLU",
+    }
+
+
+@torch.no_grad()
+def test_calls_that_go_to_the_original():
+    """Keys at positions of their own; a mask over tokens that is one for all heads and samples."""
+    model, x = lumina_next.lumina_next(), torch.randn(2, 9, 96)
+    tables = lumina_next.rotation(1, 9, 12), lumina_next.rotation(1, 10, 12)[:, 1:]
+    given = dict(attention_mask=torch.ones(2, 9), query_rotary_emb=tables[0], key_rotary_emb=tables[1])
+    before = model.layers[0].attn1(x, x, **given)
+    fastdit.accelerate(model)
+    close.assert_bitwise(model.layers[0].attn1(x, x, **given), before)
+    model, x = omnigen.omnigen(), torch.randn(2, 9, 48)
+    given = dict(attention_mask=torch.randn(9, 9), image_rotary_emb=angles(9, 24))
+    before = model.layers[0].self_attn(x, x, **given)
+    fastdit.accelerate(model)
+    close.assert_bitwise(model.layers[0].self_attn(x, x, **given), before)
 
 
 @torch.no_grad()

@@ -200,17 +200,23 @@ def patch_conv_forward(self, input: Tensor) -> Tensor:
 patch_conv_forward.__name__ = "forward"
 
 
+def patch_convs(module: Any) -> list[Any]:
+    """Its projection, or OmniGen's two: of the noisy image, and of those among the text."""
+    names = ("proj", "output_image_proj", "input_image_proj")
+    return [conv for conv in (getattr(module, name, None) for name in names) if isinstance(conv, nn.Conv2d)]
+
+
 def is_patch_embedding(module: Any) -> bool:
-    proj = getattr(module, "proj", None)
-    if not isinstance(proj, nn.Conv2d) or proj.kernel_size != proj.stride:
+    convs = patch_convs(module)
+    if not convs or any(conv.kernel_size != conv.stride for conv in convs):
         return False
     return "patch_size" in module.config if has(module, "config") else has(module, "patch_size")
 
 
 def refuse_patch_embedding(module: Any) -> str | None:
-    proj = module.proj
-    if type(proj) is not nn.Conv2d or proj.padding != (0, 0) or proj.dilation != (1, 1) or proj.groups != 1:
-        return "its convolution is not a plain nn.Conv2d without padding"
+    for conv in patch_convs(module):
+        if type(conv) is not nn.Conv2d or conv.padding != (0, 0) or conv.dilation != (1, 1) or conv.groups != 1:
+            return "its convolution is not a plain nn.Conv2d without padding"
     return None
 
 
@@ -220,7 +226,7 @@ register(
         ops=("patch_embed3d",),
         match=is_patch_embedding,
         refuse=refuse_patch_embedding,
-        patches=lambda module: [(module.proj, "forward", patch_conv_forward)],
+        patches=lambda module: [(conv, "forward", patch_conv_forward) for conv in patch_convs(module)],
     )
 )
 

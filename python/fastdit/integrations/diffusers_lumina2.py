@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdit import ops
 from fastdit.integrations.diffusers_flux_attention import is_processor
@@ -19,7 +19,7 @@ from fastdit.integrations.joint import (
     refuse_qk_norms,
 )
 from fastdit.integrations.registry import Kind, original, register
-from fastdit.integrations.sandwich import refuse_norms, sandwich_block, saving
+from fastdit.integrations.sandwich import refuse_modulation, refuse_norms, sandwich_block, saving
 from fastdit.integrations.structure import has, itemsize, law, parameters, reads, unknown
 
 # The block ---------------------------------------------------------------------------------------------------------
@@ -55,9 +55,8 @@ def norms_of(block: Any) -> list[Any]:
 
 
 def refuse_block(block: Any) -> str | None:
-    if block.modulation and not (has(block.norm1, "norm", "linear") and type(block.norm1.silu) is nn.SiLU):
-        return f"its modulation is a {type(block.norm1).__name__}, not SiLU, linear layer and norm"
-    return refuse_norms(*norms_of(block)) or unknown(block, *BLOCK)
+    reason = refuse_modulation(block.norm1) if block.modulation else None
+    return reason or refuse_norms(*norms_of(block)) or unknown(block, *BLOCK)
 
 
 register(

@@ -6,6 +6,7 @@ timm's patch embedding is that of diffusers' DiT (`diffusers_dit`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -188,18 +189,23 @@ def refuse_final(layer: Any) -> str | None:
     return unknown(layer, *FINAL)
 
 
-register(
-    Kind(
-        name="DiT final layer (facebookresearch)",
-        ops=("norm_modulate",),
-        match=lambda m: has(m, *FINAL) and parameters(m) == ["x", "c"],
-        refuse=refuse_final,
-        patches=lambda layer: [(layer, "forward", final_forward)],
-        absorbs=lambda layer: [layer.norm_final],
-        # passes over (tokens, C): norm 2, scale 2, shift 2 against 2
-        saving=lambda layer: 4 * layer.norm_final.normalized_shape[0] * itemsize(layer),
+def register_final(name: str, call: list[str], forward: Callable) -> None:
+    """`call`: the parameters of the layer's forward, and of the one that takes its place."""
+    register(
+        Kind(
+            name=name,
+            ops=("norm_modulate",),
+            match=lambda m: has(m, *FINAL) and parameters(m) == call,
+            refuse=refuse_final,
+            patches=lambda layer: [(layer, "forward", forward)],
+            absorbs=lambda layer: [layer.norm_final],
+            # passes over (tokens, C): norm 2, scale 2, shift 2 against 2
+            saving=lambda layer: 4 * layer.norm_final.normalized_shape[0] * itemsize(layer),
+        )
     )
-)
+
+
+register_final("DiT final layer (facebookresearch)", ["x", "c"], final_forward)
 
 
 def unpatchify(self, x: Tensor, patch_size: int | None = None) -> Tensor:

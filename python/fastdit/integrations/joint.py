@@ -71,7 +71,8 @@ def head_norms(norm_q: Any, norm_k: Any, dtype: torch.dtype) -> dict[str, Any]:
 
 def queries_only(cos: Tensor, sin: Tensor) -> dict[str, Any]:
     """Tables of `qk_norm_rope` for a cross-attention whose keys do not rotate: theirs have one row, of angle 0."""
-    return dict(cos=cos, sin=sin, k_cos=torch.ones_like(cos[:1]), k_sin=torch.zeros_like(sin[:1]))
+    row = cos[:, :1] if cos.ndim == 4 else cos[:1]
+    return dict(cos=cos, sin=sin, k_cos=torch.ones_like(row), k_sin=torch.zeros_like(row))
 
 
 def joint_attention(

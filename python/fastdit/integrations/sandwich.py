@@ -1,4 +1,4 @@
-"""Blocks with an RMSNorm before and after each sublayer, a scale and a tanh gate: Z-Image, Lumina 2.
+"""Blocks with an RMSNorm before and after each sublayer, a scale and a tanh gate: Z-Image, Lumina 2, Lumina-Next.
 
     x = x + tanh(gate_1) * n_2(attention(n_1(x) * (1 + scale_1)))
     x = x + tanh(gate_2) * n_4(ff(n_3(x) * (1 + scale_2)))
@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdit import ops
 from fastdit.integrations.joint import is_diffusers_rms
-from fastdit.integrations.structure import itemsize, law
+from fastdit.integrations.structure import has, itemsize, law
 
 Sublayer = Callable[[Tensor], Tensor]
 
@@ -68,6 +68,13 @@ def refuse_norms(*norms: Any) -> str | None:
     for norm in norms:
         if not is_diffusers_rms(norm) or norm.weight is None:
             return f"its norm is a {type(norm).__name__}, not an RMSNorm with a weight"
+    return None
+
+
+def refuse_modulation(zero: Any) -> str | None:
+    """For diffusers' LuminaRMSNormZero: SiLU and a linear layer to the four tables beside the first norm."""
+    if not has(zero, "norm", "linear") or type(getattr(zero, "silu", None)) is not nn.SiLU:
+        return f"its modulation is a {type(zero).__name__}, not SiLU, linear layer and norm"
     return None
 
 

@@ -1,12 +1,13 @@
-"""SwiGLU of three linear layers, under the names that models give them.
+"""SwiGLU of three linear layers, under the names that models give them, or of two.
 
-y = down(silu(gate(x)) * up(x))
+y = down(silu(gate(x)) * up(x)),    gate and up in one layer where there are two
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -68,6 +69,40 @@ register(
         absorbs=lambda m: [getattr(m, ACTIVATION)] if has(m, ACTIVATION) else [],
         # the product in a pass of its own, 3 less 1
         saving=lambda m: 2 * getattr(m, (names(m) or ("",))[0]).out_features * itemsize(m),
+        part=True,
+    )
+)
+
+
+# Two layers: OmniGen -----------------------------------------------------------------------------------------------
+
+
+def joint_forward(self, hidden_states: Tensor) -> Tensor:
+    gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+    return self.down_proj(ops.activation(gate, "silu", up=up))
+
+
+joint_forward.__name__ = "forward"
+JOINT = ("gate_up_proj", "down_proj", ACTIVATION)
+
+
+def matches_joint(module: Any) -> bool:
+    if not has(module, *JOINT) or parameters(module) != ["hidden_states"]:
+        return False
+    x = numbers(2, 3)
+    layers = (lambda x: torch.cat([2 * x, x + 1], dim=-1), lambda x: 3 * x, F.silu)
+    return follows(module, dict(zip(JOINT, layers, strict=True)), (x,), 3 * (F.silu(2 * x) * (x + 1)))
+
+
+register(
+    Kind(
+        name="feed-forward (SwiGLU of two linear layers)",
+        ops=("activation",),
+        match=matches_joint,
+        refuse=lambda m: refuse_activation(m.activation_fn) or unknown(m, *JOINT),
+        patches=lambda m: [(m, "forward", joint_forward)],
+        absorbs=lambda m: [m.activation_fn],
+        saving=lambda m: m.gate_up_proj.out_features * itemsize(m),  # twice half of it: 3 less 1, as above
         part=True,
     )
 )
