@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastdit import ops
-from fastdit.integrations.joint import is_diffusers_rms
+from fastdit.integrations.joint import affine, is_diffusers_rms
 from fastdit.integrations.registry import Kind, register
 from fastdit.integrations.structure import has, itemsize, law, parameters, unknown
 
@@ -19,16 +19,7 @@ def forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
     if has(self, "silu"):
         conditioning_embedding = self.silu(conditioning_embedding)
     scale, shift = self.linear(conditioning_embedding.to(x.dtype)).chunk(2, dim=1)
-    return ops.norm_modulate(
-        x,
-        shift=shift,
-        scale=scale,
-        weight=self.norm.weight,
-        bias=self.norm.bias,
-        norm="rms" if is_diffusers_rms(self.norm) else "layer",
-        eps=self.norm.eps,
-        precision=law(self, x, scale),
-    )
+    return ops.norm_modulate(x, shift=shift, scale=scale, **affine(self.norm, law(self, x, scale)))
 
 
 def refuse(module: Any) -> str | None:

@@ -130,10 +130,11 @@ def rotation_passes(itemsize: int) -> int:
     return 2 * (2 + 1 + 2 + (4 + 4 + 6 + 9 if itemsize == 2 else 2 + 2 + 3) - 2)
 
 
-def complex_rotation_saving(attn: Any) -> int:
+def complex_rotation_saving(attn: Any, width: int | None = None) -> int:
+    """width: of all heads, where the attention does not know its inner_dim."""
     # passes over (tokens, C) for q and k: the norm's six operations and a product of complex numbers, against 2
     norm, rotation = (17, 10) if itemsize(attn) == 2 else (7, 2)  # in two bytes with casts to fp32 and back
-    return 2 * ((norm if attn.norm_q is not None else 0) + rotation - 2) * attn.inner_dim * itemsize(attn)
+    return 2 * ((norm if attn.norm_q is not None else 0) + rotation - 2) * (width or attn.inner_dim) * itemsize(attn)
 
 
 def is_diffusers_rms(norm: Any) -> bool:
@@ -225,8 +226,9 @@ def refuse_plain_norms(*norms: Any) -> str | None:
 
 
 def affine(norm: Any, precision: str) -> dict[str, Any]:
-    """What the modulated operators take for a LayerNorm, with or without weights."""
-    return dict(weight=norm.weight, bias=norm.bias, eps=norm.eps, precision=precision)
+    """What the modulated operators take for a LayerNorm, with or without weights, or for diffusers' RMSNorm."""
+    kind = "rms" if is_diffusers_rms(norm) else "layer"
+    return dict(weight=norm.weight, bias=norm.bias, norm=kind, eps=norm.eps, precision=precision)
 
 
 def is_layer_norm(norm: Any) -> bool:

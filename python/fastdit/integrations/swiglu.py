@@ -1,10 +1,11 @@
-"""SwiGLU of three linear layers, under the names that models give them, or of two.
+"""SwiGLU and GEGLU of three linear layers, under the names that models give them, and SwiGLU of two.
 
-y = down(silu(gate(x)) * up(x)),    gate and up in one layer where there are two
+y = down(act(gate(x)) * up(x)),    act = silu or gelu, gate and up in one layer where there are two
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ NAMES = (
     ("gate", "up", "down"),  # Krea 2
     ("gate_proj", "up_proj", "down_proj"),  # ACE-Step
     ("gate_layer", "proj", "out"),  # Qwen-Image 2.1
+    ("gate_proj", "up_proj", "linear_fc2"),  # ERNIE-Image
 )
 ACTIVATION = "activation_fn"  # or a function
 
@@ -31,26 +33,35 @@ def names(module: Any) -> tuple[str, str, str] | None:
     return next((three for three in NAMES if has(module, *three)), None)
 
 
+def gated(module: Any, x: Tensor, act: str) -> Tensor:
+    gate, up, down = (getattr(module, name) for name in names(module) or ())
+    return down(ops.activation(gate(x), act, up=up(x)))
+
+
 def forward(self, x: Tensor) -> Tensor:
-    gate, up, down = (getattr(self, name) for name in names(self) or ())
-    return down(ops.activation(gate(x), "silu", up=up(x)))
+    return gated(self, x, "silu")
 
 
 def hidden_states_forward(self, hidden_states: Tensor) -> Tensor:
-    return forward(self, hidden_states)
+    return gated(self, hidden_states, "silu")
 
 
-hidden_states_forward.__name__ = "forward"
-FORWARDS = {"x": forward, "hidden_states": hidden_states_forward}
+def gelu_forward(self, x: Tensor) -> Tensor:
+    return gated(self, x, "gelu")
 
 
-def matches(module: Any) -> bool:
+hidden_states_forward.__name__ = gelu_forward.__name__ = "forward"
+SWIGLU = {"x": forward, "hidden_states": hidden_states_forward}
+GEGLU = {"x": gelu_forward}
+
+
+def matches(module: Any, forwards: dict[str, Any], act: Callable[[Tensor], Tensor]) -> bool:
     three = names(module)
-    if three is None or parameters(module) not in ([name] for name in FORWARDS):
+    if three is None or parameters(module) not in ([name] for name in forwards):
         return False
     x, layers = numbers(2, 3), (lambda x: 2 * x, lambda x: x + 1, lambda x: 3 * x)
     parts = dict(zip((*three, ACTIVATION), (*layers, F.silu), strict=True))
-    return follows(module, parts, (x,), 3 * (F.silu(2 * x) * (x + 1)))
+    return follows(module, parts, (x,), 3 * (act(2 * x) * (x + 1)))
 
 
 def refuse(module: Any) -> str | None:
@@ -59,19 +70,25 @@ def refuse(module: Any) -> str | None:
     return reason or unknown(module, *(names(module) or ()), ACTIVATION)
 
 
-register(
-    Kind(
-        name="feed-forward (SwiGLU of three linear layers)",
-        ops=("activation",),
-        match=matches,
-        refuse=refuse,
-        patches=lambda m: [(m, "forward", FORWARDS[parameters(m)[0]])],
-        absorbs=lambda m: [getattr(m, ACTIVATION)] if has(m, ACTIVATION) else [],
-        # the product in a pass of its own, 3 less 1
-        saving=lambda m: 2 * getattr(m, (names(m) or ("",))[0]).out_features * itemsize(m),
-        part=True,
+def register_gated(name: str, forwards: dict[str, Any], act: Callable[[Tensor], Tensor]) -> None:
+    """forwards: the replacement for each name that the forward's parameter has."""
+    register(
+        Kind(
+            name=f"feed-forward ({name} of three linear layers)",
+            ops=("activation",),
+            match=lambda m: matches(m, forwards, act),
+            refuse=refuse,
+            patches=lambda m: [(m, "forward", forwards[parameters(m)[0]])],
+            absorbs=lambda m: [getattr(m, ACTIVATION)] if has(m, ACTIVATION) else [],
+            # the product in a pass of its own, 3 less 1
+            saving=lambda m: 2 * getattr(m, (names(m) or ("",))[0]).out_features * itemsize(m),
+            part=True,
+        )
     )
-)
+
+
+register_gated("SwiGLU", SWIGLU, F.silu)
+register_gated("GEGLU", GEGLU, F.gelu)
 
 
 # Two layers: OmniGen -----------------------------------------------------------------------------------------------
