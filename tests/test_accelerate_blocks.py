@@ -1,22 +1,25 @@
 """accelerate on one block of each codebase that has no test file of its own: one graph for two lengths, forks left."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 import fastdit
 from fastdit.integrations.registry import patched_modules
 from fastdit.testing import close
-from fastdit.testing.accelerated import check_one_graph, layers, reasons
+from fastdit.testing.accelerated import check_autocast, check_one_graph, layers, reasons
 from fastdit.testing.exact import exact, no_rounding
 from fastdit.testing.zoo import (
     auraflow,
+    bria_fibo2,
     cogview,
     easyanimate,
+    ernie_image,
     flux3,
     helios,
     hidream,
@@ -26,9 +29,11 @@ from fastdit.testing.zoo import (
     motif,
     omnigen,
     qwen21,
+    randn,
     text_mask,
     vae_svd,
     wan_animate2,
+    z_image,
 )
 
 
@@ -146,6 +151,27 @@ BLOCKS = {
         "layers.0",
         lambda n, text: (torch.randn(2, n + text, 48), torch.randn(2, 1, n + text, n + text), angles(n + text, 24)),
     ),
+    "Bria FIBO 2": Block(
+        bria_fibo2.fibo2,
+        "layers.1",
+        lambda n, text: (
+            *(torch.randn(2, n, 72), torch.arange(n) < torch.tensor([[n], [7]])),
+            *(
+                torch.polar(torch.ones(1, n, 12), torch.randn(1, n, 12)),
+                None,
+                (torch.arange(n) > 5).long().expand(2, n),
+            ),
+            *(torch.randn(2, 72), torch.randn(2, 72), torch.randn(2, text, 20), text_mask(text, 2, total=text).bool()),
+        ),
+    ),
+    "ERNIE-Image": Block(
+        ernie_image.ernie_image,
+        "layers.0",
+        lambda n, text: (
+            *(torch.randn(n + text, 2, 48), torch.randn(2, n + text, 1, 24)),
+            *([torch.randn(1, 2, 48).expand(n + text, -1, -1) for _ in range(6)], key_mask(n, text)),
+        ),
+    ),
     "Motif-Video dual": Block(
         lambda: motif.motif(**motif.TEXT),
         "transformer_blocks.0",
@@ -193,6 +219,9 @@ def test_another_norm_is_left():
         (krea2.krea2(), "transformer_blocks.0.norm2"),
         (lumina_next.lumina_next(), "layers.0.norm1_context"),
         (omnigen.omnigen(), "layers.0.post_attention_layernorm"),
+        (ernie_image.ernie_image(), "layers.0.adaLN_mlp_ln"),
+        (bria_fibo2.fibo2(), "layers.1.cross_attn_norm2"),
+        (bria_fibo2.fibo2(), "perceiver.layers.0.ffn_norm"),
         (wan_animate2.animate2(), "blocks.0.norm2"),
     ):
         model.set_submodule(name, nn.BatchNorm1d(4))
@@ -288,6 +317,85 @@ def test_calls_that_go_to_the_original():
     before = model.layers[0].self_attn(x, x, **given)
     fastdit.accelerate(model)
     close.assert_bitwise(model.layers[0].self_attn(x, x, **given), before)
+
+
+def double(tree):
+    return tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, tree)
+
+
+def check_block(model, name, *args):
+    """The block of this name, as it was and accelerated, on these arguments."""
+    with no_rounding():
+        truth = exact(model).get_submodule(name)(*double(args))
+    block = model.get_submodule(name)
+    before = block(*args)
+    fastdit.accelerate(model)
+    after = block(*args)
+    assert after.dtype is before.dtype
+    close.assert_close(after, truth, before)
+
+
+@torch.no_grad()
+def test_ernie_image_is_given_rows_of_samples():
+    """The original writes each table out for all tokens; a block that is left reads what the others do."""
+    model, given, strides = ernie_image.ernie_image(), ernie_image.inputs(7, 3), []
+    with no_rounding():
+        truth = exact(model)(**double(given)).sample
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda block, args: strides.append({t.stride(0) for t in args[2]}))
+    before = model(**given).sample
+    fastdit.accelerate(model, exclude=["layers.1"])
+    close.assert_close(model(**given).sample, truth, before)
+    assert strides == [{96}, {96}, {0}, {0}]
+
+
+ERNIE = (randn(9, 2, 48), randn(2, 9, 1, 24, seed=2), [randn(9, 2, 48, seed=s) for s in range(3, 9)], key_mask(5, 4))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({}, id="a row per token"),
+        pytest.param({1: ERNIE[1][..., :16]}, id="fewer channels rotate"),
+        pytest.param({1: None, 3: None}, id="no angles, no mask"),
+        pytest.param({3: randn(2, 1, 9, 9)}, id="a mask of weights"),
+    ],
+)
+@torch.no_grad()
+def test_ernie_image_block(change):
+    check_block(ernie_image.ernie_image(num_layers=1), "layers.0", *(change.get(i, a) for i, a in enumerate(ERNIE)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({8: text_mask(3, 5, total=7).flip(1).bool()}, id="a text padded at the front"),
+        pytest.param({8: randn(2, 1, 1, 7)}, id="a text with weights"),
+        pytest.param({3: randn(2, 72, seed=3), 4: None}, id="one row per sample, text between"),
+    ],
+)
+@torch.no_grad()
+def test_bria_fibo2_block(change):
+    given = BLOCKS["Bria FIBO 2"].call(15, 7)
+    check_block(bria_fibo2.fibo2(), "layers.1", *(change.get(i, a) for i, a in enumerate(given)))
+
+
+AUTOCAST = (
+    bria_fibo2.MODELS[0],
+    ernie_image.MODELS[0],
+    krea2.MODELS[0],
+    replace(z_image.MODELS[1], build=lambda: z_image.z_image(n_refiner_layers=2)),
+)
+
+
+@pytest.mark.parametrize("entry", AUTOCAST, ids=str)
+@torch.no_grad()
+def test_under_autocast(entry):
+    """Tokens come narrower than the norms' weights, and widen; what leaves an attention stays narrow."""
+    model = entry.build()
+    with no_rounding():
+        truth = entry.call(exact(model), entry.given(torch.float64))
+    check_autocast(model, lambda model: entry.call(model, entry.inputs()), truth)
 
 
 @torch.no_grad()

@@ -63,10 +63,10 @@ def block_forward(
 
 
 def text_forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    precision = law(self, hidden_states, self.norm1.weight)
-    h = ops.norm_modulate(hidden_states, **centred(self.norm1, precision))
+    weight = self.norm1.weight
+    h = ops.norm_modulate(hidden_states, **centred(self.norm1, law(self, hidden_states, weight)))
     y = self.attn(h, attention_mask=attention_mask)
-    x, h = ops.gate_residual_norm_modulate(hidden_states, y, **centred(self.norm2, precision))
+    x, h = ops.gate_residual_norm_modulate(hidden_states, y, **centred(self.norm2, law(self, hidden_states, y, weight)))
     return x + self.ff(h)
 
 

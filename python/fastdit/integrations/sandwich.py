@@ -3,21 +3,30 @@
     x = x + tanh(gate_1) * n_2(attention(n_1(x) * (1 + scale_1)))
     x = x + tanh(gate_2) * n_4(ff(n_3(x) * (1 + scale_2)))
 
-Without modulation the scales are 0 and the gates' tanh 1.
+Without modulation the scales are 0 and the gates' tanh 1. Bria FIBO 2 has a third sublayer between the two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from fastdit import ops
-from fastdit.integrations.joint import is_diffusers_rms
+from fastdit.integrations.joint import affine, is_diffusers_rms
 from fastdit.integrations.structure import has, itemsize, law
 
 Sublayer = Callable[[Tensor], Tensor]
+
+
+class Between(NamedTuple):
+    """x = x + tanh(gate) * after(sublayer(before(x))) between attention and feed-forward; gate (1,)."""
+
+    before: Any
+    sublayer: Sublayer
+    after: Any
+    gate: Tensor
 
 
 def sandwich_block(
@@ -28,6 +37,7 @@ def sandwich_block(
     ff: Sublayer,
     tables: Tensor | None = None,
     rows: Tensor | None = None,
+    between: Between | None = None,
 ) -> Tensor:
     """The four norms in the order of the formula; tables (R, 4 C): scale_1, gate_1, scale_2, gate_2 of each row.
 
@@ -35,33 +45,26 @@ def sandwich_block(
     """
     before1, after1, before2, after2 = norms
     scale1, gate1, scale2, gate2 = (None,) * 4 if tables is None else tables.chunk(4, dim=1)
-    common: dict[str, Any] = dict(row_index=rows, precision=law(self, x, before1.weight if tables is None else tables))
-    act = None if tables is None else "tanh"
-    h = ops.norm_modulate(x, scale=scale1, weight=before1.weight, norm="rms", eps=before1.eps, **common)
-    x, h = ops.gate_residual_norm_modulate(
-        x,
-        attend(h),
-        gate1,
-        gate_act=act,
-        post_norm="rms",
-        post_norm_weight=after1.weight,
-        post_norm_eps=after1.eps,
-        scale=scale2,
-        weight=before2.weight,
-        norm="rms",
-        eps=before2.eps,
-        **common,
-    )
-    return ops.gate_residual(
-        x,
-        ff(h),
-        gate2,
-        gate_act=act,
-        post_norm="rms",
-        post_norm_weight=after2.weight,
-        post_norm_eps=after2.eps,
-        **common,
-    )
+    given = (before1.weight if tables is None else tables, None if between is None else between.gate)
+    h = ops.norm_modulate(x, scale=scale1, row_index=rows, **affine(before1, law(self, x, *given)))
+    y = attend(h)
+    precision = law(self, x, y, *given)
+    opened: dict[str, Any] = dict(scale=scale2, row_index=rows, **affine(before2, precision))
+    closed = closing(after1, gate1)
+    if between is not None:
+        x, h = ops.gate_residual_norm_modulate(
+            x, y, **closed, gate_row_index=None if gate1 is None else rows, **affine(between.before, precision)
+        )
+        gate = between.gate.repeat(x.shape[-1]).expand(x.shape[0] if tables is None else tables.shape[0], -1)
+        y, closed = between.sublayer(h), closing(between.after, gate)
+    x, h = ops.gate_residual_norm_modulate(x, y, **closed, **opened)
+    return ops.gate_residual(x, ff(h), **closing(after2, gate2), row_index=rows, precision=precision)
+
+
+def closing(after: Any, gate: Tensor | None) -> dict[str, Any]:
+    """What the gated operators take for the end of a sublayer: the norm behind it and its gate."""
+    act = None if gate is None else "tanh"
+    return dict(gate=gate, gate_act=act, post_norm="rms", post_norm_weight=after.weight, post_norm_eps=after.eps)
 
 
 def refuse_norms(*norms: Any) -> str | None:
