@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastdit import ops
 from fastdit.integrations import wan_block
 from fastdit.integrations.diffusers_processor import Processor, by_head, queries_keys_values, refuse_processor, shared
+from fastdit.integrations.joint import is_diffusers_rms
 from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.structure import autocasted, has, itemsize, parameters, unknown
 from fastdit.integrations.wan_block import Rows
@@ -171,10 +172,18 @@ def normed(q: Tensor, k: Tensor, norm_q: Any, norm_k: Any, **rope) -> tuple[Tens
 def refuse_attention(attn: Any) -> str | None:
     if reason := refuse_processor(attn.processor, *PROCESSORS):
         return reason
-    norms = [attn.norm_q, attn.norm_k, *([attn.norm_added_k] if attn.add_k_proj is not None else [])]
-    if any(type(norm) is not nn.RMSNorm for norm in norms) or attn.norm_q.eps != attn.norm_k.eps:
-        return "its norms are not nn.RMSNorm with one eps"
-    return None
+    if any(type(norm) is not nn.RMSNorm and not is_diffusers_rms(norm) for norm in norms_of(attn)):
+        return "its norms are not RMSNorm"
+    return None if attn.norm_q.eps == attn.norm_k.eps else "its norms differ in eps"
+
+
+def width(norm: Any) -> int:
+    return (norm.dim if is_diffusers_rms(norm) else norm.normalized_shape)[0]
+
+
+def norms_of(attn: Any) -> list[Any]:
+    image = getattr(attn, "add_k_proj", None) is not None
+    return [attn.norm_q, attn.norm_k, *([attn.norm_added_k] if image else [])]
 
 
 register(
@@ -182,14 +191,14 @@ register(
         name="attention (WanAttnProcessor)",
         ops=("qk_norm_rope", "attention"),
         match=lambda m: (
-            has(m, "to_q", "to_k", "to_v", "to_out", "heads", "processor", "add_k_proj")
-            and (hasattr(m, "kv_inner_dim") or type(m.processor).__name__ in PROCESSORS)
+            has(m, "to_q", "to_k", "to_v", "to_out", "heads", "processor")
+            and (has(m, "add_k_proj", "kv_inner_dim") or type(m.processor).__name__ in PROCESSORS)
         ),
         refuse=refuse_attention,
         patches=lambda attn: [(attn, "processor", shared(PROCESSORS[type(attn.processor).__name__]))],
-        absorbs=lambda attn: [attn.norm_q, attn.norm_k] + ([attn.norm_added_k] if attn.add_k_proj is not None else []),
+        absorbs=norms_of,
         # q and k: norm 2, then four strided products, two sums, two scattered writes (14 halves) against 2
-        saving=lambda attn: 2 * 7 * attn.norm_q.normalized_shape[0] * itemsize(attn),
+        saving=lambda attn: 2 * 7 * width(attn.norm_q) * itemsize(attn),
         part=True,
     )
 )
