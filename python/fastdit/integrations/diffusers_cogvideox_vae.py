@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdit.integrations.registry import Kind, original, register
@@ -19,11 +18,11 @@ from fastdit.integrations.structure import has, itemsize, refuse_activation, unk
 from fastdit.integrations.vae_layers import (
     checkpointed,
     conv_forward,
-    group_norm,
     group_norm_silu,
     nearest,
     refuse_group_norms,
     refuse_plain_convs,
+    spatial_norm,
 )
 from fastdit.models.vae import AFTER
 from fastdit.nn import channels_last, last_frames, upsampled
@@ -49,30 +48,10 @@ def cached_conv_forward(self, inputs: Tensor, conv_cache: Tensor | None = None, 
 
 
 def spatial_norm_forward(self, f: Tensor, zq: Tensor, conv_cache: Cache = None, *, act: str | None = None):
-    """act(GroupNorm(f) * conv_y(zq) + conv_b(zq)), zq enlarged to f's size.
-
-    Convolutions of one pixel commute with nearest-neighbour enlarging: they run on zq as it is, and the enlarged
-    results are never made.
-    """
-    frames, first_apart = f.shape[2], f.shape[2] > 1 and f.shape[2] % 2 == 1
-    tables = []
-    for conv in (self.conv_y, self.conv_b):
-        table = conv(channels_last(zq))[0]
-        if table.shape[2] != frames:
-            repeats = (frames - 1) // (table.shape[2] - 1) if first_apart else frames // table.shape[2]
-            table = nearest(table, (repeats, 1, 1), first_apart)
-        tables.append(table.permute(0, 2, 3, 4, 1)[:, :, :, None, :, None])  # (B, T, h, 1, w, 1, C)
-    scale, shift = tables
-    (h, w), (rows, columns) = zq.shape[3:], f.shape[3:]
-    normed = (
-        group_norm(self.norm_layer, f)
-        .permute(0, 2, 3, 4, 1)
-        .unflatten(3, (w, columns // w))
-        .unflatten(2, (h, rows // h))
-    )
-    y = torch.addcmul(shift, normed, scale)  # (B, T, h, rows/h, w, columns/w, C)
-    y = F.silu(y, inplace=not y.requires_grad) if act == "silu" else y
-    return y.flatten(4, 5).flatten(2, 3).permute(0, 4, 1, 2, 3), {}
+    """act(GroupNorm(f) * conv_y(zq) + conv_b(zq)), zq enlarged to f's size."""
+    zq, frames = channels_last(zq), f.shape[2]
+    scale, shift = self.conv_y(zq)[0], self.conv_b(zq)[0]
+    return spatial_norm(self.norm_layer, f, scale, shift, frames > 1 and frames % 2 == 1, act), {}
 
 
 # Blocks -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastdit import ops
 from fastdit.integrations.registry import Kind, register
 from fastdit.integrations.structure import has, itemsize, law, refuse_activation, unknown
-from fastdit.integrations.vae_layers import checkpointed, conv_forward, refuse_plain_convs
+from fastdit.integrations.vae_layers import checkpointed, conv_forward, layer_norm, refuse_plain_convs
 from fastdit.integrations.vae_moves import depth_to_space, from_tokens, grid_of, pixels, space_to_depth, tokens, video
 from fastdit.nn import channels_last
 
@@ -56,7 +56,7 @@ def residual_block_forward(
     noise = None if self.per_channel_scale1 is None else noise_like(inputs, self.per_channel_scale1, generator)
     y = norm_act_conv(self, inputs, self.norm1, modulation[0], self.conv1, causal, noise)
 
-    shortcut = inputs if self.norm3 is None else layer_norm(inputs, self.norm3)
+    shortcut = inputs if self.norm3 is None else layer_norm(self.norm3, inputs)
     if self.conv_shortcut is not None:
         shortcut = self.conv_shortcut(shortcut, **({"causal": causal} if hasattr(self.conv_shortcut, "conv") else {}))
     if self.per_channel_scale2 is not None:
@@ -69,11 +69,6 @@ def norm_act_conv(block, x: Tensor, norm, modulation, conv, causal: bool | None,
     if not modulation:
         return conv(x, causal, norm="channel_rms", norm_eps=norm.eps, act="silu", residual=residual)
     return conv(modulated(block, x, norm, *modulation), causal, act="silu", residual=residual)
-
-
-def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    y = ops.norm_modulate(tokens(x), weight=norm.weight, bias=norm.bias, eps=norm.eps)
-    return from_tokens(y, x)
 
 
 def modulated(block, x: Tensor, norm, shift: Tensor, scale: Tensor) -> Tensor:

@@ -9,26 +9,30 @@ import inspect
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdit import ops
 from fastdit.integrations.registry import original
 from fastdit.integrations.structure import has
+from fastdit.integrations.vae_moves import from_tokens, pixels, tokens, video
 
 # Convolutions -----------------------------------------------------------------------------------------------------
 
 
 def conv_forward(self, input: Tensor, *, padding: tuple[int, int, int, int, int, int] | None = None, **fused) -> Tensor:
-    """nn.Conv3d, or nn.Conv2d over each frame of a video: `ops.causal_conv3d`; padding None is the layer's own, zeros.
+    """nn.Conv3d, nn.Conv2d over each frame of a video, nn.Conv1d over the frames of each pixel: `ops.causal_conv3d`.
 
-    fused: more of the op's keywords (time_pad, space_pad, cache, norm, norm_weight, norm_eps, act, residual).
-    Images (a Conv2d called with four dims) go to the layer as it was.
+    padding None is the layer's own, zeros. fused: more of the op's keywords (time_pad, space_pad, cache, norm,
+    norm_weight, norm_eps, act, residual). Images (a Conv2d called with four dims) go to the layer as it was.
     """
     if input.ndim != 5:
         return original(self, input)
     weight, stride, dilation, own = self.weight, self.stride, self.dilation, self.padding
     if weight.ndim == 4:  # over frames
         weight, stride, dilation, own = weight.unsqueeze(2), (1, *stride), (1, *dilation), (0, *own)
+    elif weight.ndim == 3:  # over time
+        weight, stride, dilation, own = weight[..., None, None], (*stride, 1, 1), (*dilation, 1, 1), (*own, 0, 0)
     if padding is None:
         p_t, p_h, p_w = own
         padding = (p_t, p_t, p_h, p_h, p_w, p_w)
@@ -52,8 +56,8 @@ conv_forward.__name__ = padded_conv_forward.__name__ = "forward"
 
 
 def is_plain_conv(conv: Any) -> bool:
-    """nn.Conv2d, nn.Conv3d, or a Conv3d that only cuts inputs above a memory limit into pieces."""
-    if type(conv) in (nn.Conv2d, nn.Conv3d):
+    """nn.Conv1d, nn.Conv2d, nn.Conv3d, or a Conv3d that only cuts inputs above a memory limit into pieces."""
+    if type(conv) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         return True
     return isinstance(conv, nn.Conv3d) and "memory_count" in type(conv).forward.__code__.co_varnames
 
@@ -113,6 +117,33 @@ def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     centred = x - group_mean(x)
     scale = norm.weight.view(c, *ones) * torch.rsqrt(group_mean(centred.square()) + norm.eps)
     return torch.addcmul(norm.bias.view(c, *ones), centred, scale)
+
+
+def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """LayerNorm over the channels of each pixel."""
+    y = ops.norm_modulate(tokens(x), weight=norm.weight, bias=norm.bias, eps=norm.eps)
+    return from_tokens(y, x)
+
+
+def spatial_norm(
+    norm: nn.GroupNorm, f: Tensor, scale: Tensor, shift: Tensor, first_apart: bool, act: str | None = None
+) -> Tensor:
+    """act(GroupNorm(f) * scale + shift), f (B, C, T, H, W), the tables (B, C, t, h, w) enlarged to f's size.
+
+    The enlarged tables are never made in space; their first frame may stay one (`first_apart`). A convolution of one
+    pixel commutes with nearest-neighbour enlarging, so that tables come from convolutions of the small picture.
+    """
+    (frames, rows, columns), (h, w) = f.shape[2:], scale.shape[3:]
+    tables = []
+    for table in (scale, shift):
+        if table.shape[2] != frames:
+            repeats = (frames - 1) // (table.shape[2] - 1) if first_apart else frames // table.shape[2]
+            table = nearest(table, (repeats, 1, 1), first_apart)
+        tables.append(pixels(table)[:, :, :, None, :, None])  # (B, T, h, 1, w, 1, C)
+    normed = pixels(group_norm(norm, f)).unflatten(3, (w, columns // w)).unflatten(2, (h, rows // h))
+    y = torch.addcmul(tables[1], normed, tables[0])  # (B, T, h, rows/h, w, columns/w, C)
+    y = F.silu(y, inplace=not y.requires_grad) if act == "silu" else y
+    return video(y.flatten(4, 5).flatten(2, 3))
 
 
 def norm_silu_conv(conv: Any, norm: Any, x: Tensor, **fused) -> Tensor:
