@@ -70,6 +70,19 @@ def test_the_model_does_not_compute_it(monkeypatch):
     model(**given)
 
 
+def test_a_hook_added_later_gets_the_norm():
+    model, given, seen = pixart.pixart(num_layers=1), pixart.inputs(), []
+    truth, before = exact(model)(**pixart.MODELS[1].given(torch.float64)).sample, model(**given).sample
+    fastdit.accelerate(model)
+    handle = model.norm_out.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    close.assert_close(model(**given).sample, truth, before)
+    assert type(seen[0]) is torch.Tensor
+    handle.remove()
+    model.norm_out.register_full_backward_hook(lambda module, *gradients: seen.append(gradients))
+    model(**given).sample.sum().backward()
+    assert len(seen) == 2
+
+
 @torch.no_grad()
 def test_autocast():
     model, given = pixart.pixart(), pixart.inputs()

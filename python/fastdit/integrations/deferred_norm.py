@@ -78,8 +78,9 @@ for _name in "getitem len iter neg radd rmul sub rsub truediv rtruediv matmul po
 
 
 def forward(self, input: Tensor) -> Tensor | Deferred:
-    """nn.LayerNorm; autocast has a dtype of its own for the norm."""
-    if input.ndim != 3 or torch.is_autocast_enabled(input.device.type):
+    """nn.LayerNorm; autocast has a dtype of its own for the norm, and hooks get a tensor."""
+    hooked = self._forward_hooks or self._backward_hooks or self._backward_pre_hooks
+    if hooked or input.ndim != 3 or torch.is_autocast_enabled(input.device.type):
         return original(self, input)
     return Deferred(input, self.eps)
 
