@@ -72,7 +72,7 @@ def bench(
     passes: Annotated[list[str] | None, typer.Option("--pass", help="fwd, bwd or fwd+bwd; may be repeated.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds per row; 7 or more for a figure to keep.")] = None,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Time torch.compile as a peer.")] = True,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here; auto: results folder.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write rows here; auto: benchmarks/results.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a table and a plot here.")] = None,
     budget: Annotated[
         float | None, typer.Option(help="Start no row after so many seconds; skipped ones are named.")
@@ -84,7 +84,8 @@ def bench(
     Each row first asserts correctness. Read the ratios: `x eager` above 1 is faster than PyTorch as it is, and
     `% ceiling` compares with a plain copy (or GEMM) of the same size timed in the same run.
 
-    The last table holds the run against the performance bars; a missed one is red and names its rows.
+    The last table holds the run against the performance bars; a missed one is red and names its rows. Exit status 1
+    says that a result was wrong; a missed bar leaves it at 0.
 
     Examples: `fastdit bench --op norm_modulate`, `fastdit bench --op model --model Wan`,
     `fastdit bench --suite cpu --pass fwd --pass bwd --pass fwd+bwd --json results.json --html results.html`

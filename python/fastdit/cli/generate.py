@@ -21,9 +21,9 @@ Frames = Annotated[int | None, typer.Option(help="1, 5, 9, ...; 8 are a second. 
 Size = Annotated[str | None, typer.Option(help="HEIGHTxWIDTH, multiples of 16. Default: the image's, or 64x64.")]
 Steps = Annotated[int, typer.Option(min=1, help="Steps of the sampler: more is slower and cleaner.")]
 Guidance = Annotated[float, typer.Option(help="How hard to follow the prompt; 1 is as it was learned.")]
-Method = Annotated[str | None, typer.Option(help="euler, or heun: twice the work a step, fewer steps needed.")]
+Method = Annotated[str | None, typer.Option(help="euler (default), or heun: twice the work a step, fewer steps.")]
 Expand = Annotated[bool, typer.Option("--expand/--no-expand", help="Rewrite a short prompt into a rich one.")]
-Backend = Annotated[str | None, typer.Option(help="Only this backend: cpu, triton, reference, ...")]
+Backend = Annotated[str | None, typer.Option(help="Only this backend: cpu, cuda, triton, reference, ...")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Folder of `fastdit train`. Default: the shipped one.")]
 

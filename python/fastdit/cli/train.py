@@ -22,7 +22,7 @@ ConfigName = Annotated[str, typer.Option("--config", help="shapes, smoke, or a T
 Out = Annotated[Path, typer.Option(help="Folder for the weights; what resuming needs goes into state/ there.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Stop after this many steps instead of the configuration's.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")]
-Backend = Annotated[str | None, typer.Option(help="Only this backend: cpu, triton, reference, ...")]
+Backend = Annotated[str | None, typer.Option(help="Only this backend: cpu, cuda, triton, reference, ...")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
 Parallel = Annotated[str, typer.Option(help="Under torchrun: ddp, or fsdp (sharded).")]
 

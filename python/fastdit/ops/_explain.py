@@ -21,7 +21,7 @@ def explain(op: str, *args, **kwargs) -> str:
         >>> fastdit.explain("norm_modulate", x, shift=shift, scale=scale)
         norm_modulate
           cuda        no: needs a CUDA tensor; got cpu
-          cpu         chosen, backward: reference
+          cpu         chosen
           reference   can run
 
     Raises the same errors as the call itself for bad input. Returns the text.
