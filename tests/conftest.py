@@ -35,3 +35,8 @@ def _fresh():
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+    if torch.cuda.is_initialized() and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:  # the context is lost, and every test behind this one: xdist starts another process
+            os._exit(1)

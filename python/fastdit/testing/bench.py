@@ -25,6 +25,8 @@ from .workloads import Maker, Workload
 
 PASSES = ("fwd", "bwd", "fwd+bwd")
 SUITES = ("smoke", "cpu", "gpu", "models")
+OWN = ("cuda", "triton")  # fastdit's own backends for a GPU, where they are timed beside what it chooses
+_NO_RIVALS = ("copy", "gemm", "fastdit+compile", *OWN)
 _GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 Row = dict[str, Any]
 
@@ -37,6 +39,7 @@ class Settings:
     rounds: int = 7
     compiled: bool = True
     passes: tuple[str, ...] = ("fwd",)
+    autotune: bool = False  # torch.compile's max-autotune as one more peer of the forward
 
     @classmethod
     def of(cls, suite: str, passes: tuple[str, ...] = ("fwd",)) -> Settings:
@@ -89,7 +92,7 @@ class Measured:
 
     @property
     def best_peer(self) -> str | None:
-        rivals = [name for name in self.peers if name not in ("copy", "gemm")]
+        rivals = [name for name in self.peers if name not in _NO_RIVALS]
         return min(rivals, key=lambda name: self.peers[name].p50, default=None)
 
     @property
@@ -155,6 +158,9 @@ def measure(workload: Workload, dtype: torch.dtype, settings: Settings, pass_: s
     if settings.compiled and "eager" in peers:
         torch._dynamo.reset()
         peers["compile"] = torch.compile(peers["eager"], dynamic=False)
+        if settings.autotune and pass_ == "fwd":  # without its CUDA graphs: small sizes are graphed for every side
+            tuned = torch.compile(peers["eager"], dynamic=False, mode="max-autotune-no-cudagraphs")
+            peers["compile_max"] = tuned
 
     calls: dict[str, timing.Call] = {}
     skipped: dict[str, str] = {}
