@@ -14,7 +14,7 @@ from fastdit import ops
 from fastdit.cli import app
 from fastdit.reference import attention as reference
 from fastdit.testing import bench, close, gpu, pytests
-from fastdit.testing.workloads import Maker, samples
+from fastdit.testing.workloads import Maker
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = gpu.rows()

@@ -138,7 +138,7 @@ def _module(name: str) -> Any:
 
 # Module -> the distribution that brings it.
 PEERS = {
-    "liger_kernel": "liger-kernel", "quack": "quack-kernels", "flash_attn_interface": "fa3-fwd",
+    "liger_kernel": "liger-kernel", "quack": "quack-kernels", "fa3_fwd_interface": "fa3-fwd",
     "flash_attn": "flash-attn", "flash_attn.cute": "flash-attn-4", "diffusers": "diffusers",
     "transformers": "transformers",
 }  # fmt: skip

@@ -29,6 +29,7 @@ CORRECT: dict[str, tuple[str, str, float, bool]] = {
     "cuda": ("test_*_cuda.py", "gpu and not big", 150.0, True),
     "triton samples": ("test_triton.py", "gpu", 270.0, True),
     "libraries": ("test_attention_external.py", "gpu", 60.0, False),
+    "generation": ("test_generation_generator.py", "gpu", 60.0, False),
     "cuda, 64-bit offsets": ("test_*_cuda.py", "gpu and big", 60.0, False),
     "triton, 64-bit offsets": ("test_*_triton.py", "gpu and big", 90.0, False),
     "triton": ("test_*_triton.py", "gpu and not big", 400.0, True),

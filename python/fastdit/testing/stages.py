@@ -137,7 +137,7 @@ def _bench(names: tuple[str, ...], dry: bool) -> list[Item]:
     settings = replace(bench.Settings.of(suite, passes), autotune=not dry)
     cases = [case for op in names for case in bench.cases(op, suite)]
     return [
-        Item(f"{row} {bench.label(dtype)} {pass_}", functools.partial(_row, row, dtype, settings, pass_))
+        Item(f"{row} {bench.label(dtype)} {pass_}", functools.partial(_row, row, dtype, settings, pass_), 200.0)
         for pass_ in passes for row, dtype in cases
     ]  # fmt: skip
 
@@ -266,6 +266,7 @@ def main() -> int:
     if given.work is None:
         return run(given.stages or list(STAGES), given.budget, given.dry)
     device = "cpu" if given.dry else "cuda"
+    torch.backends.cudnn.benchmark = True  # the peers' convolutions by their fastest algorithm
     return work(STAGES[given.stages[0]].items(given.dry), given.work, functools.partial(_alive, device))
 
 

@@ -21,6 +21,7 @@ from typing import Any
 PIPE = "FASTDIT_REPORT"  # the descriptor that a child writes to
 UNTIL = "FASTDIT_UNTIL"  # the deadline that it was given, on the clock of time.monotonic()
 UP = "the time of the stage was up"
+START = 180.0  # seconds that a child has for its imports
 Outcome = dict[str, Any]  # seconds, and error or what the item found
 
 
@@ -72,7 +73,8 @@ def supervise(
         with _child([*command, str(at)], deadline) as (process, lines):
             began, running = time.monotonic(), False
             while at < len(items):
-                message = lines.next(min(deadline, began + items[at].seconds))
+                patience = items[at].seconds if told else START
+                message = lines.next(min(deadline, began + patience))
                 if message is None or not message:
                     break
                 told = True
@@ -84,7 +86,7 @@ def supervise(
                 return
             if message is None:
                 late = time.monotonic() >= deadline
-                keep(at, _lost(UP if late else f"stopped after {items[at].seconds:.0f} s", began))
+                keep(at, _lost(UP if late else f"stopped after {patience:.0f} s", began))
                 at += 1
             elif running or at == before:
                 status = process.wait()
