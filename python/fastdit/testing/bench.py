@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -166,8 +167,10 @@ def measure(workload: Workload, dtype: torch.dtype, settings: Settings, pass_: s
     skipped: dict[str, str] = {}
     for name, function in {"fastdit": op, **peers}.items():
         try:
-            calls[name] = _call(function, workload, args, kwargs, pass_, settings.device)
-            calls[name]()
+            # a compiled forward keeps what its backward needs: the same graph is gone through again and again
+            with functorch.patch(donated_buffer=False):
+                calls[name] = _call(function, workload, args, kwargs, pass_, settings.device)
+                calls[name]()
         except Exception as error:  # a peer that cannot run is reported, ours must run
             if name == "fastdit":
                 raise
