@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-full lint bench aot simt cuda gpu wheel sanitize clean
+.PHONY: help setup demo test test-full lint bench aot simt cuda gpu gpu-bundle wheel sanitize clean
 
 # The choice of torch outlives the call that made it: it changes only when TORCH is given and differs.
 ifneq ($(strip $(TORCH)),)
@@ -66,8 +66,12 @@ cuda: setup  ## build fastdit._cuda with nvcc (no GPU needed) and print what eac
 	$(BIN)/cmake --build build/cuda --target _cuda; \
 	$(BIN)/python -m fastdit.testing.cuda_build build/cuda/_cuda.*.so
 
-gpu: setup  ## on a machine with an NVIDIA GPU: tests, compute-sanitizer, then the benchmarks (under 10 minutes)
-	FASTDIT_PYTHON=$(BIN)/python .ci/gpu
+# Needs no network: where `make setup` has not run, it takes python3 as it is, and build/gpu-bundle if that is here.
+gpu:  ## on a machine with an NVIDIA GPU: ceilings, tests, sanitizer, benchmarks, models (GPU_STAGE=...; under 10 minutes)
+	.ci/gpu $(ARGS)
+
+gpu-bundle:  ## what such a machine lacks, for python3.12: the compiled modules and wheels of peers, into build/gpu-bundle
+	.ci/gpu-bundle
 
 wheel: setup  ## build dist/*.whl and test it in a new environment outside the tree
 	rm -rf dist

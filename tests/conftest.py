@@ -9,6 +9,8 @@ from ledger import pytest_runtest_logreport, pytest_terminal_summary  # noqa: F4
 
 if not torch.cuda.is_available():  # read when the kernels are imported: without a GPU they run in Triton's interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
+else:  # references in fp32 are baselines: TF32, cuDNN's default, would allow a thousand times their error
+    torch.backends.cudnn.allow_tf32 = False
 
 from fastdit import _cpu
 
@@ -35,3 +37,8 @@ def _fresh():
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+    if torch.cuda.is_initialized() and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:  # the context is lost, and every test behind this one: xdist starts another process
+            os._exit(1)

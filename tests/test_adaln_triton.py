@@ -15,6 +15,8 @@ from fastdit.testing import close, contract
 from fastdit.testing.workloads import Maker, Sample
 from fastdit.testing.workloads.adaln import SAMPLES
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+on_card = pytest.mark.gpu if DEVICE == "cuda" else lambda test: test
 KERNELS = ("norm_modulate_linear", "linear_gate_residual")
 OURS = ("norm_modulate_qkv", *KERNELS)
 PARTS = ("norm_modulate", "gate_residual", "activation", "qk_norm_rope", "attention", "attention_varlen")
@@ -44,14 +46,16 @@ def small():
         yield
 
 
+@on_card
 @pytest.mark.parametrize("sample, dtype", EACH)
 def test_forward(sample, dtype, small):
-    contract.forward(sample, dtype, "triton")
+    contract.forward(sample, dtype, "triton", DEVICE)
 
 
+@on_card
 @pytest.mark.parametrize("sample, dtype", EACH)
 def test_backward(sample, dtype, small):
-    contract.backward(sample, dtype, "triton")
+    contract.backward(sample, dtype, "triton", DEVICE)
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from fastdit import ops
 from fastdit.cli import app
 from fastdit.reference import attention as reference
-from fastdit.testing import bench, close, gpu
-from fastdit.testing.workloads import Maker, samples
+from fastdit.testing import bench, close, gpu, pytests
+from fastdit.testing.workloads import Maker
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = gpu.rows()
@@ -83,17 +83,10 @@ def test_time_limit_names_what_it_leaves_out():
     assert result.exit_code == 0 and "not measured within 0 s: norm_modulate-DiT-XL/2-256 fwd" in result.output
 
 
-def test_sanitizer_runs_samples_that_exist():
-    script = (ROOT / ".ci" / "gpu").read_text()
-    names = re.search(r"for sample in (.*?); do", script, re.DOTALL).group(1).replace("\\\n", " ").split()
-    assert len(names) >= 6 and set(names) <= {str(s) for s in samples()}
-
-
 def test_sanitizer_picks_tests_of_every_cuda_family():
     pytest.importorskip("fastdit._cuda_sim")
-    picked = re.search(r"picked='(.*?)'", (ROOT / ".ci" / "gpu").read_text(), re.DOTALL).group(1)
     files = sorted(str(p) for p in (ROOT / "tests").glob("test_*_cuda.py"))
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *files, "-k", " ".join(picked.split())]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *files, "-k", pytests.CUDA_SAMPLES]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     found = dict(re.findall(r"tests/(test_\w+)\.py: (\d+)", done.stdout))
     assert set(found) == {Path(f).stem for f in files} and sum(map(int, found.values())) <= 12, done.stdout

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -65,8 +63,9 @@ def show(
                     measured.append(whole.measure(row, dtype, settings))
                 else:
                     measured.append(bench.measure(row, dtype, settings, pass_))
-            except AssertionError as error:
-                wrong.append(f"{row} {dtype} {pass_}: {error}")
+            except Exception as error:  # wrong, out of memory, no build: the rows before and behind it are kept
+                kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+                wrong.append(f"{row} {dtype} {pass_}: {kind}{error}")
             progress.advance(task)
     judged = bars.judge(measured)
     console.print(table(measured))
@@ -79,7 +78,7 @@ def show(
     if late:
         console.print(f"not measured within {budget:.0f} s: {', '.join(late)}", highlight=False)
     for line in wrong:
-        console.print(f"[red]wrong result, not timed:[/red] {line}", highlight=False)
+        console.print(f"[red]wrong or failed, not timed:[/red] {line}", highlight=False)
     _write(console, measured, settings.device, ceilings, json_file, html_file)
     return 1 if wrong else 0
 
@@ -166,10 +165,7 @@ def _write(
 
 def _results(device: str) -> Path:
     """benchmarks/results/<machine>/<date>-<version>.json, or below FASTDIT_RESULTS."""
-    facts = machine.describe(device)
-    name = re.sub(r"[^a-z0-9]+", "-", str(facts.get("gpu", facts["cpu"])).lower()).strip("-")
-    root = Path(os.environ.get("FASTDIT_RESULTS", "benchmarks/results"))
-    return root / name / f"{time.strftime('%Y-%m-%d')}-{fastdit.__version__}.json"
+    return machine.results(device) / f"{time.strftime('%Y-%m-%d')}-{fastdit.__version__}.json"
 
 
 def _plot(measured: list[bench.Measured]):

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -25,6 +26,8 @@ from .workloads import Maker, Workload
 
 PASSES = ("fwd", "bwd", "fwd+bwd")
 SUITES = ("smoke", "cpu", "gpu", "models")
+OWN = ("cuda", "triton")  # fastdit's own backends for a GPU, where they are timed beside what it chooses
+_NO_RIVALS = ("copy", "gemm", "fastdit+compile", *OWN)
 _GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 Row = dict[str, Any]
 
@@ -37,6 +40,7 @@ class Settings:
     rounds: int = 7
     compiled: bool = True
     passes: tuple[str, ...] = ("fwd",)
+    autotune: bool = False  # torch.compile's max-autotune as one more peer of the forward
 
     @classmethod
     def of(cls, suite: str, passes: tuple[str, ...] = ("fwd",)) -> Settings:
@@ -89,7 +93,7 @@ class Measured:
 
     @property
     def best_peer(self) -> str | None:
-        rivals = [name for name in self.peers if name not in ("copy", "gemm")]
+        rivals = [name for name in self.peers if name not in _NO_RIVALS]
         return min(rivals, key=lambda name: self.peers[name].p50, default=None)
 
     @property
@@ -155,13 +159,18 @@ def measure(workload: Workload, dtype: torch.dtype, settings: Settings, pass_: s
     if settings.compiled and "eager" in peers:
         torch._dynamo.reset()
         peers["compile"] = torch.compile(peers["eager"], dynamic=False)
+        if settings.autotune and pass_ == "fwd":  # without its CUDA graphs: small sizes are graphed for every side
+            tuned = torch.compile(peers["eager"], dynamic=False, mode="max-autotune-no-cudagraphs")
+            peers["compile_max"] = tuned
 
     calls: dict[str, timing.Call] = {}
     skipped: dict[str, str] = {}
     for name, function in {"fastdit": op, **peers}.items():
         try:
-            calls[name] = _call(function, workload, args, kwargs, pass_, settings.device)
-            calls[name]()
+            # a compiled forward keeps what its backward needs: the same graph is gone through again and again
+            with functorch.patch(donated_buffer=False):
+                calls[name] = _call(function, workload, args, kwargs, pass_, settings.device)
+                calls[name]()
         except Exception as error:  # a peer that cannot run is reported, ours must run
             if name == "fastdit":
                 raise

@@ -7,6 +7,7 @@ judged on the row of the CPU suite that has its head dim and channels.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -133,6 +134,31 @@ def _module(name: str) -> Any:
         return importlib.import_module(name)
     except Exception:  # absent, or built for another torch
         return None
+
+
+# Module -> the distribution that brings it.
+PEERS = {
+    "liger_kernel": "liger-kernel", "quack": "quack-kernels", "fa3_fwd_interface": "fa3-fwd",
+    "flash_attn": "flash-attn", "flash_attn.cute": "flash-attn-4", "diffusers": "diffusers",
+    "transformers": "transformers",
+}  # fmt: skip
+
+
+def present() -> dict[str, str]:
+    """Version of each library that is measured beside fastdit; absent, or why it does not load."""
+    found = {}
+    for module, distribution in PEERS.items():
+        try:
+            importlib.import_module(module)
+            found[distribution] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            found[distribution] = "present, of unknown version"
+        except ModuleNotFoundError as error:
+            absent = error.name is not None and module.startswith(error.name)
+            found[distribution] = "absent" if absent else f"does not load: {error}"
+        except Exception as error:  # built for another torch, or without its libraries
+            found[distribution] = f"does not load: {error}"
+    return found
 
 
 def _first(result: Any) -> Any:

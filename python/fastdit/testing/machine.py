@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ def describe(device: torch.device | str = "cpu") -> dict[str, str | int | float]
         "torch": torch.__version__,
         "triton": _version("triton"),
         "date": time.strftime("%Y-%m-%d"),
+        "time": time.strftime("%H:%M:%S %z"),
         "commit": _commit(),
     }
     if torch.device(device).type == "cuda":
@@ -36,6 +38,13 @@ def describe(device: torch.device | str = "cpu") -> dict[str, str | int | float]
             "cuda": torch.version.cuda or "",
         }
     return facts
+
+
+def results(device: torch.device | str = "cpu") -> Path:
+    """The folder of this machine's figures: benchmarks/results/h200, or below FASTDIT_RESULTS."""
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _cpu_name()
+    name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-").removeprefix("nvidia-")
+    return Path(os.environ.get("FASTDIT_RESULTS", "benchmarks/results")) / name
 
 
 def native_isa() -> str | None:
@@ -57,15 +66,16 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """The checkout that this package runs from, marked when it was edited since; empty for an installed wheel."""
+    """The checkout that this package runs from, marked when it was edited since. Where files travel without their
+    history, what FASTDIT_COMMIT says; empty for an installed wheel."""
     git = ("git", "-C", str(Path(__file__).parent))
     try:
         tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
         if tracked.returncode:
-            return ""
+            return os.environ.get("FASTDIT_COMMIT", "")
         commit = subprocess.run([*git, "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
-        return ""
+        return os.environ.get("FASTDIT_COMMIT", "")
     return commit.stdout.strip()
 
 

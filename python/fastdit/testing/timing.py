@@ -152,7 +152,7 @@ def graphed(call: Call) -> Call:
 
 def copy_bandwidth(nbytes: int, *, device: torch.device | str = "cpu", rounds: int = 7) -> float:
     """Bytes per second, read and write together, of cloning `nbytes` bytes."""
-    source = torch.zeros(max(nbytes // 4, 1), dtype=torch.float32, device=device)
+    source = torch.rand(max(nbytes // 4, 1), dtype=torch.float32, device=device)
     timing = interleaved({"copy": source.clone}, device=device, rounds=rounds)["copy"]
     return 2 * source.numel() * 4 / timing.p50
 

@@ -58,7 +58,7 @@ class Whole:
 
 def cases(op: str | None = None, suite: str = "cpu") -> list[tuple[Whole, torch.dtype]]:
     """`models`: one block or layer of every codebase that `accelerate` knows, at its own width."""
-    rows = {"smoke": (), "models": zoo.rows()}.get(suite, ROWS)
+    rows = {"smoke": (), "models": zoo.rows(), "gpu": GPU_ROWS}.get(suite, ROWS)
     return [(row, dtype) for row in rows for dtype in row.dtypes] if op in (None, OP) else []
 
 
@@ -76,19 +76,31 @@ def measure(row: Whole, dtype: torch.dtype, settings: bench.Settings) -> bench.M
     row = replace(row, flops=counter.get_total_flops())
 
     calls: dict[str, timing.Call] = {"fastdit": lambda: run(fast), "eager": lambda: run(original)}
+    skipped: dict[str, str] = {}
     if settings.compiled and row.compile is not None:
         torch._dynamo.reset()
-        compiled = models.twin(original)
-        row.compile(compiled)
-        run(compiled)
-        calls["compile"] = lambda: run(compiled)
+        for peer in ("compile", "fastdit+compile") if device == "cuda" else ("compile",):
+            try:
+                calls[peer] = _compiled(row, run, models.twin(original), faster=peer != "compile")
+            except Exception as error:  # a compiler that cannot is no reason to lose the others
+                skipped[peer] = f"{type(error).__name__}: {str(error)[:200]}"
     name, limit, share = bench.ceiling(row, dtype, row.pass_, settings.device)
     rounds = min(settings.rounds, row.rounds)
     repeats = 1 if device == "cpu" else None
     timings = timing.interleaved({**calls, name: limit}, device=device, rounds=rounds, repeats=repeats)
     timings[name] = timings[name].scaled(share)
     ours = timings.pop("fastdit")
-    return bench.Measured(row, dtype, row.pass_, "cpu" if device == "cpu" else "auto", ours, timings, found.ratio)
+    backend = "cpu" if device == "cpu" else "auto"
+    return bench.Measured(row, dtype, row.pass_, backend, ours, timings, found.ratio, skipped)
+
+
+def _compiled(row: Whole, run: Run, model: Any, faster: bool) -> timing.Call:
+    assert row.compile is not None
+    if faster:
+        accelerate(model)
+    row.compile(model)
+    run(model)
+    return lambda: run(model)
 
 
 def block_row(
@@ -194,7 +206,7 @@ def _wan_block(name: str, heads: int, ffn: int, grid: tuple[int, int, int]) -> W
 
 def decode_row(
     name: str, build: Callable[[], nn.Module], size: tuple[int, ...], probe: tuple[int, ...] | None = None,
-    rounds: int = 5, **given: Any,
+    rounds: int = 5, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16), **given: Any,
 ) -> Whole:  # fmt: skip
     """A VAE's decode of latents (C, T, H, W), judged on `probe` where that takes too long in fp64."""
 
@@ -213,7 +225,7 @@ def decode_row(
 
     return Whole(
         f"{name} decode", "x".join(map(str, (1, *size))), build, decode(size),
-        dtypes=(torch.float32, torch.bfloat16), probe=decode(probe) if probe else None, rounds=rounds,
+        dtypes=dtypes, probe=decode(probe) if probe else None, rounds=rounds,
     )  # fmt: skip
 
 
@@ -223,4 +235,16 @@ ROWS = (
     _wan_block("Wan2.1-1.3B block", 12, 8960, (4, 32, 32)),
     _dit("DiT-B/2-256 training step", 12, 12, 64, 32, batch=8, call=_dit_training, pass_="fwd+bwd"),
     decode_row("AutoencoderKLWan", models.diffusers_wan_vae, (16, 3, 16, 16), probe=(16, 2, 6, 6)),
+)
+
+_BF16, _PROBE = (torch.bfloat16,), (16, 2, 12, 20)
+# At the sizes that people run on a card, the quickest first: 480p and 720p of 81 frames.
+GPU_ROWS = (
+    *ROWS[:2],
+    _wan_block("Wan2.1-1.3B-480p block", 12, 8960, (21, 30, 52)),
+    _wan_block("Wan2.1-14B-720p block", 40, 13824, (21, 45, 80)),
+    decode_row("AutoencoderKLWan-480p81f", models.diffusers_wan_vae, (16, 21, 60, 104), _PROBE, 3, dtypes=_BF16),
+    ROWS[3],
+    decode_row("AutoencoderKLWan-720p17f", models.diffusers_wan_vae, (16, 5, 90, 160), _PROBE, 3, dtypes=_BF16),
+    decode_row("AutoencoderKLWan-720p81f", models.diffusers_wan_vae, (16, 21, 90, 160), _PROBE, 3, dtypes=_BF16),
 )
