@@ -76,16 +76,23 @@ def queries_only(cos: Tensor, sin: Tensor) -> dict[str, Any]:
 
 
 def joint_attention(
-    *streams: Stream, kv_len: Tensor | None = None, key_mask: Tensor | None = None, attn_mask: Tensor | None = None
+    *streams: Stream,
+    kv_len: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    joint_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Attention of all streams over all of them: the output of each, (B, N, H * D).
 
     kv_len (B,), int32: valid keys of the joint sequence, which has its padding last.
     key_mask (B, N): the keys of the last stream that are seen, in any pattern.
+    joint_mask (B, N): the same of all streams.
     attn_mask: any other mask or bias, as diffusers takes it; diffusers' attention serves it.
     """
     q, k = (list(parts) for parts in zip(*(normed(stream) for stream in streams), strict=True))
     v = [stream.v for stream in streams]
+    if joint_mask is not None:
+        k, v, key_mask = [joined(k)], [joined(v)], joint_mask
     if key_mask is not None:
         lengths, k[-1], v[-1] = valid_first(key_mask, k[-1], v[-1])
         kv_len = lengths + sum(part.shape[1] for part in k[:-1])
