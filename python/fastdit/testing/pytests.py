@@ -141,7 +141,7 @@ def _verdict(status: int | None, lines: Sequence[str], output: str) -> dict[str,
     for report in reports:
         by_outcome[report["outcome"]].append(report)
     slowest = sorted(by_outcome["passed"], key=lambda r: -r["seconds"])[:10]
-    tests = {
+    tests: dict[str, Any] = {
         "status": status,
         "passed": len(by_outcome["passed"]),
         "failed": [{"test": r["test"], "error": r["error"]} for r in by_outcome["failed"]],
