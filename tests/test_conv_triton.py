@@ -16,12 +16,12 @@ HERE = "triton", DEVICE
 pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
 # shrinking a failure would take the interpreter minutes
 fuzzed = settings(max_examples=16, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
+BOTH = (contract.forward, contract.backward)
 
 
-def _check(op, dtype, made):
-    sample = Sample(op, "fuzz", lambda _: made)
-    contract.forward(sample, dtype, *HERE)
-    contract.backward(sample, dtype, *HERE)
+def _check(op, dtype, made, passes=BOTH):
+    for check in passes:
+        check(Sample(op, "fuzz", lambda _: made), dtype, *HERE)
 
 
 @fuzzed
@@ -71,19 +71,23 @@ def _candidates():
 
 @pytest.mark.parametrize("kernel, config, dtype", _candidates())
 def test_every_candidate(kernel, config, dtype):
+    passes = BOTH if kernel == "conv" else (contract.backward,)  # the input's gradient is a convolution too
     with _config.forced(kernel, config):
-        _check("causal_conv3d", dtype, _whole_tiles(Maker(dtype, DEVICE)))
+        _check("causal_conv3d", dtype, _whole_tiles(Maker(dtype, DEVICE)), passes)
 
 
 @pytest.mark.parametrize("kernel", ["conv_normalize", "conv_normalize_backward"])
 def test_every_candidate_of_norms(kernel):
+    """The statistics of a group take the backward's tiles."""
+    passes = (contract.forward,) if kernel == "conv_normalize" else BOTH
     for config in _config.CANDIDATES[kernel]:
         with _config.forced(kernel, config):
             for last in (True, False):
                 m = Maker(torch.float32, DEVICE)
                 x = m.randn(2, 48, 2, 9, 8).to(memory_format=LAST if last else torch.contiguous_format)
                 for norm in ("channel_l2", "group"):
-                    _check("norm_silu", torch.float32, ((x,), dict(norm=norm, groups=4, weight=m.randn(48))))
+                    made = (x,), dict(norm=norm, groups=4, weight=m.randn(48))
+                    _check("norm_silu", torch.float32, made, passes)
 
 
 @pytest.mark.parametrize(
