@@ -220,7 +220,7 @@ def test_what_stays():
     report = fastdit.accelerate(model)
     assert "its convolution has a stride or a dilation in time" in reasons(report)
     assert "its norm is a GroupNorm without weights, or not a GroupNorm" in reasons(report)
-    assert "its convolution is a Conv2d with groups, a border mode or a wrapper" in reasons(report)
+    assert "its convolution is a Conv2d with groups, other borders or a wrapper" in reasons(report)
 
 
 @torch.no_grad()

@@ -146,7 +146,7 @@ def test_allegro_layers_that_stay():
         "its residual block scales its norm or its output",
         "its temporal layer has more than norm, SiLU and convolution",
         "its resampling has a norm or no convolution",
-        "its convolution is a Conv2d with groups, a border mode or a wrapper",
+        "its convolution is a Conv2d with groups, other borders or a wrapper",
     }
     assert layers(report) == {
         "Allegro block (2-D residual blocks, temporal layers, resampling)": 7,

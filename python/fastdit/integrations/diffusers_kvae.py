@@ -19,7 +19,6 @@ from fastdit.integrations.vae_layers import (
     checkpointed,
     conv_forward,
     group_norm_silu,
-    is_plain_conv,
     nearest,
     refuse_group_norms,
     refuse_plain_convs,
@@ -78,10 +77,21 @@ def residual_block_forward(self, x: Tensor, temb: Tensor | None, layer_cache: Ca
     return self.conv2(normed(self.norm2, y, zq, layer_cache["norm2"]), layer_cache["conv2"], residual=shortcut)
 
 
+def halved(self, x: Tensor) -> Tensor:
+    """conv(x) + means of each 2 x 2 pixels."""
+    means = x.unflatten(4, (-1, 2)).unflatten(3, (-1, 2)).mean((4, 6))
+    return self.spatial_conv(x, space_pad="reflect", residual=means)
+
+
+def doubled(self, x: Tensor) -> Tensor:
+    """h + conv(h) of the enlarged pictures h."""
+    x = nearest(x, (1, 2, 2), first_apart=False)
+    return self.spatial_conv(x, space_pad="reflect", residual=x)
+
+
 def downsample_forward(self, x: Tensor, cache: list[Cache]) -> Tensor:
     """conv(x) + means of x, of each 2 x 2 pixels, then of each two frames but the first; then a linear layer."""
-    means = x.unflatten(4, (-1, 2)).unflatten(3, (-1, 2)).mean((4, 6))
-    x = self.spatial_conv(x, space_pad="reflect", residual=means)
+    x = halved(self, x)
     if self.temporal_compress:
         single = int(cache[0]["padding"] is None)
         pairs = (x.shape[2] - single) // 2
@@ -96,8 +106,7 @@ def upsample_forward(self, x: Tensor, cache: Cache) -> Tensor:
     if self.temporal_compress:
         x = nearest(x, (2, 1, 1), first_apart=cache["padding"] is None) if x.shape[2] > 1 else x
         x = self.temporal_conv(x, cache, residual=x)
-    x = nearest(x, (1, 2, 2), first_apart=False)
-    return self.linear(self.spatial_conv(x, space_pad="reflect", residual=x))
+    return self.linear(doubled(self, x))
 
 
 def encoder_forward(self, x: Tensor, cache_dict: Cache) -> Tensor:
@@ -157,12 +166,6 @@ def refuse_cached_convs(*modules: Any) -> str | None:
     return refuse_plain_convs(*(module.conv for module in modules))
 
 
-def refuse_mirrored_conv(conv: Any) -> str | None:
-    if not is_plain_conv(conv) or conv.groups != 1 or conv.padding_mode != "reflect":
-        return f"its convolution is a {type(conv).__name__} with groups, or without mirrored borders"
-    return None
-
-
 def cached_conv_patches(*modules: Any) -> Iterator:
     for module in modules:
         yield module, "forward", cached_conv_forward
@@ -177,13 +180,18 @@ def is_spatial_norm(norm: Any) -> bool:
     return has(norm, "norm_layer", "conv_y", "conv_b", "add_conv")
 
 
+def refuse_spatial_norm(norm: Any) -> str | None:
+    """But for its GroupNorm."""
+    if norm.add_conv:
+        return "its norm convolves the latents first"
+    return unknown(norm, "norm_layer", "conv_y", "conv_b", "add_conv") or refuse_plain_convs(norm.conv_y, norm.conv_b)
+
+
 def refuse_norms(*norms: Any) -> str | None:
     for norm in norms:
         why = None
         if is_spatial_norm(norm):
-            why = "its norm convolves the latents over time" if norm.add_conv else None
-            why = why or unknown(norm, "norm_layer", "conv_y", "conv_b", "add_conv")
-            why = why or refuse_plain_convs(norm.conv_y, norm.conv_b)
+            why = refuse_spatial_norm(norm)
             norm = norm.norm_layer
         if why is None and not is_group_norm(norm):
             why = f"its norm is a {type(norm).__name__}, not a GroupNorm with a cache"
@@ -270,7 +278,7 @@ def register_resampling(name: str, forward: Callable, passes: int, *idle: str) -
             refuse=lambda m: (
                 unknown(m, *parts, *idle, "temporal_conv")
                 or ("its factor is not 2" if m.factor != 2 else None)
-                or refuse_mirrored_conv(m.spatial_conv)
+                or refuse_plain_convs(m.spatial_conv, borders="reflect")
                 or refuse_plain_convs(m.linear)
                 or refuse_cached_convs(*temporal(m))
             ),
@@ -295,11 +303,18 @@ register_resampling("KVAE upsampling (repeated + its convolution)", upsample_for
 SIDE = ("conv_in", "mid", "norm_out", "conv_out", "num_resolutions", "num_res_blocks")
 
 
-def refuse_side(side: Any, levels: str) -> str | None:
-    if any(len(level.attn) > 0 for level in getattr(side, levels)):
+def refuse_levels(side: Any, levels: list[Any]) -> str | None:
+    """What stands between the first and the last convolution, but for its blocks and resampling."""
+    if any(len(level.attn) > 0 for level in levels):
         return "it has attention"
+    reasons = (unknown(level, "block", "attn", "downsample", "upsample") for level in levels)
+    return next(filter(None, reasons), None) or unknown(side.mid, "block_1", "block_2")
+
+
+def refuse_side(side: Any, levels: str) -> str | None:
     return (
         unknown(side, *SIDE, levels, "gradient_checkpointing")
+        or refuse_levels(side, getattr(side, levels))
         or refuse_cached_convs(side.conv_in, side.conv_out)
         or refuse_norms(side.norm_out)
     )

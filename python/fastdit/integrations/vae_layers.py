@@ -62,10 +62,10 @@ def is_plain_conv(conv: Any) -> bool:
     return isinstance(conv, nn.Conv3d) and "memory_count" in type(conv).forward.__code__.co_varnames
 
 
-def refuse_plain_convs(*convs: Any) -> str | None:
+def refuse_plain_convs(*convs: Any, borders: str = "zeros") -> str | None:
     for conv in convs:
-        if not is_plain_conv(conv) or conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-            return f"its convolution is a {type(conv).__name__} with groups, a border mode or a wrapper"
+        if not is_plain_conv(conv) or conv.groups != 1 or conv.padding_mode != borders or isinstance(conv.padding, str):
+            return f"its convolution is a {type(conv).__name__} with groups, other borders or a wrapper"
     return None
 
 

@@ -208,7 +208,7 @@ def decode_row(
     name: str, build: Callable[[], nn.Module], size: tuple[int, ...], probe: tuple[int, ...] | None = None,
     rounds: int = 5, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16), **given: Any,
 ) -> Whole:  # fmt: skip
-    """A VAE's decode of latents (C, T, H, W), judged on `probe` where that takes too long in fp64."""
+    """A VAE's decode of latents (C, T, H, W), or (C, H, W), judged on `probe` where that takes too long in fp64."""
 
     def decode(size: tuple[int, ...]) -> Callable[[torch.dtype, str], Run]:
         def run(dtype: torch.dtype, device: str) -> Run:
