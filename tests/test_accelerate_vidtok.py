@@ -53,6 +53,18 @@ def test_a_clip_of_any_length():
     close.assert_close(model(x, sample_posterior=False).sample, truth, before)
 
 
+@torch.no_grad()
+def test_latents_of_levels():
+    """The quantiser stays. What it makes of indices is fp32 whatever the model is."""
+    model = vae_vidtok.vidtok(**vae_vidtok.SMALL, regularizer="fsq", codebook_size=8**3, double_z=False)
+    x, indices = zoo.randn(1, 3, 8, 8, 12), torch.arange(36).view(2, 3, 2, 3) * 41 % 8**3
+    truth = models.cast(copy.deepcopy(model), torch.float64).decode(model.indices_to_latent(indices).double())
+    before, levels = model.decode(indices, decode_from_indices=True), model.encode(x)[1]
+    assert layers(fastdit.accelerate(model)) == vae_vidtok.LAYERS
+    close.assert_close(model.decode(indices, decode_from_indices=True), truth, before)
+    assert torch.equal(model.encode(x)[1], levels)
+
+
 @pytest.mark.parametrize(
     "name, value, why",
     [
