@@ -21,16 +21,21 @@ NAMES = (
     ("w1", "w3", "w2"),  # Z-Image, HiDream
     ("linear_1", "linear_2", "out_projection"),  # AuraFlow
     ("gate", "up", "down"),  # Krea 2
-    ("gate_proj", "up_proj", "down_proj"),  # ACE-Step
+    ("gate_proj", "up_proj", "down_proj"),  # ACE-Step, Cosmos 3
     ("gate_layer", "proj", "out"),  # Qwen-Image 2.1
     ("gate_proj", "up_proj", "linear_fc2"),  # ERNIE-Image
 )
-ACTIVATION = "activation_fn"  # or a function
+ACTIVATIONS = ("activation_fn", "act_fn")  # or a function
 
 
 def names(module: Any) -> tuple[str, str, str] | None:
     """Of its gate, its other factor and its output."""
     return next((three for three in NAMES if has(module, *three)), None)
+
+
+def activations(module: Any) -> list[Any]:
+    """Its activation, where that is a module."""
+    return [getattr(module, name) for name in ACTIVATIONS if has(module, name)]
 
 
 def gated(module: Any, x: Tensor, act: str) -> Tensor:
@@ -60,14 +65,13 @@ def matches(module: Any, forwards: dict[str, Any], act: Callable[[Tensor], Tenso
     if three is None or parameters(module) not in ([name] for name in forwards):
         return False
     x, layers = numbers(2, 3), (lambda x: 2 * x, lambda x: x + 1, lambda x: 3 * x)
-    parts = dict(zip((*three, ACTIVATION), (*layers, F.silu), strict=True))
+    parts = {**dict(zip(three, layers, strict=True)), **dict.fromkeys(ACTIVATIONS, F.silu)}
     return follows(module, parts, (x,), 3 * (act(2 * x) * (x + 1)))
 
 
 def refuse(module: Any) -> str | None:
-    act = getattr(module, ACTIVATION, None)
-    reason = None if act is None else refuse_activation(act)
-    return reason or unknown(module, *(names(module) or ()), ACTIVATION)
+    reason = next(filter(None, map(refuse_activation, activations(module))), None)
+    return reason or unknown(module, *(names(module) or ()), *ACTIVATIONS, "hidden_act")
 
 
 def register_gated(name: str, forwards: dict[str, Any], act: Callable[[Tensor], Tensor]) -> None:
@@ -79,7 +83,7 @@ def register_gated(name: str, forwards: dict[str, Any], act: Callable[[Tensor], 
             match=lambda m: matches(m, forwards, act),
             refuse=refuse,
             patches=lambda m: [(m, "forward", forwards[parameters(m)[0]])],
-            absorbs=lambda m: [getattr(m, ACTIVATION)] if has(m, ACTIVATION) else [],
+            absorbs=activations,
             # the product in a pass of its own, 3 less 1
             saving=lambda m: 2 * getattr(m, (names(m) or ("",))[0]).out_features * itemsize(m),
             part=True,
@@ -100,7 +104,7 @@ def joint_forward(self, hidden_states: Tensor) -> Tensor:
 
 
 joint_forward.__name__ = "forward"
-JOINT = ("gate_up_proj", "down_proj", ACTIVATION)
+JOINT = ("gate_up_proj", "down_proj", "activation_fn")
 
 
 def matches_joint(module: Any) -> bool:

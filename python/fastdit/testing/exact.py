@@ -20,6 +20,10 @@ def _mochi_rope(freqs: torch.Tensor, pos: torch.Tensor) -> tuple[torch.Tensor, t
     return angles.cos(), angles.sin()
 
 
+def _wide_positions(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    return args, {**kwargs, "position_ids": kwargs["position_ids"].double()}
+
+
 def exact(model: Any) -> Any:
     """A copy of the model in fp64; call it under `no_rounding()`."""
     double = copy.deepcopy(model).double()
@@ -32,6 +36,8 @@ def exact(model: Any) -> Any:
             module.register_forward_hook(lambda module, inputs, output: output.double())
         if type(module).__name__ == "MochiRoPE":  # its positions stay in fp32
             module._create_rope = _mochi_rope
+        if type(module).__name__ == "Cosmos3VLTextRotaryEmbedding":  # and so do those of Cosmos 3
+            module.register_forward_pre_hook(_wide_positions, with_kwargs=True)
     return double
 
 

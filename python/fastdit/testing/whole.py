@@ -114,7 +114,7 @@ def block_row(
         def call(model: Any) -> Tensor:
             with torch.no_grad():
                 output = model.get_submodule(block)(*arguments)
-            return output if isinstance(output, Tensor) else torch.cat(output, dim=1)
+            return output if isinstance(output, Tensor) else torch.cat(output, dim=-2)
 
         return call
 
