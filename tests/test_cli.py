@@ -105,7 +105,11 @@ def test_bench_passes(tmp_path):
 def test_bench_does_not_time_wrong_results(broken, tmp_path):
     file = tmp_path / "b.json"
     done = call("bench", "--suite", "smoke", "--op", "norm_modulate", "--json", file)
-    assert done.exit_code == 1 and "wrong or failed, not timed:" in done.output and json.loads(file.read_text())["rows"] == []
+    assert (
+        done.exit_code == 1
+        and "wrong or failed, not timed:" in done.output
+        and json.loads(file.read_text())["rows"] == []
+    )
 
 
 def test_bench_is_not_fooled_by_a_wrong_peer(broken):
