@@ -61,7 +61,7 @@ register(
         name="output norm (Flux.3)",
         ops=("norm_modulate",),
         match=lambda m: (
-            has(m, "act_fn", "linear", "norm")
+            has(m, "linear", "norm", "act_fn")  # the last: models of diffusers warn where it is in their config
             and parameters(m) == ["hidden_states", "temb"]
             and reads(type(m).forward) == {"linear", "act_fn", "torch", "chunk", "norm"}
         ),
