@@ -47,11 +47,13 @@ def _ceilings(dry: bool) -> list[Item]:
     found: list[Item] = []
     for name, nbytes in _COPIES.items():
         size = 2**20 if dry else nbytes
-        found.append(_figure(f"copy of {name}, GB/s", lambda n=size: timing.copy_bandwidth(n, device=device) / 1e9))
+        found.append(
+            _figure(f"copy of {name}, GB/s", functools.partial(timing.copy_bandwidth, size, device=device), 1e-9)
+        )
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         size = 128 if dry else 8192
         name = f"GEMM of {size} in {bench.label(dtype)}, GFLOP/s"
-        found.append(_figure(name, lambda d=dtype, n=size: timing.gemm_rate(d, size=n, device=device) / 1e9))
+        found.append(_figure(name, functools.partial(timing.gemm_rate, dtype, size=size, device=device), 1e-9))
     found.append(_figure("launch of a torch op, us", lambda: _launch_cost(device)))
     found.append(_figure("launch and wait, us", lambda: 1e6 * _tiny(device, wait=True)))
     if not dry:
@@ -64,10 +66,10 @@ def _ceilings(dry: bool) -> list[Item]:
     return found
 
 
-def _figure(name: str, measure: Callable[[], float]) -> Item:
+def _figure(name: str, measure: Callable[[], float], unit: float = 1.0) -> Item:
     def run() -> dict[str, Any]:
         try:
-            return {"ceilings": {name: measure()}}
+            return {"ceilings": {name: unit * measure()}}
         except registry.NoBackend as reason:
             return {"skipped": {name: str(reason)}}
 
@@ -154,9 +156,13 @@ def _row(row: workloads.Workload, dtype: torch.dtype, settings: bench.Settings, 
 def _models(dry: bool) -> list[Item]:
     settings = bench.Settings.of("smoke" if dry else "gpu")
     return [
-        Item(f"{row} {bench.label(dtype)}", lambda r=row, d=dtype: _told(whole.measure(r, d, settings)), 240.0)
+        Item(f"{row} {bench.label(dtype)}", functools.partial(_model, row, dtype, settings), 240.0)
         for row, dtype in whole.cases(suite="smoke" if dry else "gpu")
     ]
+
+
+def _model(row: whole.Whole, dtype: torch.dtype, settings: bench.Settings) -> dict[str, Any]:
+    return _told(whole.measure(row, dtype, settings))
 
 
 def _told(m: bench.Measured) -> dict[str, Any]:
