@@ -38,6 +38,7 @@ SPLITS = ("train", "held_out", "all")
 RADII = {"small": 0.14, "big": 0.24}  # of the shorter side of the picture
 STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}  # x, y of a motion
 SPEEDS = (1.7, 2.3)  # what is drawn at random
+HARDER = 0.4  # of training clips show a small shape whatever else would be drawn: it takes longer to learn
 FPS = 8.0
 SMALLEST = 16  # height and width below which the shapes cannot be told apart
 MARGIN = 2.0  # pixels between a corner and the border; antialiasing takes less than 1.5 of them
@@ -190,10 +191,10 @@ def combinations(split: str = "all") -> tuple[tuple[str, str, str, str], ...]:
 
 
 def random_scene(rng: np.random.Generator, split: str = "all") -> Scene:
-    """A scene whose combination is of `split`; the rest is drawn evenly."""
+    """A scene whose combination is of `split`; the rest is drawn evenly, but for the size in "train" (HARDER)."""
     among = combinations(split)
     colour, shape, motion, background = among[rng.integers(len(among))]
-    size = SIZES[rng.integers(len(SIZES))]
+    size = "small" if split == "train" and rng.random() >= 1 - HARDER else SIZES[rng.integers(len(SIZES))]
     x, y, speed = rng.random(), rng.random(), rng.uniform(*SPEEDS)
     return Scene(colour, shape, motion, size, background, x, y, speed)
 
