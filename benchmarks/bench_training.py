@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -156,11 +157,13 @@ def measure(
         times = timing.interleaved({n: partial(c, step) for n, c in calls.items()}, rounds=rounds, repeats=1)
         for name, time in times.items():
             total[name] += share * time.ms / sum(steps.values())
-        (part,) = made().task.draw(step, 1)
+        task = made().task
+        (part,) = task.draw(step, 1)
         if kind == "dit":
-            work = f"{len(part.latents)} clips, {sum(z[0].numel() // 4 for z in part.latents)} tokens"
+            patch = math.prod(task.dit.patch_size)
+            work = f"{len(part.latents)} clips, {sum(z[0].numel() // patch for z in part.latents):,} tokens"
             box = [max(z.shape[axis] for z in part.latents) for axis in (1, 2, 3)]
-            notes["padded"] = f"{len(part.latents) * box[0] * box[1] * box[2] // 4} tokens"
+            notes["padded"] = f"{len(part.latents) * math.prod(box) // patch:,} tokens"
         else:
             work = "x".join(map(str, part.video.shape))
         ours = times.pop("fastdit").ms

@@ -158,13 +158,20 @@ def test_the_same_in_every_process():
 def test_pinned():
     # A change here changes what a trained checkpoint was tested on.
     assert shapes.combinations("held_out")[:2] == PINNED
-    assert Shapes(seed=1).scene(5) == PINNED_SCENE
+    assert Shapes("held_out", seed=1).scene(5) == PINNED_SCENE
 
 
 PINNED = (("red", "circle", "left", "orange"), ("red", "circle", "left", "black"))
 PINNED_SCENE = Scene(
-    "white", "triangle", "right", "small", "black", 0.9180019172771402, 0.8694779080569397, 1.9316896517060076
+    "white", "triangle", "up", "small", "black", 0.9180019172771402, 0.8694779080569397, 1.9316896517060076
 )
+
+
+@pytest.mark.parametrize("split, share", [("train", 0.7), ("held_out", 0.5)])
+def test_training_shows_more_small_shapes(split, share):
+    """What is judged is drawn evenly."""
+    data = Shapes(split, length=2000)
+    assert sum(data.scene(i).size == "small" for i in range(2000)) / 2000 == pytest.approx(share, abs=0.04)
 
 
 def test_items_depend_on_seed_and_index_alone():

@@ -35,9 +35,10 @@ def test_reconstructs_held_out_clips(generator):
 
 
 @pytest.mark.full
-def test_meets_the_bars(generator):
+@pytest.mark.parametrize("sized", [False, True])
+def test_meets_the_bars(generator, sized):
     """The bars of docs/small_sora.md, over as many clips as they are stated for."""
-    verdicts = judge.following(generator, 200)
+    verdicts = judge.following(generator, 200, sized=sized)
     assert judge.share(verdicts) >= judge.FOLLOWING, [(v.prompt, v.found) for v in verdicts if not v.right()]
     decibels = judge.reconstruction(generator.vae, 50)
     assert sum(decibels) / 50 >= judge.PSNR, min(decibels)

@@ -36,7 +36,7 @@ def generate(
     frames: Frames = None,
     size: Size = None,
     steps: Steps = 30,
-    guidance: Guidance = 3.0,
+    guidance: Guidance = 6.0,
     method: Method = None,
     expand: Expand = True,
     backend: Backend = None,

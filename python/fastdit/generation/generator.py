@@ -92,7 +92,7 @@ class Generator:
         frames: int = 17,
         size: Sequence[int] | None = None,
         steps: int = 30,
-        guidance: float = 3.0,
+        guidance: float = 6.0,
         method: str | None = None,
         image: Tensor | None = None,
         expand: bool = True,

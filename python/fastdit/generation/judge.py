@@ -126,7 +126,7 @@ def main(
     clips: Annotated[int, typer.Option(min=1, help="Held-out clips for the PSNR of the VAE.")] = 50,
     seed: Annotated[int, typer.Option(help="Of the scenes and the noise.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Of the sampler.")] = 30,
-    guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance.")] = 3.0,
+    guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance.")] = 6.0,
     sized: Annotated[bool, typer.Option("--sized", help="Ask for a size too, half of them small.")] = False,
     expand: Annotated[bool, typer.Option("--expand/--no-expand", help="Rewrite prompts into rich ones.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
