@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -24,11 +25,13 @@ class PackedWeights:
 
     Neither a version counter nor an address shows every edit (`p.data.mul_()`, LoRA merges, optimizers outside torch),
     so each use compares a 128-bit digest of the bytes (16 MiB: 0.3 ms on 2 cores, against 3-4 ms to pack them).
-    An entry goes when its weight's storage is freed, or when it is the least recently used beyond `limit` bytes.
+    An entry goes when its weight's storage is freed, or when it is the least recently used beyond `limit` bytes: by
+    default a quarter of the machine's memory. A model of more never finds an entry again, since it goes round.
     """
 
-    def __init__(self, limit: int = 1 << 30) -> None:
-        self.limit = limit
+    def __init__(self, limit: int | None = None) -> None:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        self.limit = max(1 << 30, memory // 4) if limit is None else limit
         self.bytes = 0
         self._entries: OrderedDict[tuple, tuple] = OrderedDict()
         self._lock = threading.RLock()  # a storage may die, and call _drop, while this thread holds it
