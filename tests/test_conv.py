@@ -237,24 +237,49 @@ def test_packed_weights_are_kept_and_freed():
     first = cache.get(weight, torch.float32, True)
     assert cache.get(weight, torch.float32, True) is first
     assert cache.get(weight.view(32, 32, 3, 3, 3), torch.float32, True) is first  # by memory, not by object
-    assert cache.get(weight, torch.float32, False) is not first and len(cache) == 2
-    assert cache.bytes == sum(entry[1].numel() for entry in cache._entries.values())
+    second = cache.get(weight, torch.float32, False)
+    assert second is not first and len(cache) == 2 and cache.bytes == first.numel() + second.numel()
     del weight
     gc.collect()
     assert len(cache) == 0 and cache.bytes == 0
 
 
-def test_packed_weights_are_bounded():
-    cache = adapter.PackedWeights(limit=300_000)  # two of 110,592 bytes
-    weights = [torch.randn(32, 32, 3, 3, 3) for _ in range(4)]
-    for w in weights:
-        cache.get(w, torch.float32, False)
-        assert cache.bytes <= cache.limit
-    assert len(cache) == 2
-    kept = cache.get(weights[-1], torch.float32, False)
-    assert cache.get(weights[-1], torch.float32, False) is kept
+def _go_round(cache, weights, monkeypatch):
+    """One use of each weight, in turn: how many were packed."""
+    packed = []
+    with monkeypatch.context() as patch:
+        pack = adapter.pack
+        patch.setattr(adapter, "pack", lambda *args: packed.append(args) or pack(*args))
+        for weight in weights:
+            close.assert_bitwise(cache.get(weight, torch.float32, False), pack(weight, torch.float32, False))
+            assert cache.bytes == 110_592 * len(cache) <= cache.limit
+    return len(packed)
+
+
+def test_a_model_of_more_than_the_limit_finds_what_fits(monkeypatch):
+    """The least recently used would go just before its next use, and no round would find anything."""
+    cache = adapter.PackedWeights(limit=450_000)  # four of 110,592 bytes
+    model = [torch.randn(32, 32, 3, 3, 3) for _ in range(5)]
+    assert [_go_round(cache, model, monkeypatch) for _ in range(3)] == [5, 1, 1]
+    for weight in model:
+        weight.mul_(2)
+    assert [_go_round(cache, model, monkeypatch) for _ in range(2)] == [5, 1]
+
+
+def test_a_model_that_is_no_longer_called_gives_way(monkeypatch):
+    cache = adapter.PackedWeights(limit=450_000)
+    first, second = ([torch.randn(32, 32, 3, 3, 3) for _ in range(n)] for n in (4, 3))
+    assert [_go_round(cache, first, monkeypatch) for _ in range(2)] == [4, 0]
+    assert [_go_round(cache, second, monkeypatch) for _ in range(3)] == [3, 3, 0]
+    assert [_go_round(cache, first, monkeypatch) for _ in range(3)] == [3, 3, 0]
+    del first
+    gc.collect()
+    assert _go_round(cache, second, monkeypatch) == 3 == len(cache)  # there is room at once
+
+
+def test_packed_weights_of_more_than_the_limit_are_not_kept():
     huge = adapter.PackedWeights(limit=10)
-    assert huge.get(weights[0], torch.float32, False).numel() > 10 and len(huge) == 0
+    assert huge.get(torch.randn(32, 32, 3, 3, 3), torch.float32, False).numel() > 10 and len(huge) == 0 == huge.bytes
 
 
 def test_hash_sees_order_and_length():

@@ -20,24 +20,42 @@ _NORM = {None: 0, "channel_l2": 1, "channel_rms": 2, "group": 3}
 _NO_STRIDE = (0, 0, 0, 0, 0)
 
 
+class _Entry:
+    """What is known of one weight. packed is None where there was no room: when it was used last still counts."""
+
+    __slots__ = ("digest", "packed", "storage", "used")
+
+    def __init__(self, digest, packed, storage, used) -> None:
+        self.digest, self.packed, self.storage, self.used = digest, packed, storage, used
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.packed is None else self.packed.numel()
+
+
 class PackedWeights:
     """Weights in the kernels' layout, kept while the memory they were packed from lives and holds the same bytes.
 
     Neither a version counter nor an address shows every edit (`p.data.mul_()`, LoRA merges, optimizers outside torch),
     so each use compares a 128-bit digest of the bytes (16 MiB: 0.3 ms on 2 cores, against 3-4 ms to pack them).
-    An entry goes when its weight's storage is freed, or when it is the least recently used beyond `limit` bytes: by
-    default a quarter of the machine's memory. A model of more never finds an entry again, since it goes round.
+    An entry goes when its weight's storage is freed. At most `limit` bytes are kept, by default a quarter of the
+    machine's memory: beyond, a weight takes the room of those that were not used since its own last use. So a model of
+    more than the limit, which goes round, finds what fits of it, where the least recently used would find nothing; and
+    a model that is no longer called gives way in the second round of another.
     """
 
     def __init__(self, limit: int | None = None) -> None:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         self.limit = max(1 << 30, memory // 4) if limit is None else limit
         self.bytes = 0
-        self._entries: OrderedDict[tuple, tuple] = OrderedDict()
+        self._uses = 0
+        self._entries: OrderedDict[tuple, _Entry] = OrderedDict()  # the least recently used first
         self._lock = threading.RLock()  # a storage may die, and call _drop, while this thread holds it
 
     def __len__(self) -> int:
-        return len(self._entries)
+        """How many weights are kept."""
+        with self._lock:
+            return sum(entry.packed is not None for entry in self._entries.values())
 
     def clear(self) -> None:
         with self._lock:
@@ -51,29 +69,52 @@ class PackedWeights:
         digest = _cpu.conv_hash(weight.data_ptr(), weight.numel() * weight.element_size(), torch.get_num_threads())
         with self._lock:
             entry = self._entries.get(key)
-            if entry is not None and entry[0] == digest:
+            if entry is not None and entry.packed is not None and entry.digest == digest:
+                self._uses += 1
+                entry.used = self._uses
                 self._entries.move_to_end(key)
-                return entry[1]
+                return entry.packed
         packed = pack(weight, dtype, winograd)
-        reference = weakref.ref(weight.untyped_storage(), lambda dead: self._drop(key, dead))
+        storage = weakref.ref(weight.untyped_storage(), lambda dead: self._drop(key, dead))
         with self._lock:
-            self._remove(key)
-            if packed.numel() <= self.limit:
-                self._entries[key] = (digest, packed, reference)
+            before = self._remove(key)
+            self._uses += 1
+            entry = _Entry(digest, None, storage, self._uses)
+            if self._make_room(packed.numel(), 0 if before is None else before.used):
+                entry.packed = packed
                 self.bytes += packed.numel()
-            while self.bytes > self.limit:
-                self._remove(next(iter(self._entries)))
+            self._entries[key] = entry
         return packed
 
-    def _remove(self, key: tuple) -> None:
+    def _make_room(self, nbytes: int, since: int) -> bool:
+        """Lets go of weights that were last used before `since`, if that makes room for nbytes."""
+        free, leaving = self.limit - self.bytes, []
+        for entry in list(self._entries.values()):  # a storage may die on the way
+            if free >= nbytes or entry.used > since:
+                break
+            if entry.packed is not None:
+                leaving.append(entry)
+                free += entry.nbytes
+        if free < nbytes:
+            return False
+        for entry in leaving:
+            self._let_go(entry)
+        return True
+
+    def _let_go(self, entry: _Entry) -> None:
+        self.bytes -= entry.nbytes
+        entry.packed = None
+
+    def _remove(self, key: tuple) -> _Entry | None:
         entry = self._entries.pop(key, None)
         if entry is not None:
-            self.bytes -= entry[1].numel()
+            self._let_go(entry)
+        return entry
 
     def _drop(self, key: tuple, dead: weakref.ref) -> None:
         with self._lock:
             entry = self._entries.get(key)
-            if entry is not None and entry[2] is dead:
+            if entry is not None and entry.storage is dead:
                 self._remove(key)
 
 
