@@ -1,5 +1,6 @@
 """`fastdit generate` and the judge, on a checkpoint with random weights."""
 
+import inspect
 import json
 import re
 
@@ -8,6 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from fastdit.cli import app
+from fastdit.cli.generate import generate
 from fastdit.data import Shapes, media
 from fastdit.data.detect import Found
 from fastdit.generation import Generator, judge, ship
@@ -33,6 +35,12 @@ def test_writes_a_file_and_says_so(folder, tmp_path, name, frames):
     assert done.exit_code == 0, done.output
     assert media.read(out).size == (frames, 32, 48)
     assert f"{frames} frames" in done.output and "expanded: " in done.output
+
+
+def test_command_generator_and_judge_have_the_same_defaults():
+    asked = [inspect.signature(f).parameters for f in (Generator.latents, generate, judge.main)]
+    for name in ("steps", "guidance", "seed"):
+        assert len({parameters[name].default for parameters in asked}) == 1, name
 
 
 def test_a_seed_writes_the_same_file(folder, tmp_path):

@@ -30,6 +30,7 @@ from . import request
 SHIPPED = Path(__file__).parent.parent / "checkpoints" / "shapes"
 SIZE = (64, 64)  # of most clips that the shipped checkpoint was trained on
 SHORT = 12  # words; a prompt with more is not expanded
+STEPS, GUIDANCE = 30, 6.0  # by which the shipped checkpoint is judged
 
 
 class Generator:
@@ -91,8 +92,8 @@ class Generator:
         seed: int = 0,
         frames: int = 17,
         size: Sequence[int] | None = None,
-        steps: int = 30,
-        guidance: float = 6.0,
+        steps: int = STEPS,
+        guidance: float = GUIDANCE,
         method: str | None = None,
         image: Tensor | None = None,
         expand: bool = True,

@@ -28,7 +28,7 @@ from fastdit.data.shapes import Scene
 from fastdit.models import VideoVAE
 from fastdit.training import CheckpointError
 
-from .generator import Generator
+from .generator import GUIDANCE, STEPS, Generator
 
 JUDGED = ("colour", "shape", "motion")  # what has to be right
 FOLLOWING, PSNR = 0.90, 30.0  # the bars
@@ -125,8 +125,8 @@ def main(
     ] = None,
     clips: Annotated[int, typer.Option(min=1, help="Held-out clips for the PSNR of the VAE.")] = 50,
     seed: Annotated[int, typer.Option(help="Of the scenes and the noise.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Of the sampler.")] = 30,
-    guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance.")] = 6.0,
+    steps: Annotated[int, typer.Option(min=1, help="Of the sampler.")] = STEPS,
+    guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance.")] = GUIDANCE,
     sized: Annotated[bool, typer.Option("--sized", help="Ask for a size too, half of them small.")] = False,
     expand: Annotated[bool, typer.Option("--expand/--no-expand", help="Rewrite prompts into rich ones.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,

@@ -19,6 +19,7 @@ from fastdit.integrations.diffusers_processor import Processor, refuse_processor
 from fastdit.integrations.diffusers_sd3 import FastditJointAttnProcessor, saving
 from fastdit.integrations.joint import (
     Tables,
+    adaln_passes,
     adaln_zero,
     open_stream,
     refuse_adaln,
@@ -101,11 +102,7 @@ def register_block(name: str, forward: Callable, parts: tuple[str, ...], call: l
             refuse=refuse,
             patches=lambda block: [(block, "forward", forward)],
             absorbs=absorbs,
-            # passes over (tokens, C): eager 2*(norm 2, scale 2, shift 2) + 2*(gate 2, add 3) = 22, fused 2 + 4 + 3 = 9;
-            # in two bytes each norm has casts to fp32 and back, 8 more
-            saving=lambda block: (
-                (29 if itemsize(block) == 2 else 13) * block.norm2.normalized_shape[0] * itemsize(block)
-            ),
+            saving=lambda m: adaln_passes(itemsize(m)) * m.norm2.normalized_shape[0] * itemsize(m),
             block=True,
         )
     )

@@ -19,7 +19,7 @@ from fastdit.integrations.diffusers_processor import Processor, refuse_processor
 from fastdit.integrations.joint import head_norms, is_diffusers_rms
 from fastdit.integrations.probe import follows, numbers
 from fastdit.integrations.registry import Kind, register
-from fastdit.integrations.sandwich import refuse_norms
+from fastdit.integrations.sandwich import prenorm_saving, refuse_norms
 from fastdit.integrations.structure import has, itemsize, law, parameters, unknown
 
 Rotary = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -83,10 +83,7 @@ register(
         refuse=lambda m: refuse_rms(*layer_norms(m)) or unknown(m, *LAYER),
         patches=lambda layer: [(layer, "forward", layer_forward)],
         absorbs=layer_norms,
-        # passes over (tokens, C): two norms (17 with casts to fp32, or 7), two sums 3; fused 2 + 4 + 3
-        saving=lambda layer: (
-            (31 if itemsize(layer) == 2 else 11) * layer.input_layernorm.weight.numel() * itemsize(layer)
-        ),
+        saving=lambda layer: prenorm_saving(layer, layer.input_layernorm.weight.numel()),
         block=True,
     )
 )
@@ -108,12 +105,10 @@ class FastditCosmos3AttnProcessor(Processor):
     def __call__(self, attn: Any, und_seq: Tensor, gen_seq: Tensor, rotary_emb: Rotary) -> tuple[Tensor, Tensor]:
         q, k, v = projected(attn, und_seq, attn.to_q, attn.to_k, attn.to_v)
         q_gen, k_gen, v_gen = projected(attn, gen_seq, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        k_und = k
+        norm = attn.k_norm_und_for_gen  # the few keys of the text, normed apart for what is generated: once as queries
+        k_und = None if norm is None else rotated(k, k, norm, norm, *rotary_emb[:2])[0]
         q, k = rotated(q, k, attn.norm_q, attn.norm_k, *rotary_emb[:2])
-        if attn.k_norm_und_for_gen is None:
-            k_und = k
-        else:  # the few keys of the text, once as queries
-            k_und, _ = rotated(k_und, k_und, attn.k_norm_und_for_gen, attn.k_norm_und_for_gen, *rotary_emb[:2])
+        k_und = k if k_und is None else k_und
         q_gen, k_gen = rotated(q_gen, k_gen, attn.norm_added_q, attn.norm_added_k, *rotary_emb[2:])
         und = ops.attention(q[None], k[None], v[None], frame_tokens=1)
         gen = ops.attention(q_gen[None], torch.cat([k_und, k_gen])[None], torch.cat([v, v_gen])[None])

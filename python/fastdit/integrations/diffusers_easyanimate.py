@@ -24,6 +24,7 @@ from fastdit.integrations.diffusers_flux_attention import norms_of, pairs
 from fastdit.integrations.diffusers_processor import Processor, refuse_processor, shared
 from fastdit.integrations.joint import (
     Stream,
+    adaln_passes,
     joint_attention,
     projections,
     refuse_qk_norms,
@@ -63,11 +64,7 @@ register(
         refuse=lambda block: refuse_block(block, "txt_ff", "norm3"),
         patches=lambda block: [(block, "forward", block_forward)],
         absorbs=absorbed_by_block,
-        # passes over (tokens, C): eager 2*(norm 2, scale 2, shift 2) + 2*(gate 2, add 3) = 22, fused 2 + 4 + 3 = 9; in
-        # two bytes each norm has casts to fp32 and back, 8 more
-        saving=lambda block: (
-            (29 if itemsize(block) == 2 else 13) * block.norm1.norm.normalized_shape[0] * itemsize(block)
-        ),
+        saving=lambda m: adaln_passes(itemsize(m)) * m.norm1.norm.normalized_shape[0] * itemsize(m),
         block=True,
     )
 )

@@ -17,6 +17,7 @@ from fastdit.integrations.diffusers_wan import is_patch_conv, patch_conv_forward
 from fastdit.integrations.joint import (
     Stream,
     Tables,
+    adaln_passes,
     close_stream,
     joint_attention,
     open_stream,
@@ -82,11 +83,7 @@ register(
         refuse=refuse_block,
         patches=lambda block: [(block, "forward", block_forward)],
         absorbs=block_norms,
-        # passes over (tokens, C): eager 2 norms 2 (in two bytes with casts to fp32 and back 3 + 4 + 3), scale 2 and
-        # shift 2 of each, 2 gates 2 and sums 3; fused 2 + 4 + 3
-        saving=lambda block: (
-            (29 if itemsize(block) == 2 else 13) * block.img_norm1.normalized_shape[0] * itemsize(block)
-        ),
+        saving=lambda m: adaln_passes(itemsize(m)) * m.img_norm1.normalized_shape[0] * itemsize(m),
         block=True,
     )
 )

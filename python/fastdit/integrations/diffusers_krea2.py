@@ -15,7 +15,7 @@ from fastdit import ops
 from fastdit.integrations.adaln_single import refuse_table
 from fastdit.integrations.diffusers_flux_attention import is_processor, pairs
 from fastdit.integrations.diffusers_processor import Processor, refuse_choice, shared
-from fastdit.integrations.joint import rotation_passes
+from fastdit.integrations.joint import adaln_passes, rotation_passes
 from fastdit.integrations.masks import is_key_mask, valid_first
 from fastdit.integrations.probe import follows, numbers
 from fastdit.integrations.registry import Kind, register
@@ -93,9 +93,7 @@ register(
         refuse=lambda m: refuse_norms(m.norm1, m.norm2) or refuse_table(m) or unknown(m, *BLOCK),
         patches=lambda block: [(block, "forward", block_forward)],
         absorbs=lambda block: [block.norm1, block.norm2],
-        # passes over (tokens, C): 2 norms (in two bytes to fp32 3, norm 4, rounding 3, or 2), 2 scales, shifts and
-        # gates 2 each, 2 sums 3, fused 2 + 4 + 3
-        saving=lambda block: (29 if itemsize(block) == 2 else 13) * block.norm1.dim * itemsize(block),
+        saving=lambda block: adaln_passes(itemsize(block)) * block.norm1.dim * itemsize(block),
         block=True,
     )
 )

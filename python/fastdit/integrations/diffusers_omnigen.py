@@ -14,7 +14,7 @@ from fastdit.integrations.diffusers_flux_attention import is_processor
 from fastdit.integrations.diffusers_processor import Processor, queries_keys_values, refuse_choice, shared
 from fastdit.integrations.joint import Stream, joint_attention
 from fastdit.integrations.registry import Kind, original, register
-from fastdit.integrations.sandwich import refuse_norms
+from fastdit.integrations.sandwich import prenorm_saving, refuse_norms
 from fastdit.integrations.structure import has, itemsize, law, parameters, unknown
 
 # The block ---------------------------------------------------------------------------------------------------------
@@ -50,8 +50,7 @@ register(
         refuse=lambda m: refuse_norms(*norms_of(m)) or unknown(m, *BLOCK),
         patches=lambda block: [(block, "forward", block_forward)],
         absorbs=norms_of,
-        # passes over (tokens, C): eager two norms (17 with casts to fp32, or 7), a sum 3; fused 2 + 4
-        saving=lambda m: (31 if itemsize(m) == 2 else 11) * m.input_layernorm.weight.numel() * itemsize(m),
+        saving=lambda m: prenorm_saving(m, m.input_layernorm.weight.numel()),
         block=True,
     )
 )

@@ -81,6 +81,12 @@ def refuse_modulation(zero: Any) -> str | None:
     return None
 
 
+def prenorm_saving(block: Any, width: int) -> int:
+    """Of a block with a norm before each sublayer and plain sums, the last of which stays the model's."""
+    # passes over (tokens, C): eager two norms (17 with casts to fp32, or 7) and a sum 3; fused 2 + 4
+    return (2 * (17 if itemsize(block) == 2 else 7) + 3 - 6) * width * itemsize(block)
+
+
 def saving(block: Any, width: int, modulated: bool) -> int:
     # passes over (tokens, C): eager four norms (17 with casts to fp32, or 7), 2*(scale 2), 2*(gate 2, add 3) or two
     # additions 3; fused 2 + 4 + 3

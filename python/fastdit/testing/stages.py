@@ -54,15 +54,15 @@ def _ceilings(dry: bool) -> list[Item]:
         size = 128 if dry else 8192
         name = f"GEMM of {size} in {bench.label(dtype)}, GFLOP/s"
         found.append(_figure(name, functools.partial(timing.gemm_rate, dtype, size=size, device=device), 1e-9))
-    found.append(_figure("launch of a torch op, us", lambda: _launch_cost(device)))
-    found.append(_figure("launch and wait, us", lambda: 1e6 * _tiny(device, wait=True)))
+    found.append(_figure("launch of a torch op, us", functools.partial(_tiny, device), 1e6))
+    found.append(_figure("launch and wait, us", functools.partial(_tiny, device, wait=True), 1e6))
     if not dry:
-        found.append(_figure("kernel of a CUDA graph, us", _graph_cost))
+        found.append(_figure("kernel of a CUDA graph, us", _graph_cost, 1e6))
     for sample in _hot(dry):
         own = [name for name in bench.OWN if name in registry.implementations(sample.op) and not dry]
         for backend in (None, *own, "reference"):
             name = f"host cost of {sample} on {backend or 'auto'}, us"
-            found.append(_figure(name, functools.partial(_host_cost, sample, backend, device)))
+            found.append(_figure(name, functools.partial(_host_cost, sample, backend, device), 1e6))
     return found
 
 
@@ -96,25 +96,23 @@ def _tiny(device: str, wait: bool = False) -> float:
     return _issued(call, device)
 
 
-def _launch_cost(device: str) -> float:
-    return 1e6 * _tiny(device)
-
-
 def _graph_cost(kernels: int = 200) -> float:
+    """Seconds of one small kernel of a CUDA graph."""
     x = torch.zeros(16, device="cuda")
 
     def call() -> None:
         for _ in range(kernels):
             x.add_(1.0)
 
-    return 1e6 * timing.interleaved({"graph": timing.graphed(call)}, device="cuda")["graph"].p50 / kernels
+    return timing.interleaved({"graph": timing.graphed(call)}, device="cuda")["graph"].p50 / kernels
 
 
 def _host_cost(sample: workloads.Sample, backend: str | None, device: str) -> float:
+    """Seconds on the host for one call of the op."""
     args, kwargs = sample.make(Maker(torch.bfloat16, device))
     op = getattr(ops, sample.op)
     with torch.no_grad():
-        return 1e6 * _issued(lambda: op(*args, **kwargs, backend=backend), device)
+        return _issued(lambda: op(*args, **kwargs, backend=backend), device)
 
 
 def _issued(call: timing.Call, device: str, calls: int = 100, rounds: int = 7) -> float:

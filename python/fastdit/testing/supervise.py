@@ -75,7 +75,7 @@ def supervise(
             while at < len(items):
                 patience = items[at].seconds if told else START
                 message = lines.next(min(deadline, began + patience))
-                if message is None or not message:
+                if not message:
                     break
                 told = True
                 if message["at"] == "end":
