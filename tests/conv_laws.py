@@ -142,8 +142,9 @@ def zero_size(backend, device, shape) -> None:
 
 def winograd_is_refused_and_auto_goes_direct(backend, device, dtype) -> None:
     x, weight, _ = wan(device, dtype, 1, last=True)
-    with pytest.raises(NoBackend, match="has no winograd; algo='auto' takes direct"):
-        ops.causal_conv3d(x, weight, algo="winograd", backend=backend)
+    for algo in ("winograd", "winograd2d"):
+        with pytest.raises(NoBackend, match="has no winograd; algo='auto' takes direct"):
+            ops.causal_conv3d(x, weight, algo=algo, backend=backend)
     close.assert_bitwise(*(ops.causal_conv3d(x, weight, algo=a, backend=backend) for a in ("auto", "direct")))
 
 

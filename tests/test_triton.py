@@ -9,7 +9,8 @@ from fastdit.testing import contract
 from fastdit.testing.workloads import samples
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-REFUSED = ("causal_conv3d-winograd-odd",)  # what `supports` refuses: tests/test_conv_triton.py holds it to the reason
+# what `supports` refuses: tests/test_conv_triton.py holds it to the reason
+REFUSED = ("causal_conv3d-winograd-odd", "causal_conv3d-winograd2d-odd")
 SAMPLES = [s for s in samples() if "triton" in registry.implementations(s.op) and str(s) not in REFUSED]
 HOT = [s for s in HOT_SAMPLES if s in SAMPLES]
 pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []

@@ -128,13 +128,13 @@ class Input {
     fn_.weight = weight;
   }
 
-  // tmp: cin * M::lanes values
-  void activate(int64_t n, int64_t frame, int64_t row, S* tmp, A* dst) const {
+  // columns: of the row with its sides; tmp: cin * M::lanes values
+  void activate(int64_t n, int64_t frame, int64_t row, Range columns, S* tmp, A* dst) const {
     const bool cached = frame < p_.cache_t;
     const int64_t* stride = cached ? p_.cache_stride : p_.x_stride;
     const T* src = static_cast<const T*>(cached ? p_.cache : p_.x) + n * stride[0] +
                    (cached ? frame : frame - p_.cache_t) * stride[2] + row * stride[3];
-    activate_row<T, M>(p_, src, stride, row_pixels_, fn_, tmp, dst);
+    activate_row<T, M>(p_, src, stride, columns.begin, columns.end, fn_, tmp, dst);
   }
 
   const ConvParams& p_;

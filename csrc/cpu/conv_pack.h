@@ -1,7 +1,7 @@
-// Packed weights: [block of output channels][kt][kh or Winograd row][kw][ci][lane], each block's lanes contiguous.
+// Packed weights: [block of output channels][kt][kh][kw][ci][lane], each block's lanes contiguous.
 //
-// Winograd F(2,3) along H turns the three taps g of H into four rows U g; its data and output transforms are in
-// conv.cpp:
+// Winograd F(2,3) along H turns the three taps g of H into four rows U g, over H and W the nine into U g U^T, sixteen
+// rows of one column; the data and output transforms are in conv.cpp:
 //   U = [1 0 0; 1/2 1/2 1/2; 1/2 -1/2 1/2; 0 0 1]
 #pragma once
 
@@ -10,14 +10,36 @@
 
 namespace fastdit::cpu::FASTDIT_ISA {
 
-constexpr int kWinogradRows = 4;
+constexpr int kWinograd = 4;  // products along a direction for two outputs
 
-FASTDIT_INLINE int64_t packed_rows(const int64_t* kernel, int winograd) { return winograd ? kWinogradRows : kernel[1]; }
+// Of a packed kernel, over H and W.
+struct Taps {
+  int64_t rows, columns;
+};
+FASTDIT_INLINE Taps packed_taps(const int64_t* kernel, int winograd) {
+  switch (static_cast<Winograd>(winograd)) {
+    case Winograd::rows:
+      return {kWinograd, kernel[2]};
+    case Winograd::tiles:
+      return {kWinograd * kWinograd, 1};
+    case Winograd::none:
+      break;
+  }
+  return {kernel[1], kernel[2]};
+}
 
-// Elements one output-channel vector takes up: kt * rows * kw * padded cin * lanes.
+// Elements one output-channel vector takes up: kt * rows * columns * padded cin * lanes.
 template <class M>
 FASTDIT_INLINE int64_t packed_vector(int64_t cin, const int64_t* kernel, int winograd) {
-  return kernel[0] * packed_rows(kernel, winograd) * kernel[2] * padded_channels<M>(cin) * M::lanes;
+  const Taps taps = packed_taps(kernel, winograd);
+  return kernel[0] * taps.rows * taps.columns * padded_channels<M>(cin) * M::lanes;
+}
+
+struct Four {
+  double u[kWinograd];
+};
+FASTDIT_INLINE Four winograd_taps(double g0, double g1, double g2) {
+  return {{g0, 0.5 * (g0 + g1 + g2), 0.5 * (g0 - g1 + g2), g2}};
 }
 
 template <class M>
@@ -45,34 +67,40 @@ inline void pack(const ConvPackParams& p) {
   using S = typename M::S;
   using A = typename M::A;
   const Blocks blocks(p.cout, M::lanes);
-  const int64_t cp = padded_channels<M>(p.cin), rows = packed_rows(p.kernel, p.winograd), kw = p.kernel[2];
+  const int64_t cp = padded_channels<M>(p.cin);
+  const Taps taps = packed_taps(p.kernel, p.winograd);
   const int64_t per_vector = packed_vector<M>(p.cin, p.kernel, p.winograd);
   const TW* weight = static_cast<const TW*>(p.weight);
   parallel_tasks(blocks.count * p.kernel[0], p.threads, [&](int64_t task, int) {
     const int64_t block = task / p.kernel[0], kt = task % p.kernel[0];
     const int64_t lanes = blocks.size(block) * M::lanes, co0 = blocks.begin(block) * M::lanes;
-    A* out = static_cast<A*>(p.packed) + blocks.begin(block) * per_vector + kt * rows * kw * cp * lanes;
+    A* out = static_cast<A*>(p.packed) + blocks.begin(block) * per_vector + kt * taps.rows * taps.columns * cp * lanes;
     const auto one = [&](int64_t lane, int64_t ci) {
       const int64_t co = co0 + lane;
       const TW* src = weight + co * p.stride[0] + ci * p.stride[1] + kt * p.stride[2];
       A* dst = out + ci / M::step * M::step * lanes + lane * M::step + ci % M::step;
-      const int64_t row = kw * cp * lanes;
-      const bool exists = co < p.cout && ci < p.cin;
-      for (int64_t x = 0; x < kw; ++x, dst += cp * lanes) {
-        if (!exists) {
-          for (int64_t kh = 0; kh < rows; ++kh) dst[kh * row] = A{};
-          continue;
+      const auto at = [&](int64_t row, int64_t column) { return dst + (row * taps.columns + column) * cp * lanes; };
+      const auto tap = [&](int64_t kh, int64_t x) { return src[kh * p.stride[3] + x * p.stride[4]]; };
+      const auto along_h = [&](int64_t x) {
+        const auto wide = [&](int64_t kh) -> double { return to_scalar(rounded<S, T>(tap(kh, x))); };
+        return winograd_taps(wide(0), wide(1), wide(2));
+      };
+      if (co >= p.cout || ci >= p.cin) {
+        for (int64_t i = 0; i < taps.rows * taps.columns; ++i) *at(0, i) = A{};
+      } else if (p.winograd == static_cast<int>(Winograd::tiles)) {
+        const Four g0 = along_h(0), g1 = along_h(1), g2 = along_h(2);
+        for (int i = 0; i < kWinograd; ++i) {
+          const Four both = winograd_taps(g0.u[i], g1.u[i], g2.u[i]);
+          for (int j = 0; j < kWinograd; ++j) put<M>(at(kWinograd * i + j, 0), both.u[j]);
         }
-        const auto tap = [&](int64_t kh) { return src[kh * p.stride[3] + x * p.stride[4]]; };
-        if (!p.winograd) {
-          for (int64_t kh = 0; kh < rows; ++kh) dst[kh * row] = rounded<A, T>(tap(kh));
-        } else {
-          const auto wide = [&](int64_t kh) -> double { return to_scalar(rounded<S, T>(tap(kh))); };
-          const double g0 = wide(0), g1 = wide(1), g2 = wide(2);
-          put<M>(dst, g0);
-          put<M>(dst + row, 0.5 * (g0 + g1 + g2));
-          put<M>(dst + 2 * row, 0.5 * (g0 - g1 + g2));
-          put<M>(dst + 3 * row, g2);
+      } else {
+        for (int64_t x = 0; x < taps.columns; ++x) {
+          if (p.winograd) {
+            const Four g = along_h(x);
+            for (int i = 0; i < kWinograd; ++i) put<M>(at(i, x), g.u[i]);
+          } else {
+            for (int64_t kh = 0; kh < taps.rows; ++kh) *at(kh, x) = rounded<A, T>(tap(kh, x));
+          }
         }
       }
     };

@@ -172,28 +172,36 @@ inline void pixels_strided(const T* x, int64_t cs, int64_t ws, int64_t pixels, i
   }
 }
 
-// One activated row of row_pixels >= pad_w + w columns. tmp: cin * width values.
+// Columns [begin, end) of an activated row: pad_w columns, x's own, and as many more as are asked for.
+// tmp: cin * width values.
 template <class T, class M>
-inline void activate_row(const ConvParams& p, const T* x, const int64_t* stride, int64_t row_pixels,
+inline void activate_row(const ConvParams& p, const T* x, const int64_t* stride, int64_t begin, int64_t end,
                          const Prologue<typename M::S>& f, typename M::S* tmp, typename M::A* dst) {
   using A = typename M::A;
   const int64_t cp = padded_channels<M>(p.cin);
-  A* first = dst + p.pad_w * cp;
-  if (stride[1] == 1 || p.cin == 1) {
-    for (int64_t i = 0; i < p.w; ++i) pixel_channels_last<T, A>(x + i * stride[4], p.cin, f, first + i * cp);
-  } else {
-    pixels_strided<T, A>(x, stride[1], stride[4], p.w, p.cin, f, tmp, first, cp, 1);
-  }
-  if (cp != p.cin)
-    for (int64_t i = 0; i < p.w; ++i) first[i * cp + p.cin] = A{};
-  for (int64_t i = 0; i < row_pixels; ++i) {
-    if (i == p.pad_w) i += p.w;
-    if (i == row_pixels) break;
-    const int64_t from = map_index(i - p.pad_w, p.w, p.space_pad);
+  const auto pixels = [&](int64_t from, int64_t count, A* to) {
+    if (stride[1] == 1 || p.cin == 1) {
+      for (int64_t i = 0; i < count; ++i) pixel_channels_last<T, A>(x + (from + i) * stride[4], p.cin, f, to + i * cp);
+    } else {
+      pixels_strided<T, A>(x + from * stride[4], stride[1], stride[4], count, p.cin, f, tmp, to, cp, 1);
+    }
+    if (cp != p.cin)
+      for (int64_t i = 0; i < count; ++i) to[i * cp + p.cin] = A{};
+  };
+  const int64_t near = p.pad_w < begin ? begin : p.pad_w;
+  const int64_t far = p.pad_w + p.w < end ? p.pad_w + p.w : end;
+  if (near < far) pixels(near - p.pad_w, far - near, dst + (near - begin) * cp);
+  for (int64_t i = begin; i < end; ++i) {
+    if (i == near && near < far) i = far;
+    if (i == end) break;
+    A* to = dst + (i - begin) * cp;
+    const int64_t from = map_index(i - p.pad_w, p.w, p.space_pad), at = from + p.pad_w;
     if (from < 0)
-      __builtin_memset(static_cast<void*>(dst + i * cp), 0, cp * sizeof(A));
+      __builtin_memset(static_cast<void*>(to), 0, cp * sizeof(A));
+    else if (at >= near && at < far)
+      __builtin_memcpy(static_cast<void*>(to), dst + (at - begin) * cp, cp * sizeof(A));
     else
-      __builtin_memcpy(static_cast<void*>(dst + i * cp), first + from * cp, cp * sizeof(A));
+      pixels(from, 1, to);
   }
 }
 

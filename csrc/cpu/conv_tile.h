@@ -65,21 +65,23 @@ struct Segment {
   int64_t length;  // of k, a multiple of M::step
 };
 
-// Where a finished tile goes: out[offset[p]] (x coef0) and, in Winograd passes, also `second` elements further (x
-// coef1).
+// Where a tile's sums go: they are added up in sum[at[p]], and the last one's total in out[offset[p] + to[i]], times
+// sign[i]: a Winograd pass has up to two targets per direction. Direct: no targets, the total stays where it is.
 template <class M>
 struct Sink {
-  typename M::S* out;
-  int64_t offset[kPixels];
-  int64_t second;
-  int valid;            // pixels of the tile that exist
-  int coef0, coef1;     // +1, -1, or 0: untouched
-  bool first0, first1;  // first contribution: store instead of add
+  typename M::S *sum, *out;
+  int64_t at[kPixels], offset[kPixels];
+  int valid;         // pixels of the tile that exist
+  bool begun, last;  // sum holds something; nothing will be added any more
+  int targets;
+  int64_t to[4];
+  int sign[4];    // +1 or -1
+  bool first[4];  // first contribution to a target: store instead of add
 };
 
 template <class M, int NV>
-FASTDIT_INLINE void deposit(typename M::S* out, const typename M::V (&acc)[NV], int coef, bool first) {
-  const typename M::V c = splat(static_cast<typename M::S>(coef));
+FASTDIT_INLINE void deposit(typename M::S* out, const typename M::V (&acc)[NV], int sign, bool first) {
+  const typename M::V c = splat(static_cast<typename M::S>(sign));
 #pragma GCC unroll 8
   for (int v = 0; v < NV; ++v) {
     typename M::S* o = out + v * M::lanes;
@@ -115,9 +117,17 @@ __attribute__((noinline)) void run_tile(const Segment<M>* segments, int count, c
 #pragma GCC unroll 8
   for (int p = 0; p < kPixels; ++p) {
     if (p >= sink.valid) break;
-    typename M::S* out = sink.out + sink.offset[p];
-    if (sink.coef0) deposit<M, NV>(out, acc[p], sink.coef0, sink.first0);
-    if (sink.coef1) deposit<M, NV>(out + sink.second, acc[p], sink.coef1, sink.first1);
+    typename M::S* sum = sink.sum + sink.at[p];
+    if (sink.begun)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) acc[p][v] += load(sum + v * M::lanes);
+    if (sink.targets && sink.last) {
+      typename M::S* out = sink.out + sink.offset[p];
+      for (int i = 0; i < sink.targets; ++i) deposit<M, NV>(out + sink.to[i], acc[p], sink.sign[i], sink.first[i]);
+    } else {
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) store(sum + v * M::lanes, acc[p][v]);
+    }
   }
 }
 

@@ -221,7 +221,7 @@ class WeightGrad : Input<T, M> {
 
   void lay_input(int64_t frame, int64_t row, int thread) const {
     A* pixels = thread_row(thread);
-    Base::activate(n_, frames_.begin + frame, in_rows_.begin + row, thread_tmp(thread), pixels);
+    Base::activate(n_, frames_.begin + frame, in_rows_.begin + row, Range{0, row_pixels_}, thread_tmp(thread), pixels);
     const int64_t columns = x_row_ / (kInputs * kStep), stride = p_.stride[2];
     for (int64_t input = 0; input < inputs_; ++input)
       for (int64_t copy = 0; copy < copies_; ++copy) {
@@ -242,7 +242,7 @@ class WeightGrad : Input<T, M> {
     const int64_t* stride = q_.grad_stride;
     const T* src = static_cast<const T*>(q_.grad) + n_ * stride[0] + (t0_ + t) * stride[2] + (y0_ + row) * stride[3];
     const Prologue<S> none{0, 0, S(0), S(0), nullptr, nullptr};
-    activate_row<T, M>(as_rows_, src, stride, p_.wo, none, thread_tmp(thread), pixels);
+    activate_row<T, M>(as_rows_, src, stride, 0, p_.wo, none, thread_tmp(thread), pixels);
     if (q_.d_bias) {
       S* total = bias_rows_ + (t * (y1_ - y0_) + row) * bias_row();
       for (int64_t c = 0; c < bias_row(); c += kLanes) {

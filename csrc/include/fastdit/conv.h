@@ -8,6 +8,7 @@ namespace fastdit {
 
 enum class Pad : int { zeros = 0, edge = 1, reflect = 2 };  // edge: "first" in time, "replicate" in space
 enum class Norm : int { none = 0, channel_l2 = 1, channel_rms = 2, group = 3 };
+enum class Winograd : int { none = 0, rows = 1, tiles = 2 };  // F(2, 3) along H; F(2 x 2, 3 x 3) over H and W
 
 // Strides are in elements, in the order (N, C, T, H, W).
 struct ConvParams {
@@ -27,7 +28,7 @@ struct ConvParams {
   int time_pad, space_pad;  // Pad
   int norm;                 // Norm: none, channel_l2 or channel_rms
   int silu;
-  int winograd;
+  int winograd;  // Winograd
   int gradient;  // x is the gradient of an output, y that of an input: shorter sums
   int wide;      // y is stored in the arithmetic type, unrounded
   int dtype, bias_dtype, norm_weight_dtype;
@@ -50,7 +51,7 @@ struct ConvPackParams {
   void* packed;        // null: only the size is asked for
   int64_t* bytes;      // out: size of the packed buffer
   int64_t cout, cin, kernel[3], stride[5];
-  int winograd;
+  int winograd;  // Winograd
   int weight_dtype;
   int dtype;  // of x; the weight is rounded to it
   int threads;

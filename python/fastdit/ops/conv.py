@@ -102,21 +102,23 @@ def causal_conv3d(
         act (str, optional): "silu". Norm and act act on the input; padding zeros stay zeros.
         residual (Tensor, shape of y; dtype of x): added last.
         algo (str): "direct"; "winograd": F(2,3) along H, 2/3 of the products, needs k_h = 3 with stride and dilation 1
-            there. "auto": winograd where its error is within 1.4 of direct's (fp32 and f16 on the CPU). In bf16 its
-            error is two output roundings instead of one, and an Inf in x may come out as NaN.
+            there; "winograd2d": F(2x2,3x3) over H and W, 4/9 of the products, needs that along both. "auto": where the
+            CPU forms products in fp32 (not of bf16 by AVX-512 BF16), the latter for 32 channels and 36 pixels and more,
+            else the former: their errors are within 1.5 of direct's. By AVX-512 BF16 they are two and three output
+            roundings instead of one. An Inf in x may come out as NaN.
         backend (str, optional): "cuda", "triton", "cpu", "reference". Default: best available.
     Returns:
         Tensor[B, Cout, T', H', W'], dtype of x, in x's memory format. Gradients for every tensor argument.
     Raises:
         ValueError: shapes, devices, geometry; a cached chunk whose length is no multiple of stride_t, which would shift
         the next chunk's windows.   TypeError: dtypes.   NoBackend: nothing can run it.
-    Cost:   2*B*T'*H'*W'*Cout*C*k_t*k_h*k_w FLOPs (2/3 of it with winograd), compute-bound. The CPU backend keeps a
-        packed copy of the weight while it lives (4/3 of its size with winograd), and rows in flight: 1.5 MiB a
-        thread, more only where a few rows of a frame are larger. Backward: as much again for the gradient of the
-        input (missing frames skipped, 2/3 with winograd), and for the weight's, which takes 6 MiB and the weight's size
-        in fp32; no activation is kept: norm and SiLU are computed again from x. The Triton backend keeps nothing
-        between calls: it packs the weight in each (not one in channels_last_3d and x's dtype), and writes
-        act(norm(cat(cache, x))) once, 2 * itemsize bytes a value, where there is a norm or act, or x is NCDHW.
+    Cost:   2*B*T'*H'*W'*Cout*C*k_t*k_h*k_w FLOPs (2/3 or 4/9 of it with Winograd), compute-bound. The CPU backend keeps
+        a packed copy of the weight while it lives (4/3 or 16/9 of its size with Winograd), and rows in flight: 1.5 MiB
+        a thread, more only of many channels. Backward: as much again for the gradient of the input (missing frames
+        skipped, 2/3 or 4/9 with Winograd), and for the weight's, which takes 6 MiB and the weight's size in fp32; no
+        activation is kept: norm and SiLU are computed again from x. The Triton backend keeps nothing between calls: it
+        packs the weight in each (not one in channels_last_3d and x's dtype), and writes act(norm(cat(cache, x))) once,
+        2 * itemsize bytes a value, where there is a norm or act, or x is NCDHW.
     Source: diffusers WanCausalConv3d, CogVideoXCausalConv3d, HunyuanVideoCausalConv3d, LTXVideoCausalConv3d, Mochi.
     """
     op = "causal_conv3d"

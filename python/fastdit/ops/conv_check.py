@@ -12,7 +12,7 @@ _TIME_PADS = ("zeros", "first")
 _SPACE_PADS = ("zeros", "replicate", "reflect")
 _NORMS = (None, "channel_l2", "channel_rms")
 _ACTS = (None, "silu")
-_ALGOS = ("auto", "direct", "winograd")
+_ALGOS = ("auto", "direct", "winograd", "winograd2d")
 
 
 def video(op: str, what: str, x: Tensor) -> None:
@@ -127,11 +127,12 @@ def convolution(
         vector(op, "norm_weight", norm_weight, x.shape[1], x)
     norm_eps = NORM_EPS[norm] if norm_eps is None else norm_eps
     _check.epsilon(op, "norm_eps", norm_eps)
-    if algo == "winograd" and (weight.shape[3], strides[1], dilations[1]) != (3, 1, 1):
-        raise ValueError(
-            f"{op}: algo='winograd' works on 3 taps along H; got k_h = {weight.shape[3]}, stride {strides[1]}, "
-            f"dilation {dilations[1]} there, expected 3, 1, 1; use algo='auto'."
-        )
+    for i, side in enumerate("HW" if algo == "winograd2d" else "H" if algo == "winograd" else "", 1):
+        if (weight.shape[i + 2], strides[i], dilations[i]) != (3, 1, 1):
+            raise ValueError(
+                f"{op}: algo={algo!r} works on 3 taps along {side}; got k_{side.lower()} = {weight.shape[i + 2]}, "
+                f"stride {strides[i]}, dilation {dilations[i]} there, expected 3, 1, 1; use algo='auto'."
+            )
     if cache is not None:
         cache_frames(op, cache, x, pads[0])
         if x.shape[2] % strides[0] != 0:

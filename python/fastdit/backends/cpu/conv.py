@@ -17,6 +17,8 @@ from ._abi import DTYPE, on_cpu, pointer
 
 _PAD = {"zeros": 0, "first": 1, "replicate": 1, "reflect": 2}
 _NORM = {None: 0, "channel_l2": 1, "channel_rms": 2, "group": 3}
+_WINOGRAD = {"direct": 0, "winograd": 1, "winograd2d": 2}
+_TILES_CHANNELS, _TILES_PIXELS = 32, 36
 _NO_STRIDE = (0, 0, 0, 0, 0)
 
 
@@ -62,7 +64,7 @@ class PackedWeights:
             self._entries.clear()
             self.bytes = 0
 
-    def get(self, weight: torch.Tensor, dtype: torch.dtype, winograd: bool) -> torch.Tensor:
+    def get(self, weight: torch.Tensor, dtype: torch.dtype, winograd: int) -> torch.Tensor:
         if weight.numel() != 1 + sum((n - 1) * s for n, s in zip(weight.shape, weight.stride(), strict=True)):
             return pack(weight, dtype, winograd)  # a view with holes: its bytes are not one run
         key = (weight.data_ptr(), *weight.shape, *weight.stride(), weight.dtype, dtype, winograd, _cpu.isa())
@@ -121,11 +123,11 @@ class PackedWeights:
 packed_weights = PackedWeights()
 
 
-def pack(weight: torch.Tensor, dtype: torch.dtype, winograd: bool) -> torch.Tensor:
+def pack(weight: torch.Tensor, dtype: torch.dtype, winograd: int) -> torch.Tensor:
     return pack_strided(weight, weight.data_ptr(), weight.shape, weight.stride(), dtype, winograd)
 
 
-def pack_strided(weight, address: int, shape, stride, dtype: torch.dtype, winograd: bool) -> torch.Tensor:
+def pack_strided(weight, address: int, shape, stride, dtype: torch.dtype, winograd: int) -> torch.Tensor:
     """Packs the (Cout, Cin, kt, kh, kw) weight that lies at `address` in weight's memory; strides may be negative."""
     size = _cpu.conv_pack_bytes(*shape[:2], shape[2:], winograd, DTYPE[dtype])
     packed = torch.empty(size, dtype=torch.uint8)
@@ -144,12 +146,23 @@ def _code(t):
     return 0 if t is None else DTYPE[t.dtype]
 
 
-def use_winograd(algo: str, dtype: torch.dtype, kernel: tuple, stride: tuple, dilation: tuple) -> bool:
-    """Auto: where products are formed in fp32 and there is enough work to pay for the transforms."""
-    if algo == "auto":
-        fits = kernel[1] == 3 and stride[1] == 1 and dilation[1] == 1
-        return fits and dtype in (torch.float32, torch.float16)
-    return algo == "winograd"
+def winograd_code(
+    algo: str, dtype: torch.dtype, weight_shape: tuple, stride: tuple, dilation: tuple, pixels: int
+) -> int:
+    """Winograd of csrc/include/fastdit/conv.h for this many pixels a frame.
+
+    Auto: where products are formed in fp32; tiles where there are channels enough to pay for their transform and pixels
+    enough to fill a register tile and to pay for the larger weights. Never by the number of frames: chunked == whole.
+    """
+    if algo != "auto":
+        return _WINOGRAD[algo]
+    rounds = dtype == torch.bfloat16 and _cpu.isa() == "avx512_bf16"  # transformed values, before their product
+    if rounds or dtype == torch.float64:
+        return _WINOGRAD["direct"]
+    along = [weight_shape[i + 2] == 3 and stride[i] == 1 and dilation[i] == 1 for i in (1, 2)]
+    if all(along) and min(weight_shape[:2]) >= _TILES_CHANNELS and pixels >= _TILES_PIXELS:
+        return _WINOGRAD["winograd2d"]
+    return _WINOGRAD["winograd" if along[0] else "direct"]
 
 
 def _geometry(x, weight, norm_weight, stride, dilation, padding, time_pad, space_pad, norm, norm_eps, act, winograd):
@@ -166,7 +179,7 @@ def causal_conv3d(
     shape = output_shape(x.shape, weight.shape, stride, dilation, padding)
     y = empty(x, shape)
     if y.numel():
-        winograd = use_winograd(algo, x.dtype, weight.shape[2:], stride, dilation)
+        winograd = winograd_code(algo, x.dtype, weight.shape, stride, dilation, shape[3] * shape[4])
         packed = packed_weights.get(weight, x.dtype, winograd)
         _cpu.conv_forward(
             _geometry(

@@ -28,7 +28,8 @@ def causal_conv3d_backward(
     need_x, need_weight, need_bias, need_cache, need_norm, need_residual = asked(tensors, needs)
     if grad is None or grad.numel() == 0:
         return zeros_or_none(tensors, needs)
-    winograd = conv.use_winograd(algo, x.dtype, weight.shape[2:], stride, dilation)
+    pixels = x.shape[3] * x.shape[4]
+    winograd = conv.winograd_code(algo, x.dtype, weight.shape, stride, dilation, pixels)
     shared = conv._geometry(
         x, weight, norm_weight, stride, dilation, padding, time_pad, space_pad, norm, norm_eps, act, winograd
     )

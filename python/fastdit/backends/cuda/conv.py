@@ -255,7 +255,7 @@ def _moves(x, *_) -> str | None:
 
 
 def _supports(x, *rest) -> str | None:
-    return "has no winograd; algo='auto' takes direct" if rest[-1] == "winograd" else unfit(x)
+    return "has no winograd; algo='auto' takes direct" if rest[-1].startswith("winograd") else unfit(x)
 
 
 def _path(x, weight, bias, cache, norm_weight, residual, stride, dilation, padding, time_pad, space_pad, *_) -> str:

@@ -163,7 +163,7 @@ def _supports_norm(x, weight, bias, norm, *_):
 
 
 def _supports(x, weight, bias, cache, norm_weight, residual, *rest):
-    if rest[-1] == "winograd":
+    if rest[-1].startswith("winograd"):
         return "has no winograd; algo='auto' takes direct"
     if rest[5] is not None and x.shape[1] > WIDEST:
         return f"norm='{rest[5]}' wants a pixel's channels in one tile; got {x.shape[1]}, at most {WIDEST}"

@@ -79,6 +79,7 @@ SAMPLES = (
     Sample("causal_conv3d", "wan-ncdhw", _conv(cache=2, residual=True, last=False, **_WAN)),
     Sample("causal_conv3d", "first-chunk", _conv(cache=1, **_WAN)),
     Sample("causal_conv3d", "winograd-odd", _conv(C=13, Cout=37, H=7, W=3, B=2, algo="winograd")),
+    Sample("causal_conv3d", "winograd2d-odd", _conv(C=37, Cout=70, H=5, W=7, B=2, algo="winograd2d", **_WAN)),
     Sample("causal_conv3d", "direct-odd", _conv(C=13, Cout=37, H=7, W=3, B=2, last=False, algo="direct", **_WAN)),
     Sample("causal_conv3d", "one-channel", _conv(C=1, Cout=1, bias=False, act="silu")),
     Sample("causal_conv3d", "long-chain", _conv(C=352, Cout=16, H=3, W=4, algo="direct")),
@@ -198,7 +199,9 @@ def _workload(name: str, C: int, T: int, cache: int, H: int, W: int, dtypes=None
     )
 
 
-_OTHER_ALGO = ((torch.bfloat16, "winograd"), (torch.float32, "direct"))  # what auto does not take
+_OTHER_ALGO = (  # what auto does not take
+    (torch.bfloat16, "winograd"), (torch.bfloat16, "winograd2d"), (torch.float32, "direct"), (torch.float32, "winograd")
+)  # fmt: skip
 
 
 def _norm_workload(name: str, norm: str, C: int, T: int, H: int, W: int, last: bool) -> Workload:
