@@ -105,7 +105,7 @@ def joint_attention(
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention of (B, N, H, D) under a mask or bias, with diffusers' own where it has no `key_runs`."""
-    runs = key_runs(mask, *q.shape[:2], k.shape[1])
+    runs = key_runs(mask, q.shape[0], q.shape[1], k.shape[1])
     if runs is None:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
