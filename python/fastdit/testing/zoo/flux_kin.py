@@ -106,7 +106,23 @@ def chroma_row(kind: str, block: str, tables: int, *streams: int, **config: Any)
     )  # fmt: skip
 
 
+def fibo_row(tokens: int = 1536) -> Whole:
+    """Bria FIBO, 24 heads of 128, with one single block, over both streams joined."""
+
+    def given(dtype: torch.dtype) -> tuple:
+        angles = randn(tokens, 64).repeat_interleave(2, dim=1)
+        return *(randn(1, *n, 3072).to(dtype) for n in ((tokens,), ())), (angles.cos(), angles.sin())
+
+    return block_row(
+        "Bria FIBO single block", f"1x{tokens}x3072, text among them",
+        lambda: build("BriaFiboTransformer2DModel", num_layers=0, num_single_layers=1, attention_head_dim=128,
+                      num_attention_heads=24, axes_dims_rope=(16, 56, 56), text_encoder_dim=16),
+        "single_transformer_blocks.0", given,
+    )  # fmt: skip
+
+
 ROWS = (
+    fibo_row(),
     chroma_row("double", "transformer_blocks.0", 12, 1024, 512, num_layers=1, num_single_layers=0),
     chroma_row("single", "single_transformer_blocks.0", 3, 1536, num_layers=0, num_single_layers=1),
 )
