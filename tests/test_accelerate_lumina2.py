@@ -61,7 +61,7 @@ def test_what_stays():
     assert layers(report) == {
         "Lumina 2 block": 2,
         "attention (Lumina2AttnProcessor2_0)": 1,
-        "feed-forward (Lumina)": 2,
+        "feed-forward (SwiGLU of three linear layers)": 2,
         "output norm (LuminaLayerNormContinuous)": 1,
     }
     assert reasons(report) >= {

@@ -1,4 +1,4 @@
-"""diffusers' Lumina2Transformer2DModel (Lumina-Image 2.0): block, attention with grouped queries, MLP, output layer."""
+"""diffusers' Lumina2Transformer2DModel (Lumina-Image 2.0): block, attention with grouped queries, output layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastdit.integrations.joint import (
 )
 from fastdit.integrations.registry import Kind, original, register
 from fastdit.integrations.sandwich import refuse_modulation, refuse_norms, sandwich_block, saving
-from fastdit.integrations.structure import has, itemsize, law, parameters, reads, unknown
+from fastdit.integrations.structure import has, itemsize, law, parameters, unknown
 
 # The block ---------------------------------------------------------------------------------------------------------
 
@@ -142,11 +142,7 @@ register(
 )
 
 
-# The MLP and the output layer --------------------------------------------------------------------------------------
-
-
-def mlp_forward(self, x: Tensor) -> Tensor:
-    return self.linear_2(ops.activation(self.linear_1(x), "silu", up=self.linear_3(x)))
+# The output layer --------------------------------------------------------------------------------------------------
 
 
 def norm_out_forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
@@ -155,27 +151,8 @@ def norm_out_forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
     return h if self.linear_2 is None else self.linear_2(h)
 
 
-for function in (block_forward, mlp_forward, norm_out_forward):
-    function.__name__ = "forward"
+block_forward.__name__ = norm_out_forward.__name__ = "forward"
 
-register(
-    Kind(
-        name="feed-forward (Lumina)",
-        ops=("activation",),
-        match=lambda m: (
-            has(m, "linear_1", "linear_2", "linear_3", "silu")
-            and parameters(m) == ["x"]
-            and type(m.silu).__name__ in ("FP32SiLU", "SiLU")
-            and reads(type(m).forward) == {"linear_1", "linear_2", "linear_3", "silu"}
-        ),
-        refuse=lambda m: unknown(m, "linear_1", "linear_2", "linear_3", "silu"),
-        patches=lambda m: [(m, "forward", mlp_forward)],
-        absorbs=lambda m: [m.silu],
-        # the product in a pass of its own 3, and in two bytes the casts, 3 and 3 and a wider SiLU 2, less 1
-        saving=lambda m: (10 if itemsize(m) == 2 else 2) * m.linear_1.out_features * itemsize(m),
-        part=True,
-    )
-)
 register(
     Kind(
         name="output norm (LuminaLayerNormContinuous)",

@@ -60,9 +60,9 @@ register(
 
 
 class FastditOmniGenAttnProcessor(Processor):
-    """OmniGenAttnProcessor2_0 with `qk_norm_rope`, and `attention` where there is no mask.
+    """OmniGenAttnProcessor2_0 with `qk_norm_rope` and `attention`.
 
-    The pipeline's mask, causal over the text and full within each image, keeps diffusers' attention behind the former.
+    The pipeline's mask, causal over the text and full within each image, is served by runs of queries (masks.py).
     """
 
     def __init__(self):

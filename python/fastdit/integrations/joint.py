@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import ops
-from fastdit.integrations.masks import valid_first
+from fastdit.integrations.masks import Run, key_runs, valid_first
 from fastdit.integrations.structure import itemsize, unknown
 
 # Attention ---------------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def joint_attention(
     kv_len (B,), int32: valid keys of the joint sequence, which has its padding last.
     key_mask (B, N): the keys of the last stream that are seen, in any pattern.
     joint_mask (B, N): the same of all streams.
-    attn_mask: any other mask or bias, as diffusers takes it; diffusers' attention serves it.
+    attn_mask: any other mask or bias, as diffusers takes it.
     """
     q, k = (list(parts) for parts in zip(*(normed(stream) for stream in streams), strict=True))
     v = [stream.v for stream in streams]
@@ -99,10 +99,30 @@ def joint_attention(
     if attn_mask is None:
         o = ops.attention(joined(q), joined(k), joined(v), kv_len=kv_len)
     else:
+        o = masked_attention(joined(q), joined(k), joined(v), attn_mask)
+    return o.flatten(2).split([part.shape[1] for part in q], dim=1)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of (B, N, H, D) under a mask or bias, with diffusers' own where it has no `key_runs`."""
+    runs = key_runs(mask, q.shape[0], q.shape[1], k.shape[1])
+    if runs is None:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-        o = dispatch_attention_fn(joined(q), joined(k), joined(v), attn_mask=attn_mask)
-    return o.flatten(2).split([part.shape[1] for part in q], dim=1)
+        return dispatch_attention_fn(q, k, v, attn_mask=mask)
+    if len(runs) == 1:
+        return by_runs(q, k, v, runs[0])
+    return torch.cat([by_runs(q[i : i + 1], k[i : i + 1], v[i : i + 1], own) for i, own in enumerate(runs)])
+
+
+def by_runs(q: Tensor, k: Tensor, v: Tensor, runs: list[Run]) -> Tensor:
+    """Attention of (B, N, H, D), a call per run of queries; all samples have the same runs."""
+    outputs = []
+    for run in runs:
+        seen = slice(run.start, run.stop)
+        frames = 1 if run.causal else None
+        outputs.append(ops.attention(q[:, run.first : run.last], k[:, seen], v[:, seen], frame_tokens=frames))
+    return joined(outputs)
 
 
 def joined(parts: list[Tensor]) -> Tensor:

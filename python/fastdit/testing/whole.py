@@ -121,6 +121,23 @@ def block_row(
     return Whole(name, shape, build, run, compile=lambda model: model.get_submodule(block).compile(dynamic=False))
 
 
+def model_row(
+    name: str, shape: str, build: Callable[[], nn.Module], block: str, inputs: Callable[[torch.dtype], dict[str, Any]]
+) -> Whole:
+    """A row of a model of one block, so that what the model makes of its inputs counts too: its keyword arguments."""
+
+    def run(dtype: torch.dtype, device: str) -> Run:
+        given = tree_map_only(Tensor, lambda t: t.to(device), inputs(dtype))
+
+        def call(model: Any) -> Tensor:
+            with torch.no_grad():
+                return zoo.call_model(model, given)
+
+        return call
+
+    return Whole(name, shape, build, run, compile=lambda model: model.get_submodule(block).compile(dynamic=False))
+
+
 def _attention_flops(q, k, v, *args, **kwargs) -> int:
     return 4 * math.prod(q[:-1]) * k[-2] * v[-1]
 
@@ -206,14 +223,14 @@ def _wan_block(name: str, heads: int, ffn: int, grid: tuple[int, int, int]) -> W
 
 def decode_row(
     name: str, build: Callable[[], nn.Module], size: tuple[int, ...], probe: tuple[int, ...] | None = None,
-    rounds: int = 5, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16), **given: Any,
+    rounds: int = 5, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16), batch: int = 1, **given: Any,
 ) -> Whole:  # fmt: skip
     """A VAE's decode of latents (C, T, H, W), or (C, H, W), judged on `probe` where that takes too long in fp64."""
 
     def decode(size: tuple[int, ...]) -> Callable[[torch.dtype, str], Run]:
         def run(dtype: torch.dtype, device: str) -> Run:
-            z = torch.randn(1, *size, generator=torch.Generator().manual_seed(3)).to(device, dtype)
-            more = {key: value.to(device, dtype) for key, value in given.items()}
+            z = torch.randn(batch, *size, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+            more = tree_map_only(Tensor, lambda t: t.to(device, dtype), given)
 
             def call(model: Any) -> Tensor:
                 with torch.no_grad():
@@ -224,7 +241,7 @@ def decode_row(
         return run
 
     return Whole(
-        f"{name} decode", "x".join(map(str, (1, *size))), build, decode(size),
+        f"{name} decode", "x".join(map(str, (batch, *size))), build, decode(size),
         dtypes=dtypes, probe=decode(probe) if probe else None, rounds=rounds,
     )  # fmt: skip
 

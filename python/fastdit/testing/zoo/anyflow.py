@@ -5,11 +5,13 @@ The models of FAR attend by flex attention, which has no gradient on a CPU: see 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from fastdit.testing.models import randomize
+from fastdit.testing.whole import Whole, model_row
 from fastdit.testing.zoo import Model, randn
 
 LAYERS = {
@@ -49,3 +51,29 @@ MODELS = (
           lambda: anyflow(image_dim=20, deltatime_type="t-r", cross_attn_norm=False), lambda: inputs(image=True),
           LAYERS, keeps=KEEPS, fixed=KEEPS),
 )  # fmt: skip
+
+
+# ---- at full width ------------------------------------------------------------------------------------------
+
+
+def row(grid: tuple[int, int, int] = (8, 16, 16)) -> Whole:
+    """The model of Wan 2.1's 1.3B, 12 heads of 128, with one of its 30 blocks; a pair of timesteps per frame."""
+    frames, height, width = grid
+
+    def given(dtype: torch.dtype) -> dict[str, Any]:
+        timestep = torch.linspace(300, 900, frames)[None]
+        return dict(
+            hidden_states=randn(1, frames, 16, 2 * height, 2 * width).to(dtype),
+            timestep=timestep,
+            r_timestep=timestep / 2,
+            encoder_hidden_states=randn(1, 512, 4096, seed=2).to(dtype),
+        )
+
+    return model_row(
+        "AnyFlow block", f"1x{math.prod(grid)}x1536, one block, 512 text tokens, a timestep per frame",
+        lambda: anyflow(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=1, in_channels=16,
+                        out_channels=16, text_dim=4096, freq_dim=256, rope_max_seq_len=1024), "blocks.0", given,
+    )  # fmt: skip
+
+
+ROWS = (row(),)

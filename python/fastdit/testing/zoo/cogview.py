@@ -81,22 +81,35 @@ MODELS = (
 # ---- at full width ------------------------------------------------------------------------------------------
 
 
-def row(tokens: int = 1024, text: int = 224) -> Whole:
-    """CogView4-6B, 32 heads of 128, with one of its 28 blocks."""
+def streams(dtype: torch.dtype, width: int, tokens: int, text: int) -> tuple:
+    given = randn(1, tokens, width), randn(1, text, width, seed=2), randn(1, 512, seed=3)
+    return tuple(t.to(dtype) for t in given)
 
-    def given(dtype: torch.dtype) -> tuple:
-        x, context, temb = randn(1, tokens, 4096), randn(1, text, 4096, seed=2), randn(1, 512, seed=3)
-        side = int(tokens**0.5)
-        rope = cogview4(num_layers=0, attention_head_dim=128, num_attention_heads=1).rope(
-            randn(1, 4, 2 * side, 2 * side)
-        )
-        return *(t.to(dtype) for t in (x, context, temb)), rope
 
+def positions(build: Any, tokens: int) -> Any:
+    """The tables of heads of 128 over a square image."""
+    side = 2 * int(tokens**0.5)
+    return build(num_layers=0, attention_head_dim=128, num_attention_heads=1).rope(randn(1, 4, side, side))
+
+
+def row(name: str, build: Any, tokens: int = 1024, text: int = 224) -> Whole:
+    """CogView4-6B or GLM-Image, 32 heads of 128, with one of its blocks."""
     return block_row(
-        "CogView4-6B block", f"1x{tokens}x4096, one block, {text} text tokens",
-        lambda: cogview4(attention_head_dim=128, num_attention_heads=32, time_embed_dim=512, num_layers=1),
-        "transformer_blocks.0", given,
+        f"{name} block", f"1x{tokens}x4096, one block, {text} text tokens",
+        lambda: build(attention_head_dim=128, num_attention_heads=32, time_embed_dim=512, num_layers=1),
+        "transformer_blocks.0",
+        lambda dtype: (*streams(dtype, 4096, tokens, text), positions(build, tokens)),
     )  # fmt: skip
 
 
-ROWS = (row(),)
+def cogview3_row(tokens: int = 1024, text: int = 224) -> Whole:
+    """CogView3+, 64 heads of 40, with one of its 30 blocks."""
+    return block_row(
+        "CogView3+ block", f"1x{tokens}x2560, one block, {text} text tokens",
+        lambda: cogview3(attention_head_dim=40, num_attention_heads=64, time_embed_dim=512, num_layers=1),
+        "transformer_blocks.0",
+        lambda dtype: streams(dtype, 2560, tokens, text),
+    )  # fmt: skip
+
+
+ROWS = (row("CogView4-6B", cogview4), row("GLM-Image", glm_image, text=32), cogview3_row())

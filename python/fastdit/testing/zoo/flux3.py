@@ -80,4 +80,19 @@ def row(tokens: int = 1024, text: int = 512, width: int = 3072) -> Whole:
     )  # fmt: skip
 
 
-ROWS = (row(),)
+def stream_row(tokens: int = 1024, width: int = 3072) -> Whole:
+    """FLUX.3, with one of its blocks of the image alone."""
+
+    def given(dtype: torch.dtype) -> tuple:
+        mod, angles = randn(1, 1, 3 * width, seed=2).to(dtype), randn(tokens, 64).repeat_interleave(2, dim=1)
+        return randn(1, tokens, width).to(dtype), mod.expand(1, tokens, -1), (angles.cos(), angles.sin())
+
+    return block_row(
+        "FLUX.3 block of one stream", f"1x{tokens}x{width}",
+        lambda: flux3(num_layers=1, num_single_layers=0, attention_head_dim=128, num_attention_heads=24,
+                      axes_dims_rope=(32, 32, 32, 32)),
+        "mode_blocks.image.0", given,
+    )  # fmt: skip
+
+
+ROWS = (row(), stream_row())

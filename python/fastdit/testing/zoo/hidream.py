@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastdit.testing.models import randomize
-from fastdit.testing.whole import block_row
+from fastdit.testing.whole import Whole, block_row
 from fastdit.testing.zoo import Model, randn
 
 
@@ -52,18 +52,23 @@ MODELS = (
 # ---- at full width ------------------------------------------------------------------------------------------
 
 
-def block_inputs(dtype: torch.dtype, image: int = 1024, text: int = 384) -> tuple:
-    angles = randn(1, image + text, 1, 64)
-    rotation = torch.stack([angles.cos(), -angles.sin(), angles.sin(), angles.cos()], dim=-1).unflatten(-1, (2, 2))
-    x, c = randn(1, image, 2560).to(dtype), randn(1, text, 2560, seed=2).to(dtype)
-    return x, None, c, randn(1, 2560, seed=3).to(dtype), rotation
+def row(kind: str, block: str, *streams: int, **config: Any) -> Whole:
+    """HiDream-I1: 20 heads of 128, 384 text tokens, two of four experts."""
+
+    def given(dtype: torch.dtype) -> tuple:
+        angles = randn(1, sum(streams), 1, 64)
+        rotation = torch.stack([angles.cos(), -angles.sin(), angles.sin(), angles.cos()], dim=-1).unflatten(-1, (2, 2))
+        x, c = ([randn(1, n, 2560, seed=n).to(dtype) for n in streams] + [None])[:2]
+        return x, None, c, randn(1, 2560, seed=3).to(dtype), rotation
+
+    return block_row(
+        f"HiDream-I1 {kind} block", "1x1024x2560, 384 text tokens, 2 of 4 experts",
+        lambda: hidream(attention_head_dim=128, num_attention_heads=20, num_routed_experts=4,
+                        axes_dims_rope=(64, 32, 32), llama_layers=[0], **config), block, given,
+    )  # fmt: skip
 
 
 ROWS = (
-    block_row(
-        "HiDream-I1 joint block", "1x1024x2560, 384 text tokens, 2 of 4 experts",
-        lambda: hidream(attention_head_dim=128, num_attention_heads=20, num_single_layers=0, num_routed_experts=4,
-                        axes_dims_rope=(64, 32, 32), llama_layers=[0]),
-        "double_stream_blocks.0.block", block_inputs,
-    ),
-)  # fmt: skip
+    row("joint", "double_stream_blocks.0.block", 1024, 384, num_layers=1, num_single_layers=0),
+    row("single", "single_stream_blocks.0.block", 1408, num_layers=0, num_single_layers=1),
+)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.testing.models import randomize
-from fastdit.testing.whole import Run, Whole
+from fastdit.testing.whole import Run, Whole, model_row
 from fastdit.testing.zoo import Model, randn, text_mask
 
 GRID = (2, 3, 5)
@@ -125,4 +125,24 @@ def kandinsky_row(grid: tuple[int, int, int] = (8, 16, 16), text: int = 256) -> 
     )  # fmt: skip
 
 
-ROWS = (kandinsky_row(),)
+def kandinsky6_row(grid: tuple[int, int, int] = (4, 16, 16), text: int = 256) -> Whole:
+    """Kandinsky 6, 32 heads of 128, with one of its 60 fused blocks, without audio and none of its text blocks."""
+    frames, height, width = grid
+
+    def given(dtype: torch.dtype) -> dict[str, Any]:
+        return dict(
+            hidden_states=randn(1, frames, 2 * height, 2 * width, 16).to(dtype),
+            encoder_hidden_states=randn(1, text, 3584, seed=2).to(dtype),
+            pooled_projections=randn(1, 768, seed=3).to(dtype),
+            timestep=torch.tensor([500.0]),
+        )
+
+    return model_row(
+        "Kandinsky 6 block", f"1x{math.prod(grid)}x4096, one block, {text} text tokens",
+        lambda: kandinsky6(**RELEASED, in_visual_dim=16, out_visual_dim=16, in_text_dim=3584, in_text_dim2=768,
+                           time_dim=1024, model_dim=4096, ff_dim=16384, num_text_blocks=0, num_visual_blocks=1,
+                           axes_dims=(32, 48, 48)), "visual_transformer_blocks.0", given,
+    )  # fmt: skip
+
+
+ROWS = (kandinsky_row(), kandinsky6_row())

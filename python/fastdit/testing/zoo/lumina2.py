@@ -32,7 +32,7 @@ def inputs(*texts: int) -> dict[str, Any]:
 LAYERS = {
     "Lumina 2 block": 4,
     "attention (Lumina2AttnProcessor2_0)": 4,
-    "feed-forward (Lumina)": 4,
+    "feed-forward (SwiGLU of three linear layers)": 4,
     "output norm (LuminaLayerNormContinuous)": 1,
 }
 NAME = "Lumina2Transformer2DModel"

@@ -39,7 +39,7 @@ def inputs(**attention: Any) -> dict[str, Any]:
 LAYERS = {
     "Lumina-Next block": 2,
     "attention (LuminaAttnProcessor2_0)": 4,
-    "feed-forward (Lumina)": 2,
+    "feed-forward (SwiGLU of three linear layers)": 2,
     "output norm (LuminaLayerNormContinuous)": 1,
 }
 NAME = "LuminaNextDiT2DModel"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastdit.testing.models import randomize
+from fastdit.testing.whole import Whole, block_row
 from fastdit.testing.zoo import Model, randn, text_mask
 
 LAYERS = {
@@ -48,3 +49,28 @@ MODELS = (
     Model(f"{NAME}, attention to the text, no mask", "motif", lambda: motif(**TEXT), lambda: inputs(mask=False),
           WITH_TEXT),
 )  # fmt: skip
+
+
+# ---- at full width ------------------------------------------------------------------------------------------
+
+
+def row(kind: str, block: str, tokens: int = 2048, text: int = 256, valid: int = 60, **config: Any) -> Whole:
+    """Motif-Video 2B, 12 heads of 128, with one block, its attention to the text among it."""
+
+    def given(dtype: torch.dtype) -> tuple:
+        x, context, temb = (randn(1, n, 1536, seed=n).to(dtype) for n in (tokens, text, 1))
+        there = torch.cat([torch.ones(1, tokens), text_mask(valid, total=text)], dim=1).bool()[:, None, None]
+        angles = randn(tokens, 64).repeat_interleave(2, dim=1)
+        return x, context, temb[:, 0], there, (angles.cos(), angles.sin())
+
+    return block_row(
+        f"Motif-Video {kind} block", f"1x{tokens}x1536, one block, {valid} of {text} text tokens",
+        lambda: motif(num_attention_heads=12, attention_head_dim=128, num_decoder_layers=0, rope_axes_dim=(16, 56, 56),
+                      **TEXT, **config), block, given,
+    )  # fmt: skip
+
+
+ROWS = (
+    row("dual", "transformer_blocks.0", num_layers=1, num_single_layers=0),
+    row("single", "single_transformer_blocks.0", num_layers=0, num_single_layers=1),
+)

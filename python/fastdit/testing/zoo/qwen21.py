@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastdit.testing.models import randomize
+from fastdit.testing.whole import Whole, block_row
 from fastdit.testing.zoo import Model, randn, text_mask
 
 LAYERS = {
@@ -43,3 +44,25 @@ MODELS = (
     Model(f"{NAME}, one timestep for all tokens", "qwen", lambda: qwen21(causal_condition=False),
           lambda: inputs(mask=False), LAYERS),
 )  # fmt: skip
+
+
+# ---- at full width ------------------------------------------------------------------------------------------
+
+
+def row(text: int = 128, image: int = 896) -> Whole:
+    """32 heads of 128, with one of its 32 blocks: the image at its timestep, the text before it at 0."""
+
+    def given(dtype: torch.dtype) -> tuple:
+        tokens = text + image
+        x, tables = randn(1, tokens, 4096).to(dtype), randn(2, 4 * 4096, seed=2).to(dtype)
+        rope = torch.polar(torch.ones(tokens, 64), randn(tokens, 64, seed=3))
+        return x, tables, rope, None, torch.arange(tokens) >= text, None, None, None, [(0, text, True)]
+
+    return block_row(
+        "Qwen-Image 2.1 block", f"1x{text + image}x4096, one block, {text} text tokens among them",
+        lambda: qwen21(num_layers=1, attention_head_dim=128, num_attention_heads=32, axes_dims_rope=(16, 56, 56)),
+        "transformer_blocks.0", given,
+    )  # fmt: skip
+
+
+ROWS = (row(),)

@@ -21,16 +21,15 @@ def sd3(**config) -> Any:
     return randomize(SD3Transformer2DModel(**{**small, **config}))
 
 
-def controlnet() -> Any:
+def controlnet(**config: Any) -> Any:
     """SD3.5's ControlNet, whose blocks see the image alone."""
     from diffusers import SD3ControlNetModel
 
-    return randomize(SD3ControlNetModel(
-        sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=24, num_attention_heads=3,
-        joint_attention_dim=None, caption_projection_dim=72, pooled_projection_dim=20, pos_embed_max_size=6,
-        extra_conditioning_channels=1, force_zeros_for_pooled_projection=False, pos_embed_type=None,
-        use_pos_embed=False,
-    ))  # fmt: skip
+    small = dict(sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=24,
+                 num_attention_heads=3, joint_attention_dim=None, caption_projection_dim=72, pooled_projection_dim=20,
+                 pos_embed_max_size=6, extra_conditioning_channels=1, force_zeros_for_pooled_projection=False,
+                 pos_embed_type=None, use_pos_embed=False)  # fmt: skip
+    return randomize(SD3ControlNetModel(**{**small, **config}))
 
 
 def call_blocks(model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -88,7 +87,17 @@ def row(name: str, heads: int, tokens: int = 1711, text: int = 333, **config) ->
     )  # fmt: skip
 
 
+def controlnet_row(tokens: int = 2048) -> Whole:
+    """SD3.5-large's ControlNet, 38 heads of 64, with one of its 19 blocks."""
+    return block_row(
+        "SD3.5-large ControlNet block", f"1x{tokens}x2432, one block",
+        lambda: controlnet(num_layers=1, attention_head_dim=64, num_attention_heads=38), "transformer_blocks.0",
+        lambda dtype: (randn(1, tokens, 2432).to(dtype), randn(1, 2432, seed=2).to(dtype)),
+    )  # fmt: skip
+
+
 ROWS = (
     row("SD3.5-large", 38, qk_norm="rms_norm"),
     row("SD3.5-medium", 24, qk_norm="rms_norm", dual_attention_layers=(0,)),
+    controlnet_row(),
 )

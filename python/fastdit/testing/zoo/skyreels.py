@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from fastdit.testing.models import randomize
+from fastdit.testing.whole import Whole, model_row
 from fastdit.testing.zoo import Model, randn, wan
 
 
@@ -51,3 +53,28 @@ MODELS = (
         fps=True,
     ),
 )  # fmt: skip
+
+
+# ---- at full width ------------------------------------------------------------------------------------------
+
+
+def row(grid: tuple[int, int, int] = (8, 16, 16)) -> Whole:
+    """SkyReels-V2 1.3B, 12 heads of 128, with one of its 30 blocks; a timestep per frame."""
+    frames, height, width = grid
+
+    def given(dtype: torch.dtype) -> dict[str, Any]:
+        return dict(
+            hidden_states=randn(1, 16, frames, 2 * height, 2 * width).to(dtype),
+            timestep=torch.linspace(300, 900, frames)[None],
+            encoder_hidden_states=randn(1, 512, 4096, seed=2).to(dtype),
+            enable_diffusion_forcing=True,
+        )
+
+    return model_row(
+        "SkyReels-V2 block", f"1x{math.prod(grid)}x1536, one block, 512 text tokens, a timestep per frame",
+        lambda: skyreels(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=1, in_channels=16,
+                         out_channels=16, text_dim=4096, freq_dim=256, rope_max_seq_len=1024), "blocks.0", given,
+    )  # fmt: skip
+
+
+ROWS = (row(),)

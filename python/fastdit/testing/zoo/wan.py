@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdit.testing.models import diffusers_wan, randomize
-from fastdit.testing.whole import Run, Whole
+from fastdit.testing.whole import Run, Whole, model_row
 from fastdit.testing.zoo import Model, randn
 
 I2V = dict(image_dim=20, added_kv_proj_dim=48)
@@ -124,6 +125,27 @@ def ti2v(dtype: torch.dtype, device: str) -> Run:
     return call
 
 
+def vace_row(grid: tuple[int, int, int] = (4, 16, 16)) -> Whole:
+    """VACE 1.3B, 12 heads of 128, with one of its 30 blocks and one of its 15 of control."""
+    frames, height, width = grid
+
+    def given(dtype: torch.dtype) -> dict[str, Any]:
+        size = (frames, 2 * height, 2 * width)
+        return dict(
+            hidden_states=randn(1, 16, *size).to(dtype),
+            timestep=torch.tensor([900.0]),
+            encoder_hidden_states=randn(1, 512, 4096, seed=2).to(dtype),
+            control_hidden_states=randn(1, 96, *size, seed=3).to(dtype),
+        )
+
+    return model_row(
+        "Wan2.1-VACE-1.3B blocks", f"1x{math.prod(grid)}x1536, a block and one of control, 512 text tokens",
+        lambda: vace(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=1, vace_layers=[0],
+                     vace_in_channels=96, in_channels=16, out_channels=16, text_dim=4096, freq_dim=256,
+                     rope_max_seq_len=1024), "vace_blocks.0", given,
+    )  # fmt: skip
+
+
 ROWS = (
     Whole(
         "Wan2.2-TI2V-5B, a timestep per token",
@@ -135,4 +157,5 @@ ROWS = (
         ti2v,
         compile=lambda model: model.blocks[0].compile(dynamic=False),
     ),
+    vace_row(),
 )  # fmt: skip

@@ -5,12 +5,14 @@ The pass that reads it needs flex attention under torch.compile; the blocks are 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdit.testing.models import randomize
+from fastdit.testing.whole import Whole, block_row
 from fastdit.testing.zoo import Model, randn
 
 LAYERS = {
@@ -59,3 +61,27 @@ MODELS = (
     Model(f"{NAME}, text only", "wan", lambda: animate2(use_img_emb=False, cross_attn_norm=False),
           lambda: inputs(image=False), LAYERS, call=call_reference),
 )  # fmt: skip
+
+
+# ---- at full width ------------------------------------------------------------------------------------------
+
+
+def row(grid: tuple[int, int, int] = (3, 16, 16)) -> Whole:
+    """40 heads of 128, with one of its 40 blocks, over a reference; texts of 512 tokens, images of 257."""
+    tokens = math.prod(grid)
+
+    def given(dtype: torch.dtype) -> tuple:
+        from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVLayerCache
+
+        x, text, image = (randn(1, n, 5120, seed=n).to(dtype) for n in (tokens, 512, 257))
+        rope = torch.polar(torch.ones(16, 64), randn(16, 64)).to(torch.complex128)
+        temb, cache = randn(1, 6, 5120, seed=2), WanAnimate2KVLayerCache()
+        return x, temb, text, cache, "extract", rope, torch.tensor([grid]), image
+
+    return block_row(
+        "Wan-Animate-2 block", f"1x{tokens}x5120, one block, 512 text tokens and 257 of an image",
+        lambda: animate2(dim=5120, ffn_dim=13824, num_heads=40, num_layers=1), "blocks.0", given,
+    )  # fmt: skip
+
+
+ROWS = (row(),)
