@@ -108,9 +108,8 @@ $(VENV)/dependencies: requirements-dev.txt $(TORCH_CHOICE) $(VENV)/build-tools
 	@touch $@
 
 # The compilers need none of the large packages: under `make -j2 setup` they run while pip unpacks those.
-BUILD_TOOLS = ^(scikit-build-core|pybind11|cmake|ninja)==
 $(VENV)/build-tools: requirements-dev.txt | $(VENV)/bin/python
-	grep -E '$(BUILD_TOOLS)' requirements-dev.txt | $(BIN)/pip install -r /dev/stdin
+	grep -E '^(scikit-build-core|pybind11|cmake|ninja)==' requirements-dev.txt | $(BIN)/pip install -r /dev/stdin
 	@touch $@
 
 $(VENV)/built: $(VENV)/build-tools $(SOURCES)
