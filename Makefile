@@ -98,7 +98,7 @@ clean:  ## remove the environment and everything built
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/dependencies: requirements-dev.txt $(TORCH_CHOICE) | $(VENV)/bin/python
+$(VENV)/dependencies: requirements-dev.txt $(TORCH_CHOICE) $(VENV)/build-tools
 	@case "$$(cat $(VENV)/torch-choice 2>/dev/null)" in \
 	  "") $(BIN)/pip install -r requirements-dev.txt ;; \
 	  keep) $(PYTHON) -c "import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))" > "$(SITE)/kept-torch.pth" ; \
@@ -107,6 +107,14 @@ $(VENV)/dependencies: requirements-dev.txt $(TORCH_CHOICE) | $(VENV)/bin/python
 	esac
 	@touch $@
 
-$(VENV)/installed: $(VENV)/dependencies $(SOURCES)
+# The compilers need none of the large packages: under `make -j2 setup` they run while pip unpacks those.
+$(VENV)/build-tools: requirements-dev.txt | $(VENV)/bin/python
+	grep -E '^(scikit-build-core|pybind11|cmake|ninja)==' requirements-dev.txt | $(BIN)/pip install -r /dev/stdin
+	@touch $@
+
+$(VENV)/built: $(VENV)/build-tools $(SOURCES)
 	$(BIN)/pip install --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VENV)/installed: $(VENV)/dependencies $(VENV)/built
 	@touch $@

@@ -1,6 +1,8 @@
 """The interpreter as mended by testing/interpret.py. Where an upgrade of Triton breaks a patch, or makes one needless,
 a test here fails."""
 
+import itertools
+import math
 import os
 
 import numpy as np
@@ -8,9 +10,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastdit.testing import interpret
+from fastdit.testing import interpret, interpret_semantic as semantic
 from fastdit.testing.interpret_dot import fp32_dot, round_tf32
 from fastdit.testing.interpret_ops import round_bf16
 
@@ -368,3 +371,45 @@ def test_install_is_idempotent():
 def test_rounding_by_hand():
     x = np.array([1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, np.nan, np.inf], np.float32)
     assert np.array_equal(round_bf16(x), np.array([1, 1 + 2**-6, np.inf, np.nan, np.inf], np.float32), equal_nan=True)
+
+
+KINDS = (tl.int1, tl.int32, tl.int64, tl.uint32, tl.float16, tl.bfloat16, tl.float32, tl.float64)
+KINDS = (*KINDS, tl.pointer_type(tl.float16), tl.pointer_type(tl.float32))
+NUMBERS = (0, 1, -3, 2**31, -(2**63), 2**63, 2**64, True, 0.0, -0.5, 1e30, 1e300, float("inf"))
+
+
+def operands():
+    """Numbers, and a scalar, a row, a column, a square and a cube of every kind."""
+    yield from NUMBERS
+    for kind in KINDS:
+        for shape in ((), (4,), (4, 1), (4, 4), (2, 1, 4)):
+            data = (np.arange(math.prod(shape)) % 2).reshape(shape or 1).astype(interpret.ops.np_dtype(kind))
+            handle = triton.runtime.interpreter.TensorHandle(data, kind)
+            yield tl.tensor(handle, tl.block_type(kind, list(shape)) if shape else kind)
+
+
+def answer(check, a, b, options):
+    try:
+        pair = check(triton.runtime.interpreter.interpreter_semantic, a, b, *options)
+        return [(t.type, t.dtype, str(t.shape), t.numel.value, t.handle.dtype, t.handle.data) for t in pair]
+    except Exception as error:
+        return type(error)
+
+
+@pytest.mark.parametrize(
+    "options", [(True, True), (True, False), (), (False, False, True, True), (False, False, False)]
+)
+def test_shortcuts_give_what_triton_gives(monkeypatch, options):
+    """Types, shapes and values of both operands, or the error; twice, as numbers are kept."""
+    pairs = list(itertools.product(operands(), repeat=2))
+    with np.errstate(all="ignore"):
+        ours = [answer(semantic.checked, *pair, options) for pair in (*pairs, *pairs)]
+        monkeypatch.setattr(TritonSemantic, "broadcast_impl_value", semantic._broadcast)
+        theirs = [answer(semantic._checked, *pair, options) for pair in pairs]
+    for pair, a, b in zip((*pairs, *pairs), ours, (*theirs, *theirs), strict=True):
+        if isinstance(b, type):
+            assert a is b, pair
+            continue
+        for (*facts, data), (*expected, wanted) in zip(a, b, strict=True):
+            assert facts == expected, pair
+            assert data.dtype == wanted.dtype and np.array_equal(data, wanted), pair

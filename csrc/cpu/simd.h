@@ -147,9 +147,11 @@ FASTDIT_INLINE vf load(const f16* p) {
 #elif defined(__AVX2__)
   return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
-  vf v;
-  for (int i = 0; i < W; ++i) v[i] = to_scalar(p[i]);
-  return v;
+  const vu u = __builtin_convertvector(load_raw<vh>(p), vu), rest = u & 0x7fffu;
+  const vu sub = (vu)(__builtin_convertvector((vi)rest, vf) * 5.9604644775390625e-8f);  // 2^-24
+  const vu normal = (rest << 13) + 0x38000000u, special = (rest << 13) | 0x7f800000u;
+  const vu finite = (vi)rest < 0x0400 ? sub : normal;
+  return (vf)(((vi)rest < 0x7c00 ? finite : special) | (u & 0x8000u) << 16);
 #endif
 }
 
@@ -176,7 +178,12 @@ FASTDIT_INLINE void store(f16* p, vf v) {
 #elif defined(__AVX2__)
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
-  for (int i = 0; i < W; ++i) p[i] = from_scalar<f16>(v[i]);
+  const vu u = (vu)v, a = u & 0x7fffffffu;
+  const vu sub = (vu)((vf)a + 0.5f) - 0x3f000000u;  // subnormal half: let the FPU round at 2^-24
+  const vu normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
+  const vu finite = (vi)a < 0x38800000 ? sub : normal;
+  const vu large = (vi)a > 0x7f800000 ? 0x7e00u | (a >> 13 & 0x1ffu) : vu{} + 0x7c00u;
+  store_raw(p, __builtin_convertvector(((vi)a < 0x477ff000 ? finite : large) | (u >> 16 & 0x8000u), vh));
 #endif
 }
 

@@ -35,7 +35,8 @@ endif()
 # ---- the card -----------------------------------------------------------------------------------------------
 # AUTO: where nvcc and an NVIDIA GPU are.
 set(FASTDIT_CUDA AUTO CACHE STRING "Build fastdit._cuda: AUTO, ON or OFF")
-set(FASTDIT_CUDA_ARCHS "80-real;90a-real;90-virtual" CACHE STRING "Machine code, and PTX for newer cards")
+# 80: its machine code, and from the same pass its PTX, which no kernel would have otherwise for compute_90.
+set(FASTDIT_CUDA_ARCHS "80;90a-real" CACHE STRING "Machine code, and PTX for newer cards")
 set(card ${FASTDIT_CUDA})
 if(card STREQUAL "AUTO")
   find_program(FASTDIT_NVCC nvcc HINTS /usr/local/cuda/bin)

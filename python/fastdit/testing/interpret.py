@@ -16,15 +16,15 @@ What the GPU leaves undefined, the interpreter makes visible:
 - Lanes that a mask switches off without `other=` hold NaN (the largest integer), not zero.
 - A dot's K is at least 16, as on the card.
 
-Speed: the language is patched once a launch, not for every call of a device function; types are built once a shape;
-overflow checks whose result nobody reads are off; combine functions work on halves, not element by element.
+Speed: the language is patched once a launch, not for every call of a device function; operands take shortcuts
+(interpret_semantic.py); overflow checks whose result nobody reads are off; combine functions work on halves, not
+element by element.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,7 +37,7 @@ from triton.runtime.errors import InterpreterError
 from triton.runtime.jit import _normalize_ty
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import interpret_ops as ops
+from . import interpret_ops as ops, interpret_semantic
 from .interpret_ops import Handle, OutOfBounds, bounds
 
 __all__ = ["OutOfBounds", "install", "plain"]
@@ -55,32 +55,6 @@ def _patch_attr(obj, name, member, builder, scope):
         return member(*args, **kwargs)
 
     scope.set_attr(obj, name, call)
-
-
-_block_type = tl.block_type.__init__
-_block_facts: dict[tuple, tuple] = {}
-_shapes: dict[tuple, tuple] = {}
-
-
-def _fast_block_type(self, element_ty, shape):
-    """tl.block_type, whose checks and name of one element type and shape are made once."""
-    key = (element_ty.name, *(s.value if isinstance(s, tl.constexpr) else s for s in shape))
-    facts = _block_facts.get(key)
-    if facts is None:
-        _block_type(self, element_ty, shape)
-        facts = _block_facts[key] = (self.shape, self.numel, self.name)
-    self.element_ty = element_ty
-    self.shape, self.numel, self.name = facts
-
-
-def _fast_tensor(self, handle, type):
-    """tl.tensor, whose shape as constants is made once."""
-    shape = (*type.shape.values,) if type.is_block() else ()
-    facts = _shapes.get(shape)
-    if facts is None:
-        facts = _shapes[shape] = (tl.tuple([tl.constexpr(s) for s in shape]), tl.constexpr(math.prod(shape)))
-    self.handle, self.type, self.dtype = handle, type, type.scalar
-    self.shape, self.numel = facts
 
 
 class _Language:
@@ -225,7 +199,7 @@ def _load(self, ptr, mask, other, *options):
 def _patches() -> Iterator[tuple[Any, str, Any]]:
     yield from ((base, "_get_np_dtype", ops.np_dtype), (base, "_validate_np_data_size", ops.fits))
     yield from ((base, "_patch_attr", _patch_attr), (Handle, "__post_init__", ops.post_init))
-    yield from ((tl.block_type, "__init__", _fast_block_type), (tl.tensor, "__init__", _fast_tensor))
+    yield from interpret_semantic.patches()
     yield TritonSemantic, "load", _load
     yield from ((base.InterpretedFunction, "run", _run), (base.InterpretedFunction, "__call__", _call))
     yield from (
