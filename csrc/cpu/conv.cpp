@@ -1,8 +1,9 @@
 // y = conv3d(act(norm(cat(cache, x)))) + bias + residual, causal in time.
 //
 // The input is taken in strips (some frames x some rows x some columns): a strip's rows are activated once into a
-// buffer, every thread helping; then its outputs are computed, one task per (output channels, frame, region of pixels).
-// Padding in T and H is a choice of row: frames and rows that do not exist are skipped, not convolved.
+// buffer, then its outputs are computed, one task per (output channels, frame, region of pixels). A strip is one
+// thread's own where there are enough of them; else every thread helps with each. Padding in T and H is a choice of
+// row: frames and rows that do not exist are skipped, not convolved.
 //
 // Winograd F(2,3) along H: from four input rows d, two output rows with 4 instead of 6 row products,
 //   V = B d = (d0 - d2, d1 + d2, d2 - d1, d1 - d3),  M_i = U_i * V_i,  y = A M:  y0 = M0 + M1 + M2,  y1 = M1 - M2 - M3.
@@ -23,8 +24,8 @@ constexpr int64_t kStripBytes = int64_t{3} << 19;  // activated rows in flight p
 // Products summed in one register: short chains, small error. What a tile's transform adds to it takes shorter ones;
 // what the norm's backward subtracts magnifies errors (bf16 rounds coarser anyway).
 constexpr int64_t kMaxChain = 160, kMaxTileChain = 64, kMaxGradChain = 64, kMaxTileGradChain = 32;
-constexpr int64_t kRegionPixels = 128;  // of Winograd along H 64 pairs, of tiles 64
-constexpr int64_t kMinTasks = 32;
+constexpr int64_t kRegionPixels = 128, kRegionUnits = 32;  // direct; Winograd's pairs or tiles: sums stay in cache
+constexpr int64_t kMinTasks = 32, kOwnStrips = 8;
 constexpr double kTransform = 0.25;                                    // cost of a transformed value in activated ones
 constexpr int kOutput[2][kWinograd] = {{1, 1, 1, 0}, {0, 1, -1, -1}};  // A
 
@@ -45,7 +46,7 @@ class Conv : Input<T, M> {
         tiles_(p.winograd == static_cast<int>(Winograd::tiles)),
         unit_rows_(p.winograd ? 2 : 1),
         unit_columns_(tiles_ ? 2 : 1),
-        region_units_(p.winograd ? 32 : kRegionPixels) {
+        region_units_(p.winograd ? kRegionUnits : kRegionPixels) {
     runs_ = p.dilation[2] == 1 ? 1 : taps_.columns;
     run_length_ = taps_.columns / runs_ * cp_;
     const int64_t chain = M::step * (M::step > 1  ? kMaxChain
@@ -74,23 +75,36 @@ class Conv : Input<T, M> {
         (3 * (region_units_ + kPixels) + taps_.rows * region_rows_) * int64_t(sizeof(int64_t) / sizeof(S));
     region_ = round_up(region, 64);
     const int64_t per_thread = round_up(max(region_ + tables, temp), 64);
-    const int threads = p_.threads < 1 ? 1 : p_.threads;
-    const int64_t rows = round_up(strip_elements_ * sizeof(A), 64), zero = round_up(in_row_ * sizeof(A), 64);
-    char* at = workspace.get(rows + zero + (table + bias + per_thread * threads) * int64_t(sizeof(S)) + 1024);
-    strip_ = reinterpret_cast<A*>(at);
-    zero_ = reinterpret_cast<A*>(at += rows);
+    const int64_t buffers = own_ ? threads_ : 1;
+    const int64_t rows = round_up(strip_elements_ * sizeof(A), 4096), zero = round_up(in_row_ * sizeof(A), 64);
+    char* at =
+        workspace.get(buffers * rows + zero + (table + bias + per_thread * threads_) * int64_t(sizeof(S)) + 1024);
+    A* buffer = reinterpret_cast<A*>(at);
+    zero_ = reinterpret_cast<A*>(at += buffers * rows);
     S* weight = reinterpret_cast<S*>(at += zero);
     bias_ = reinterpret_cast<S*>(at += round_up(table * sizeof(S), 64));
-    temp_ = reinterpret_cast<S*>(at += round_up(bias * sizeof(S), 64));
+    S* scratch = reinterpret_cast<S*>(at += round_up(bias * sizeof(S), 64));
     per_thread_ = per_thread;
     __builtin_memset(static_cast<void*>(zero_), 0, in_row_ * sizeof(A));
     Base::prologue(weight);
     for (int64_t i = p_.cout; i < bias; ++i) bias_[i] = S(0);
     load_channels<S>(p_.bias, p_.bias_dtype, p_.cout, S(0), bias_);
-    for (n_ = 0; n_ < p_.n; ++n_)
-      for (t_.begin = 0; t_.begin < p_.to; t_.begin += strip_frames_)
-        for (y_.begin = 0; y_.begin < p_.ho; y_.begin += strip_rows_)
-          for (x_.begin = 0; x_.begin < p_.wo; x_.begin += strip_columns_) strip();
+    parallel_tasks(strips(), own_ ? threads_ : 1, [&](int64_t i, int thread) {
+      Strip s{};
+      s.input = buffer + thread * (rows / int64_t(sizeof(A)));
+      s.temp = scratch + thread * per_thread_;
+      s.threads = own_ ? 1 : threads_;
+      const auto next = [&](int64_t size, int64_t strip) {
+        const int64_t count = (size + strip - 1) / strip, begin = i % count * strip;
+        i /= count;
+        return Range{begin, min(size, begin + strip)};
+      };
+      s.x = next(p_.wo, strip_columns_);
+      s.y = next(p_.ho, strip_rows_);
+      s.t = next(p_.to, strip_frames_);
+      s.n = i;
+      run(s);
+    });
     workspace.trim(kKeepBytes);
   }
 
@@ -109,10 +123,26 @@ class Conv : Input<T, M> {
     return Base::frames_under(frames) * slots_under(rows) * slot_size(columns);
   }
 
-  // Strips: as little activated and transformed twice as the budget allows; no result depends on them. Regions: enough
-  // tasks for many cores, the same regions for any number of them.
+  int64_t strips() const {
+    const auto count = [](int64_t size, int64_t strip) { return (size + strip - 1) / strip; };
+    return p_.n * count(p_.to, strip_frames_) * count(p_.ho, strip_rows_) * count(p_.wo, strip_columns_);
+  }
+
+  // No result depends on strips or regions. Threads with strips of their own wait for nobody, but each goes through all
+  // weights for each of its strips, and where strips are few the last ones leave threads idle.
   void plan() {
-    const int64_t budget = kStripBytes * max(2, p_.threads) / int64_t(sizeof(A));
+    cut(kStripBytes);
+    own_ = strips() >= kOwnStrips * threads_;
+    if (!own_) cut(kStripBytes * max(2, threads_));
+    strip_elements_ = strip_size(strip_frames_, strip_rows_, strip_columns_);
+    in_row_ = columns_under(strip_columns_) * cp_;
+    slot_ = slot_size(strip_columns_);
+    region();
+  }
+
+  // Strips: as little activated and transformed twice as so many bytes allow.
+  void cut(int64_t bytes) {
+    const int64_t budget = bytes / int64_t(sizeof(A));
     const int64_t narrow = kPixels * unit_columns_;
     double best = 0;
     for (int64_t columns = p_.wo;; columns = round_up(columns / 2, narrow)) {
@@ -135,9 +165,10 @@ class Conv : Input<T, M> {
       }
       if (columns <= 2 * narrow) break;
     }
-    strip_elements_ = strip_size(strip_frames_, strip_rows_, strip_columns_);
-    in_row_ = columns_under(strip_columns_) * cp_;
-    slot_ = slot_size(strip_columns_);
+  }
+
+  // Regions: enough tasks of a strip for many cores.
+  void region() {
     const int64_t wide = region_units_ * unit_columns_;
     const int64_t across = (strip_columns_ + wide - 1) / wide;
     region_columns_ = min(round_up(strip_columns_, unit_columns_),
@@ -148,73 +179,82 @@ class Conv : Input<T, M> {
       return strip_frames_ * ((strip_rows_ + region_rows_ - 1) / region_rows_) *
              ((strip_columns_ + region_columns_ - 1) / region_columns_) * blocks_.count;
     };
-    while (tasks() < kMinTasks && region_rows_ >= 2 * unit_rows_) region_rows_ = round_up(region_rows_ / 2, unit_rows_);
+    while (!own_ && tasks() < kMinTasks && region_rows_ >= 2 * unit_rows_)
+      region_rows_ = round_up(region_rows_ / 2, unit_rows_);
   }
 
   // ---- one strip ------------------------------------------------------------------------------------
-  void strip() {
-    t_.end = min(p_.to, t_.begin + strip_frames_);
-    y_.end = min(p_.ho, y_.begin + strip_rows_);
-    x_.end = min(p_.wo, x_.begin + strip_columns_);
-    frames_ = Base::frames_of(t_.begin, t_.end);
-    columns_.begin = x_.begin * p_.stride[2];
-    columns_.end = columns_.begin + columns_under(x_.size());
+  struct Strip {
+    int64_t n;
+    Range t, y, x;                   // outputs
+    Range frames, columns, in_rows;  // of the input; rows: direct only
+    int64_t slots;                   // rows of `input` per frame
+    A* input;
+    S* temp;      // scratch of the first of its threads
+    int threads;  // that work on it
+  };
+
+  void run(Strip& s) const {
+    s.frames = Base::frames_of(s.t.begin, s.t.end);
+    s.columns.begin = s.x.begin * p_.stride[2];
+    s.columns.end = s.columns.begin + columns_under(s.x.size());
     if (p_.winograd) {
-      slots_ = slots_under(y_.size());
-      transform();
+      s.slots = slots_under(s.y.size());
+      transform(s);
     } else {
-      in_rows_ = Base::rows_of(y_.begin, y_.end);
-      slots_ = in_rows_.size();
-      parallel_ranges(frames_.size() * slots_, p_.threads, [&](int64_t begin, int64_t end, int thread) {
+      s.in_rows = Base::rows_of(s.y.begin, s.y.end);
+      s.slots = s.in_rows.size();
+      parallel_ranges(s.frames.size() * s.slots, s.threads, [&](int64_t begin, int64_t end, int thread) {
         for (int64_t i = begin; i < end; ++i)
-          activate(n_, frames_.begin + i / slots_, in_rows_.begin + i % slots_, columns_, temp_ + thread * per_thread_,
-                   strip_ + i * slot_);
+          activate(s.n, s.frames.begin + i / s.slots, s.in_rows.begin + i % s.slots, s.columns,
+                   s.temp + thread * per_thread_, s.input + i * slot_);
       });
     }
-    const int64_t down = (y_.size() + region_rows_ - 1) / region_rows_;
-    const int64_t across = (x_.size() + region_columns_ - 1) / region_columns_;
-    parallel_tasks(blocks_.count * t_.size() * down * across, p_.threads, [&](int64_t task, int thread) {
+    const int64_t down = (s.y.size() + region_rows_ - 1) / region_rows_;
+    const int64_t across = (s.x.size() + region_columns_ - 1) / region_columns_;
+    parallel_tasks(blocks_.count * s.t.size() * down * across, s.threads, [&](int64_t task, int thread) {
       Region r;
-      const int64_t x = x_.begin + task % across * region_columns_, y = y_.begin + task / across % down * region_rows_;
-      r.x = Range{x, min(x_.end, x + region_columns_)};
-      r.y = Range{y, min(y_.end, y + region_rows_)};
-      r.t = t_.begin + task / (across * down) % t_.size();
-      r.block = task / (across * down * t_.size());
+      const int64_t x = s.x.begin + task % across * region_columns_;
+      const int64_t y = s.y.begin + task / across % down * region_rows_;
+      r.x = Range{x, min(s.x.end, x + region_columns_)};
+      r.y = Range{y, min(s.y.end, y + region_rows_)};
+      r.t = s.t.begin + task / (across * down) % s.t.size();
+      r.block = task / (across * down * s.t.size());
       r.lanes = blocks_.size(r.block) * M::lanes;
       r.pitch = round_up(r.x.size(), unit_columns_) * r.lanes;
-      r.out = temp_ + thread * per_thread_;
-      convolve(r, reinterpret_cast<int64_t*>(r.out + region_));
-      finish(r);
+      r.out = s.temp + thread * per_thread_;
+      convolve(s, r, reinterpret_cast<int64_t*>(r.out + region_));
+      finish(s.n, r);
     });
   }
 
   // Winograd's data transform: the slots of every pair of output rows, in every frame. Rows 2 and 3 of a pair are 0 and
   // 1 of the next.
-  void transform() {
-    const int64_t pairs = (y_.size() + 1) / 2, per_pair = slots_ / pairs;
-    parallel_ranges(frames_.size() * pairs, p_.threads, [&](int64_t begin, int64_t end, int thread) {
-      S* tmp = temp_ + thread * per_thread_;
+  void transform(const Strip& s) const {
+    const int64_t pairs = (s.y.size() + 1) / 2, per_pair = s.slots / pairs;
+    parallel_ranges(s.frames.size() * pairs, s.threads, [&](int64_t begin, int64_t end, int thread) {
+      S* tmp = s.temp + thread * per_thread_;
       A* ring = reinterpret_cast<A*>(tmp + round_up(p_.cin * M::lanes, 16));
       const A* d[kWinograd] = {};
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t frame = frames_.begin + i / pairs, pair = i % pairs;
+        const int64_t frame = s.frames.begin + i / pairs, pair = i % pairs;
         const bool follows = i > begin && pair > 0;
         for (int64_t r = 0; r < kWinograd; ++r) {
           if (follows && r < 2) {
             d[r] = d[r + 2];
             continue;
           }
-          const int64_t row = map_index(y_.begin + 2 * pair + r - p_.pad_h, p_.h, p_.space_pad);
+          const int64_t row = map_index(s.y.begin + 2 * pair + r - p_.pad_h, p_.h, p_.space_pad);
           A* dst = ring + (2 * (pair % 2) + r) % kWinograd * in_row_;
           // below the last output row (odd heights) nothing is read: any row that exists will do
           d[r] = row < 0 || row >= p_.h ? zero_ : dst;
-          if (d[r] == dst) activate(n_, frame, row, columns_, tmp, dst);
+          if (d[r] == dst) activate(s.n, frame, row, s.columns, tmp, dst);
         }
-        A* v = strip_ + i * per_pair * slot_;
+        A* v = s.input + i * per_pair * slot_;
         if (tiles_)
-          transform_tiles(d, v);
+          transform_tiles(d, s.columns.size(), v);
         else
-          transform_rows(d, v);
+          transform_rows(d, s.columns.size(), v);
       }
     });
   }
@@ -224,8 +264,8 @@ class Conv : Input<T, M> {
   };
   static FASTDIT_INLINE Column combine(V d0, V d1, V d2, V d3) { return {{d0 - d2, d1 + d2, d2 - d1, d1 - d3}}; }
 
-  void transform_rows(const A* const* d, A* v) const {
-    const int64_t values = columns_.size() * cp_;
+  void transform_rows(const A* const* d, int64_t columns, A* v) const {
+    const int64_t values = columns * cp_;
     for (int64_t k = 0; k < values; k += M::lanes) {
       const int n = static_cast<int>(values - k);
       const auto at = [&](int r) { return n >= M::lanes ? load(d[r] + k) : load_n(d[r] + k, n); };
@@ -234,8 +274,8 @@ class Conv : Input<T, M> {
     }
   }
 
-  void transform_tiles(const A* const* d, A* v) const {
-    for (int64_t x = 0; x + 2 < columns_.size(); x += 2, v += cp_) {
+  void transform_tiles(const A* const* d, int64_t columns, A* v) const {
+    for (int64_t x = 0; x + 2 < columns; x += 2, v += cp_) {
       for (int64_t k = 0; k < cp_; k += M::lanes) {
         const int n = static_cast<int>(cp_ - k);
         Column h[kWinograd];
@@ -277,11 +317,11 @@ class Conv : Input<T, M> {
     int64_t out;     // elements from the start of the region's partial outputs
   };
   // row_offset[tap row][region row]: elements from the frame's first slot in the strip, -1 where the row is zeros.
-  int64_t locate(const Region& r, Unit* unit, int64_t* row_offset) const {
+  int64_t locate(const Strip& s, const Region& r, Unit* unit, int64_t* row_offset) const {
     const int64_t step = tiles_ ? cp_ : p_.stride[2] * cp_;
     const int64_t across = (r.x.size() + unit_columns_ - 1) / unit_columns_;
     const int64_t down = (r.y.size() + unit_rows_ - 1) / unit_rows_;
-    const int64_t x0 = (r.x.begin - x_.begin) / unit_columns_, y0 = (r.y.begin - y_.begin) / unit_rows_;
+    const int64_t x0 = (r.x.begin - s.x.begin) / unit_columns_, y0 = (r.y.begin - s.y.begin) / unit_rows_;
     int64_t count = 0;
     for (int64_t y = 0; y < down; ++y) {
       for (int64_t x = 0; x < across; ++x)
@@ -290,7 +330,7 @@ class Conv : Input<T, M> {
         const int64_t row = p_.winograd ? 0 : row_at(r.y.begin + y, kh);
         row_offset[kh * region_rows_ + y] = p_.winograd ? ((y0 + y) * taps_.rows + kh) * slot_
                                             : row < 0   ? -1
-                                                        : (row - in_rows_.begin) * slot_;
+                                                        : (row - s.in_rows.begin) * slot_;
       }
     }
     for (int64_t i = count; i % kPixels; ++i) unit[i] = unit[count - 1];  // the last tile's spare lanes, not stored
@@ -316,10 +356,10 @@ class Conv : Input<T, M> {
   // Sums of one region. The taps, in the order (Winograd pass, kt, kh, kw, ci), are cut into pieces of at most so many
   // products; a group of pieces is one fresh sum in registers, through which all units of the region pass while its
   // weights are in cache.
-  void convolve(const Region& r, int64_t* table) const {
+  void convolve(const Strip& s, const Region& r, int64_t* table) const {
     Unit* unit = reinterpret_cast<Unit*>(table);
     int64_t* row_offset = table + 3 * (region_units_ + kPixels);
-    const int64_t units = locate(r, unit, row_offset);
+    const int64_t units = locate(s, r, unit, row_offset);
     const int64_t taps = (p_.winograd ? p_.kernel[0] : p_.kernel[0] * p_.kernel[1]) * runs_ * cuts_;
     const int64_t passes = p_.winograd ? taps_.rows : 1;
     Piece pieces[kMaxSegments];
@@ -330,11 +370,11 @@ class Conv : Input<T, M> {
     for (int64_t pass = 0; pass < passes; ++pass) {
       aim(sink, r, pass, started);
       int64_t end = taps;  // of the pieces whose frame exists
-      while (end > together_ && !gather(r, pass, (end - 1) / together_ * together_, end, pieces))
+      while (end > together_ && !gather(s, r, pass, (end - 1) / together_ * together_, end, pieces))
         end = (end - 1) / together_ * together_;
       sink.begun = false;
       for (int64_t first = 0; first < end; first += together_) {
-        const int count = gather(r, pass, first, min(end, first + together_), pieces);
+        const int count = gather(s, r, pass, first, min(end, first + together_), pieces);
         sink.last = first + together_ >= end;
         if (!count && !sink.last) continue;
         for (int64_t q = 0; q < units; q += kPixels) {
@@ -354,7 +394,7 @@ class Conv : Input<T, M> {
     const A *a, *b;  // a: in row 0 of its frame
     int64_t length, row;
   };
-  int gather(const Region& r, int64_t pass, int64_t first, int64_t last, Piece* pieces) const {
+  int gather(const Strip& s, const Region& r, int64_t pass, int64_t first, int64_t last, Piece* pieces) const {
     const A* weights =
         static_cast<const A*>(p_.packed) + blocks_.begin(r.block) * packed_vector<M>(p_.cin, p_.kernel, p_.winograd);
     int count = 0;
@@ -364,7 +404,7 @@ class Conv : Input<T, M> {
       const int64_t frame = frame_at(r.t, kt);
       if (frame < 0) continue;
       Piece& piece = pieces[count++];
-      piece.a = strip_ + (frame - frames_.begin) * slots_ * slot_ + run * p_.dilation[2] * cp_ + cut * piece_;
+      piece.a = s.input + (frame - s.frames.begin) * s.slots * slot_ + run * p_.dilation[2] * cp_ + cut * piece_;
       piece.b = weights + (((kt * taps_.rows + row) * taps_.columns + run) * cp_ + cut * piece_) * r.lanes;
       piece.length = min(piece_, run_length_ - cut * piece_);
       piece.row = row;
@@ -393,29 +433,29 @@ class Conv : Input<T, M> {
   }
 
   // Bias, residual, one rounding, and the store in y's layout.
-  void finish(const Region& r) const {
+  void finish(int64_t n, const Region& r) const {
     if (p_.wide)
-      finish_as<S>(r);
+      finish_as<S>(n, r);
     else
-      finish_as<T>(r);
+      finish_as<T>(n, r);
   }
   template <class O>
-  void finish_as(const Region& r) const {
+  void finish_as(int64_t n, const Region& r) const {
     const int64_t co = blocks_.begin(r.block) * M::lanes;
     const int64_t channels = min(r.lanes, p_.cout - co);
     const T* residual = static_cast<const T*>(p_.residual);
     for (int64_t y = r.y.begin; y < r.y.end; ++y) {
       const S* row = r.out + (y - r.y.begin) * r.pitch;
-      O* out = static_cast<O*>(p_.y) + at(p_.y_stride, co, r.t, y, r.x.begin);
-      const T* add = residual ? residual + at(p_.residual_stride, co, r.t, y, r.x.begin) : nullptr;
+      O* out = static_cast<O*>(p_.y) + at(n, p_.y_stride, co, r.t, y, r.x.begin);
+      const T* add = residual ? residual + at(n, p_.residual_stride, co, r.t, y, r.x.begin) : nullptr;
       if (p_.y_stride[1] == 1 && (!add || p_.residual_stride[1] == 1))
         finish_channels(row, r, channels, bias_ + co, out, add);
       else
         finish_strided(row, r, channels, bias_ + co, out, add);
     }
   }
-  int64_t at(const int64_t* stride, int64_t c, int64_t t, int64_t y, int64_t x) const {
-    return n_ * stride[0] + c * stride[1] + t * stride[2] + y * stride[3] + x * stride[4];
+  static int64_t at(int64_t n, const int64_t* stride, int64_t c, int64_t t, int64_t y, int64_t x) {
+    return n * stride[0] + c * stride[1] + t * stride[2] + y * stride[3] + x * stride[4];
   }
   template <class O>
   void finish_channels(const S* row, const Region& r, int64_t channels, const S* bias, O* out, const T* add) const {
@@ -474,12 +514,11 @@ class Conv : Input<T, M> {
   int64_t strip_frames_ = 1, strip_rows_ = 1, strip_columns_ = 1, strip_elements_ = 0;
   int64_t region_rows_ = 1, region_columns_ = 1;
   int64_t in_row_ = 0, slot_ = 0;  // elements of an activated row, and of a row of strip_
-  A *strip_ = nullptr, *zero_ = nullptr;
-  S *bias_ = nullptr, *temp_ = nullptr;
+  const int threads_ = p_.threads < 1 ? 1 : p_.threads;
+  bool own_ = true;  // a strip is one thread's own
+  A* zero_ = nullptr;
+  S* bias_ = nullptr;
   int64_t per_thread_ = 0, region_ = 0;  // values of scratch per thread; of them, one region's partial outputs
-  // the strip at hand: sample, outputs, input frames, columns and (direct) rows, slots per frame
-  int64_t n_ = 0, slots_ = 0;
-  Range t_{0, 0}, y_{0, 0}, x_{0, 0}, frames_{0, 0}, columns_{0, 0}, in_rows_{0, 0};
 };
 
 }  // namespace

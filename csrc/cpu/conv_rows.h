@@ -132,8 +132,10 @@ inline void pixels_strided(const T* x, int64_t cs, int64_t ws, int64_t pixels, i
   using S = typename simd<T>::S;
   using V = typename simd<T>::V;
   constexpr int L = simd<T>::width;
-  for (int64_t p = 0; p < pixels; p += L) {
-    const int n = static_cast<int>(pixels - p < L ? pixels - p : L);
+  // blocks end where cache lines do: the lines of all channels may fall into one set
+  const int ahead = ws == 1 ? static_cast<int>(reinterpret_cast<uintptr_t>(x) / sizeof(T) % L) : 0;
+  for (int64_t p = 0, end = L - ahead; p < pixels; p = end, end += L) {
+    const int n = static_cast<int>((pixels < end ? pixels : end) - p);
     V squares = V{};
     for (int64_t i = 0; i < c; ++i) {
       const T* src = x + i * cs + p * ws;

@@ -105,11 +105,11 @@ BARS = (
     Bar("causal_conv3d", "conv_ndhwc", 2.5, models=("C384-first",)),  # one frame, no cache
     Bar("causal_conv3d", "conv_ndhwc", 1.3, models=("first4",)),
     Bar("causal_conv3d", "conv_ndhwc", 1.3, models=("C96-480p",)),
-    Bar("causal_conv3d", "eager", 1.4, _FP32, models=("!direct", "!down")),  # Winograd, which auto takes
-    Bar("causal_conv3d", "conv_ndhwc", 1.4, _FP32, models=("!direct", "!down")),
+    Bar("causal_conv3d", "eager", 1.4, _FP32, models=("!direct", "!winograd", "!down")),  # what auto takes
+    Bar("causal_conv3d", "conv_ndhwc", 1.4, _FP32, models=("!direct", "!winograd", "!down")),
     Bar("causal_conv3d", "eager", 1.0, _FP32, models=("direct", "down")),
     Bar("causal_conv3d", "conv_ndhwc", 1.0, _FP32, models=("direct", "down")),
-    Bar("causal_conv3d", "conv_ndhwc", 1.4, _BF16, models=("winograd",)),
+    Bar("causal_conv3d", "conv_ndhwc", 1.4, _BF16, models=("winograd2d",)),
     Bar("patch_embed3d", "eager", 2.0),
     Bar("patch_embed3d", "linear_rewrite", 1.3),
     Bar("model", "eager", 1.08, models=("DiT-XL/2-256",)),
