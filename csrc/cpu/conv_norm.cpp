@@ -66,7 +66,7 @@ inline void group_norm_silu(const NormSiluParams& given) {
       }
     }
   };
-  groups.run(GroupPass{row, [](int64_t, int64_t, int64_t) {}});
+  groups.run(sizeof(T), GroupPass{row, [](int64_t, int64_t, int64_t) {}});
 }
 
 void norm_silu_forward(const NormSiluParams& p) {

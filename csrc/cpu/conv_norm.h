@@ -6,6 +6,8 @@
 
 namespace fastdit::cpu::FASTDIT_ISA {
 
+constexpr int64_t kGroupBytes = int64_t{1} << 19;  // of a group: about what a core's cache holds beside its streams
+
 // fn(vector, offset, count) over n elements `stride` apart, the last vector zero-filled.
 template <class T, class F>
 FASTDIT_INLINE void for_vectors(const T* x, int64_t n, int64_t stride, F&& fn) {
@@ -118,8 +120,8 @@ FASTDIT_INLINE P group_row(const NormSiluParams& p, P base, const int64_t* s, in
 }
 
 // Statistics of all groups, and the walks over them. Where channels are far apart a group is a few runs of memory: it
-// is taken from its statistics to the last pass while the caches hold it. Otherwise every pass goes over all rows.
-// Either way a sum has the same terms in the same order.
+// is taken from its statistics to the last pass while the caches hold it, by all threads where it is more than one
+// core's cache holds. Otherwise every pass goes over all rows. In any case a sum has the same terms in the same order.
 template <class T>
 class Groups {
   using S = typename simd<T>::S;
@@ -148,9 +150,9 @@ class Groups {
   const S* bias(int64_t n) const { return mean(n) + 2 * padded; }
   const S* inverse(int64_t n) const { return inverses_.get() + n * p_.groups; }  // 1 / deviation of each group
 
-  // Statistics, then every pass in turn.
+  // Statistics, then every pass in turn, which all come back to `bytes` per value.
   template <class... Pass>
-  void run(const Pass&... pass) {
+  void run(int64_t bytes, const Pass&... pass) {
     if (p_.x_stride[1] == 1 || p_.n * p_.groups < 2 * p_.threads) {
       parallel_ranges(p_.n * rows, p_.threads, [&](int64_t begin, int64_t end, int) {
         Scratch<S> tmp(2 * padded);
@@ -158,6 +160,21 @@ class Groups {
       });
       for (int64_t n = 0; n < p_.n; ++n) finish(n, 0, p_.groups);
       (over_rows(pass), ...);
+    } else if (per_group * rows * p_.w * bytes > kGroupBytes && rows >= 2 * p_.threads) {
+      team(p_.threads, [&](int thread, int threads, auto&& wait) {
+        Scratch<S> tmp(2 * padded);
+        for (int64_t task = 0; task < p_.n * p_.groups; ++task) {
+          const int64_t n = task / p_.groups, g = task % p_.groups;
+          const int64_t begin = n * rows + rows * thread / threads, end = n * rows + rows * (thread + 1) / threads;
+          for (int64_t i = begin; i < end; ++i) moments(i, g, g + 1, tmp.get());
+          wait([&] { finish(n, g, g + 1); });
+          const auto one = [&](const auto& f) {
+            for (int64_t i = begin; i < end; ++i) f.row(i, g, g + 1, 0);
+            wait([&] { f.end(n, g, g + 1); });
+          };
+          (one(pass), ...);
+        }
+      });
     } else {
       parallel_tasks(p_.n * p_.groups, p_.threads, [&](int64_t task, int thread) {
         const int64_t n = task / p_.groups, g = task % p_.groups;
@@ -207,8 +224,8 @@ class Groups {
   Scratch<Moments> moments_;
 };
 
-// A pass: row(i, g0, g1, thread) over the rows of all samples, end(n, g0, g1) once a sample's rows are done. thread: -1
-// where rows are not all a thread's own until the last pass.
+// A pass: row(i, g0, g1, thread) over the rows of all samples, end(n, g0, g1) once a sample's rows are done. thread:
+// whose scratch keeps a row of the group at hand until the last pass; -1 where all groups are at hand.
 template <class Row, class End>
 struct GroupPass {
   Row row;

@@ -286,7 +286,8 @@ class GroupBackward {
   }
 
   void run() {
-    groups_.run(GroupPass{[&](int64_t i, int64_t g0, int64_t g1, int thread) { sums(i, g0, g1, kept(i, thread)); },
+    groups_.run(sizeof(T) + (keeps_ ? sizeof(S) : sizeof(G)),
+                GroupPass{[&](int64_t i, int64_t g0, int64_t g1, int thread) { sums(i, g0, g1, kept(i, thread)); },
                           [&](int64_t n, int64_t g0, int64_t g1) { means(n, g0, g1); }},
                 GroupPass{[&](int64_t i, int64_t g0, int64_t g1, int thread) {
                             if (q_.d_x) write(i, g0, g1, kept(i, thread));

@@ -377,6 +377,19 @@ inline void parallel_tasks(int64_t n, int threads, F&& fn) {
   for (int64_t i = 0; i < n; ++i) fn(i, omp_get_thread_num());
 }
 
+// All threads at once: fn(thread, threads, wait). wait(last) returns when all have come to it and one of them has run
+// `last`.
+template <class F>
+inline void team(int threads, F&& fn) {
+  if (threads <= 1 || in_forked_child()) return fn(0, 1, [](auto&& last) { last(); });
+#pragma omp parallel num_threads(threads)
+  fn(omp_get_thread_num(), omp_get_num_threads(), [](auto&& last) {
+#pragma omp barrier
+#pragma omp single
+    last();
+  });
+}
+
 // 64-byte aligned scratch, freed at scope exit.
 template <class T>
 class Scratch {
