@@ -31,11 +31,12 @@ class Conv : Plan<T, M> {
   using Base::columns_under, Base::slots_under, Base::strips;
   using Base::p_, Base::cp_, Base::runs_, Base::cuts_, Base::piece_, Base::run_length_, Base::together_;
   using Base::region_rows_, Base::region_columns_, Base::in_row_, Base::slot_, Base::threads_, Base::own_;
-  using Base::round_up, Base::min, Base::max, Base::frame_at, Base::row_at, Base::activate;
+  using Base::round_up, Base::pieces, Base::min, Base::max, Base::frame_at, Base::row_at, Base::activate;
   using Base::strip_frames_, Base::strip_rows_, Base::strip_columns_, Base::strip_elements_, Base::kMaxSegments;
 
  public:
   explicit Conv(const ConvParams& p) : Base(p) {}
+
   void run() {
     const int64_t table = round_up(p_.cin, M::lanes) + M::lanes;
     const int64_t bias = blocks_.vectors * M::lanes;
@@ -67,7 +68,7 @@ class Conv : Plan<T, M> {
       s.temp = scratch + thread * per_thread_;
       s.threads = own_ ? 1 : threads_;
       const auto next = [&](int64_t size, int64_t strip) {
-        const int64_t count = (size + strip - 1) / strip, begin = i % count * strip;
+        const int64_t count = pieces(size, strip), begin = i % count * strip;
         i /= count;
         return Range{begin, min(size, begin + strip)};
       };
@@ -108,8 +109,8 @@ class Conv : Plan<T, M> {
                    s.temp + thread * per_thread_, s.input + i * slot_);
       });
     }
-    const int64_t down = (s.y.size() + region_rows_ - 1) / region_rows_;
-    const int64_t across = (s.x.size() + region_columns_ - 1) / region_columns_;
+    const int64_t down = pieces(s.y.size(), region_rows_);
+    const int64_t across = pieces(s.x.size(), region_columns_);
     parallel_tasks(blocks_.count * s.t.size() * down * across, s.threads, [&](int64_t task, int thread) {
       Region r;
       const int64_t x = s.x.begin + task % across * region_columns_;
@@ -129,7 +130,7 @@ class Conv : Plan<T, M> {
   // Winograd's data transform: the slots of every pair of output rows, in every frame. Rows 2 and 3 of a pair are 0 and
   // 1 of the next.
   void transform(const Strip& s) const {
-    const int64_t pairs = (s.y.size() + 1) / 2, per_pair = s.slots / pairs;
+    const int64_t pairs = pieces(s.y.size(), 2);
     parallel_ranges(s.frames.size() * pairs, s.threads, [&](int64_t begin, int64_t end, int thread) {
       S* tmp = s.temp + thread * per_thread_;
       A* ring = reinterpret_cast<A*>(tmp + round_up(p_.cin * M::lanes, 16));
@@ -148,7 +149,7 @@ class Conv : Plan<T, M> {
           d[r] = row < 0 || row >= p_.h ? zero_ : dst;
           if (d[r] == dst) activate(s.n, frame, row, s.columns, tmp, dst);
         }
-        A* v = s.input + i * per_pair * slot_;
+        A* v = s.input + i * taps_.rows * slot_;
         if (tiles_)
           transform_tiles(d, s.columns.size(), v);
         else
@@ -217,8 +218,8 @@ class Conv : Plan<T, M> {
   // row_offset[tap row][region row]: elements from the frame's first slot in the strip, -1 where the row is zeros.
   int64_t locate(const Strip& s, const Region& r, Unit* unit, int64_t* row_offset) const {
     const int64_t step = tiles_ ? cp_ : p_.stride[2] * cp_;
-    const int64_t across = (r.x.size() + unit_columns_ - 1) / unit_columns_;
-    const int64_t down = (r.y.size() + unit_rows_ - 1) / unit_rows_;
+    const int64_t across = pieces(r.x.size(), unit_columns_);
+    const int64_t down = pieces(r.y.size(), unit_rows_);
     const int64_t x0 = (r.x.begin - s.x.begin) / unit_columns_, y0 = (r.y.begin - s.y.begin) / unit_rows_;
     int64_t count = 0;
     for (int64_t y = 0; y < down; ++y) {
@@ -260,7 +261,7 @@ class Conv : Plan<T, M> {
     const int64_t units = locate(s, r, unit, row_offset);
     const int64_t taps = (p_.winograd ? p_.kernel[0] : p_.kernel[0] * p_.kernel[1]) * runs_ * cuts_;
     const int64_t passes = p_.winograd ? taps_.rows : 1;
-    Piece pieces[kMaxSegments];
+    Piece found[kMaxSegments];
     Sink<M> sink;
     sink.out = r.out;
     sink.sum = p_.winograd ? r.out + region_rows_ * region_columns_ * kMaxVectors * M::lanes : r.out;
@@ -268,11 +269,11 @@ class Conv : Plan<T, M> {
     for (int64_t pass = 0; pass < passes; ++pass) {
       aim(sink, r, pass, started);
       int64_t end = taps;  // of the pieces whose frame exists
-      while (end > together_ && !gather(s, r, pass, (end - 1) / together_ * together_, end, pieces))
+      while (end > together_ && !gather(s, r, pass, (end - 1) / together_ * together_, end, found))
         end = (end - 1) / together_ * together_;
       sink.begun = false;
       for (int64_t first = 0; first < end; first += together_) {
-        const int count = gather(s, r, pass, first, min(end, first + together_), pieces);
+        const int count = gather(s, r, pass, first, min(end, first + together_), found);
         sink.last = first + together_ >= end;
         if (!count && !sink.last) continue;
         for (int64_t q = 0; q < units; q += kPixels) {
@@ -281,7 +282,7 @@ class Conv : Plan<T, M> {
             sink.offset[p] = unit[q + p].out;
             sink.at[p] = p_.winograd ? (q + p) * r.lanes : unit[q + p].out;
           }
-          tile(r, unit + q, row_offset, pieces, count, sink);
+          tile(r, unit + q, row_offset, found, count, sink);
         }
         sink.begun = true;
       }

@@ -76,7 +76,8 @@ class Input {
     row_ = row_pixels_ * cp_;
   }
 
-  static int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+  static int64_t pieces(int64_t n, int64_t m) { return (n + m - 1) / m; }
+  static int64_t round_up(int64_t n, int64_t m) { return pieces(n, m) * m; }
   static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
   static int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 

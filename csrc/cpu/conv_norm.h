@@ -162,30 +162,12 @@ class Groups {
       (over_rows(pass), ...);
     } else if (per_group * rows * p_.w * bytes > kGroupBytes && rows >= 2 * p_.threads) {
       team(p_.threads, [&](int thread, int threads, auto&& wait) {
-        Scratch<S> tmp(2 * padded);
-        for (int64_t task = 0; task < p_.n * p_.groups; ++task) {
-          const int64_t n = task / p_.groups, g = task % p_.groups;
-          const int64_t begin = n * rows + rows * thread / threads, end = n * rows + rows * (thread + 1) / threads;
-          for (int64_t i = begin; i < end; ++i) moments(i, g, g + 1, tmp.get());
-          wait([&] { finish(n, g, g + 1); });
-          const auto one = [&](const auto& f) {
-            for (int64_t i = begin; i < end; ++i) f.row(i, g, g + 1, 0);
-            wait([&] { f.end(n, g, g + 1); });
-          };
-          (one(pass), ...);
-        }
+        for (int64_t task = 0; task < p_.n * p_.groups; ++task)
+          over_group(task, rows * thread / threads, rows * (thread + 1) / threads, 0, wait, pass...);
       });
     } else {
       parallel_tasks(p_.n * p_.groups, p_.threads, [&](int64_t task, int thread) {
-        const int64_t n = task / p_.groups, g = task % p_.groups;
-        Scratch<S> tmp(2 * padded);
-        for (int64_t i = n * rows; i < (n + 1) * rows; ++i) moments(i, g, g + 1, tmp.get());
-        finish(n, g, g + 1);
-        const auto one = [&](const auto& f) {
-          for (int64_t i = n * rows; i < (n + 1) * rows; ++i) f.row(i, g, g + 1, thread);
-          f.end(n, g, g + 1);
-        };
-        (one(pass), ...);
+        over_group(task, 0, rows, thread, [](auto&& last) { last(); }, pass...);
       });
     }
   }
@@ -199,6 +181,19 @@ class Groups {
       for (int64_t i = begin; i < end; ++i) pass.row(i, 0, p_.groups, -1);
     });
     for (int64_t n = 0; n < p_.n; ++n) pass.end(n, 0, p_.groups);
+  }
+  // Rows [begin, end) of a sample's group from their statistics to the last pass. wait: see team().
+  template <class Wait, class... Pass>
+  void over_group(int64_t task, int64_t begin, int64_t end, int thread, Wait&& wait, const Pass&... pass) {
+    const int64_t n = task / p_.groups, g = task % p_.groups;
+    Scratch<S> tmp(2 * padded);
+    for (int64_t i = n * rows + begin; i < n * rows + end; ++i) moments(i, g, g + 1, tmp.get());
+    wait([&] { finish(n, g, g + 1); });
+    const auto one = [&](const auto& f) {
+      for (int64_t i = n * rows + begin; i < n * rows + end; ++i) f.row(i, g, g + 1, thread);
+      wait([&] { f.end(n, g, g + 1); });
+    };
+    (one(pass), ...);
   }
   void moments(int64_t i, int64_t g0, int64_t g1, S* tmp) {
     row_moments<T>(p_, group_row(p_, static_cast<const T*>(p_.x), p_.x_stride, i), g0, g1, tmp,

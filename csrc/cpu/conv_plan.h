@@ -20,7 +20,7 @@ class Plan : public Input<T, M> {
   using Base = Input<T, M>;
   using A = typename M::A;
   using Base::p_, Base::cp_;
-  using Base::round_up, Base::min, Base::max;
+  using Base::round_up, Base::pieces, Base::min, Base::max;
 
   explicit Plan(const ConvParams& p)
       : Base(p),
@@ -36,11 +36,11 @@ class Plan : public Input<T, M> {
                                      : p.gradient ? kMaxGradChain
                                      : tiles_     ? kMaxTileChain
                                                   : kMaxChain);
-    const int64_t fewest = (run_length_ + chain - 1) / chain;
+    const int64_t fewest = pieces(run_length_, chain);
     for (int64_t cuts = fewest, best = 0; cuts <= (tiles_ ? 4 * fewest : fewest); ++cuts) {  // a tile's runs are short
-      const int64_t piece = round_up((run_length_ + cuts - 1) / cuts, M::step);
+      const int64_t piece = round_up(pieces(run_length_, cuts), M::step);
       const int64_t together = max(1, min(kMaxSegments, chain / piece));
-      const int64_t sums = (p.kernel[0] * cuts + together - 1) / together;
+      const int64_t sums = pieces(p.kernel[0] * cuts, together);
       if (best && sums >= best) continue;
       best = sums;
       cuts_ = cuts, piece_ = piece, together_ = together;
@@ -52,19 +52,16 @@ class Plan : public Input<T, M> {
   int64_t columns_under(int64_t columns) const {
     return (round_up(columns, unit_columns_) - 1) * p_.stride[2] + (p_.kernel[2] - 1) * p_.dilation[2] + 1;
   }
-  int64_t slot_size(int64_t columns) const {
-    return (tiles_ ? round_up(columns, 2) / 2 : columns_under(columns)) * cp_;
-  }
+  int64_t slot_size(int64_t columns) const { return (tiles_ ? pieces(columns, 2) : columns_under(columns)) * cp_; }
   int64_t slots_under(int64_t rows) const {
-    return p_.winograd ? round_up(rows, 2) / 2 * (tiles_ ? taps_.rows : kWinograd) : Base::rows_under(rows);
+    return p_.winograd ? pieces(rows, 2) * taps_.rows : Base::rows_under(rows);
   }
   int64_t strip_size(int64_t frames, int64_t rows, int64_t columns) const {
     return Base::frames_under(frames) * slots_under(rows) * slot_size(columns);
   }
 
   int64_t strips() const {
-    const auto count = [](int64_t size, int64_t strip) { return (size + strip - 1) / strip; };
-    return p_.n * count(p_.to, strip_frames_) * count(p_.ho, strip_rows_) * count(p_.wo, strip_columns_);
+    return p_.n * pieces(p_.to, strip_frames_) * pieces(p_.ho, strip_rows_) * pieces(p_.wo, strip_columns_);
   }
 
   // No result depends on strips or regions. Threads with strips of their own wait for nobody, but each goes through all
@@ -109,14 +106,14 @@ class Plan : public Input<T, M> {
   // Regions: enough tasks of a strip for many cores.
   void region() {
     const int64_t wide = region_units_ * unit_columns_;
-    const int64_t across = (strip_columns_ + wide - 1) / wide;
-    region_columns_ = min(round_up(strip_columns_, unit_columns_),
-                          round_up((strip_columns_ + across - 1) / across, kPixels * unit_columns_));
-    region_rows_ = unit_rows_ * min((strip_rows_ + unit_rows_ - 1) / unit_rows_,
-                                    max(1, region_units_ * unit_columns_ / region_columns_));
+    const int64_t across = pieces(strip_columns_, wide);
+    region_columns_ =
+        min(round_up(strip_columns_, unit_columns_), round_up(pieces(strip_columns_, across), kPixels * unit_columns_));
+    region_rows_ =
+        unit_rows_ * min(pieces(strip_rows_, unit_rows_), max(1, region_units_ * unit_columns_ / region_columns_));
     const auto tasks = [&] {
-      return strip_frames_ * ((strip_rows_ + region_rows_ - 1) / region_rows_) *
-             ((strip_columns_ + region_columns_ - 1) / region_columns_) * blocks_.count;
+      return strip_frames_ * pieces(strip_rows_, region_rows_) * pieces(strip_columns_, region_columns_) *
+             blocks_.count;
     };
     while (!own_ && tasks() < kMinTasks && region_rows_ >= 2 * unit_rows_)
       region_rows_ = round_up(region_rows_ / 2, unit_rows_);
@@ -132,7 +129,7 @@ class Plan : public Input<T, M> {
   int64_t cuts_, piece_, together_;  // a run is cut into pieces; so many pieces make one sum
   int64_t strip_frames_ = 1, strip_rows_ = 1, strip_columns_ = 1, strip_elements_ = 0;
   int64_t region_rows_ = 1, region_columns_ = 1;
-  int64_t in_row_ = 0, slot_ = 0;  // elements of an activated row, and of a row of strip_
+  int64_t in_row_ = 0, slot_ = 0;  // elements of an activated row, and of a slot
   const int threads_ = p_.threads < 1 ? 1 : p_.threads;
   bool own_ = true;  // a strip is one thread's own
 };

@@ -82,18 +82,18 @@ class WeightGrad : Input<T, M> {
       : Base(q.forward),
         q_(q),
         blocks_(p_.cout, M::lanes),
-        inputs_((p_.cin + kInputs - 1) / kInputs),
+        inputs_(Base::pieces(p_.cin, kInputs)),
         taps_(p_.kernel[1] * p_.kernel[2]),
-        steps_((p_.wo + kStep - 1) / kStep) {
+        steps_(Base::pieces(p_.wo, kStep)) {
     const int64_t shift = (p_.kernel[2] - 1) * p_.dilation[2];
     copies_ = p_.stride[2] == 1 ? min(kStep, shift + 1) : p_.kernel[2];
     x_row_ = (p_.stride[2] == 1 ? steps_ + shift / kStep : steps_) * kInputs * kStep;
     grad_pixel_ = padded_channels<M>(p_.cout);
     grad_row_ = steps_ * kStep * blocks_.vectors * kLanes;
-    pieces_ = (steps_ + kChain - 1) / kChain;
-    piece_ = (steps_ + pieces_ - 1) / pieces_;
+    pieces_ = Base::pieces(steps_, kChain);
+    piece_ = Base::pieces(steps_, pieces_);
     chunk_rows_ = max(1, kChain / steps_);
-    groups_ = min(inputs_, (kTasks + blocks_.count - 1) / blocks_.count);
+    groups_ = min(inputs_, Base::pieces(kTasks, blocks_.count));
     as_rows_ = p_;
     as_rows_.cin = p_.cout, as_rows_.w = p_.wo, as_rows_.pad_w = 0;
     as_rows_.space_pad = static_cast<int>(Pad::zeros);

@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
+from itertools import takewhile
 
 import torch
 
@@ -23,12 +24,12 @@ _NO_STRIDE = (0, 0, 0, 0, 0)
 
 
 class _Entry:
-    """What is known of one weight. packed is None where there was no room: when it was used last still counts."""
+    """What is known of one weight. packed is None where there was no room: its place in the order still counts."""
 
-    __slots__ = ("digest", "packed", "storage", "used")
+    __slots__ = ("digest", "packed", "storage")
 
-    def __init__(self, digest, packed, storage, used) -> None:
-        self.digest, self.packed, self.storage, self.used = digest, packed, storage, used
+    def __init__(self, digest, packed, storage) -> None:
+        self.digest, self.packed, self.storage = digest, packed, storage
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +51,6 @@ class PackedWeights:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         self.limit = max(1 << 30, memory // 4) if limit is None else limit
         self.bytes = 0
-        self._uses = 0
         self._entries: OrderedDict[tuple, _Entry] = OrderedDict()  # the least recently used first
         self._lock = threading.RLock()  # a storage may die, and call _drop, while this thread holds it
 
@@ -72,27 +72,31 @@ class PackedWeights:
         with self._lock:
             entry = self._entries.get(key)
             if entry is not None and entry.packed is not None and entry.digest == digest:
-                self._uses += 1
-                entry.used = self._uses
                 self._entries.move_to_end(key)
                 return entry.packed
         packed = pack(weight, dtype, winograd)
         storage = weakref.ref(weight.untyped_storage(), lambda dead: self._drop(key, dead))
         with self._lock:
-            before = self._remove(key)
-            self._uses += 1
-            entry = _Entry(digest, None, storage, self._uses)
-            if self._make_room(packed.numel(), 0 if before is None else before.used):
+            older = self._older(key)
+            self._remove(key)
+            entry = self._entries[key] = _Entry(digest, None, storage)
+            if self._make_room(packed.numel(), older):
                 entry.packed = packed
                 self.bytes += packed.numel()
-            self._entries[key] = entry
         return packed
 
-    def _make_room(self, nbytes: int, since: int) -> bool:
-        """Lets go of weights that were last used before `since`, if that makes room for nbytes."""
+    def _older(self, key: tuple) -> list[_Entry]:
+        """Those that were not used since this one was, the longest unused first; none where it is new."""
+        if key not in self._entries:
+            return []
+        known = list(self._entries.items())  # a copy: a storage may die on the way
+        return [entry for _, entry in takewhile(lambda item: item[0] != key, known)]
+
+    def _make_room(self, nbytes: int, candidates: list[_Entry]) -> bool:
+        """Lets go of the first candidates, if that makes room for nbytes."""
         free, leaving = self.limit - self.bytes, []
-        for entry in list(self._entries.values()):  # a storage may die on the way
-            if free >= nbytes or entry.used > since:
+        for entry in candidates:
+            if free >= nbytes:
                 break
             if entry.packed is not None:
                 leaving.append(entry)
@@ -107,11 +111,10 @@ class PackedWeights:
         self.bytes -= entry.nbytes
         entry.packed = None
 
-    def _remove(self, key: tuple) -> _Entry | None:
+    def _remove(self, key: tuple) -> None:
         entry = self._entries.pop(key, None)
         if entry is not None:
             self._let_go(entry)
-        return entry
 
     def _drop(self, key: tuple, dead: weakref.ref) -> None:
         with self._lock:

@@ -73,6 +73,12 @@ def randn(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def rotation(tokens: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (N, 128) for heads of 128, each angle twice side by side."""
+    angles = randn(tokens, 64).repeat_interleave(2, dim=1)
+    return angles.cos(), angles.sin()
+
+
 def text_mask(*lengths: int, total: int) -> Tensor:
     """(B, total) int64, ones first, as tokenizers pad."""
     return (torch.arange(total) < torch.tensor(lengths)[:, None]).long()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdit.testing.models import randomize
 from fastdit.testing.whole import Whole, block_row
-from fastdit.testing.zoo import Model, randn
+from fastdit.testing.zoo import Model, randn, rotation
 
 LAYERS = {
     "Flux.3 block of one stream": 3,
@@ -63,19 +63,23 @@ MODELS = (
 # ---- at full width ------------------------------------------------------------------------------------------
 
 
+def one_block(joint: bool) -> Any:
+    """24 heads of 128, and one block: of both streams, or of the image alone."""
+    return flux3(num_layers=int(not joint), num_single_layers=int(joint), attention_head_dim=128,
+                 num_attention_heads=24, axes_dims_rope=(32, 32, 32, 32))  # fmt: skip
+
+
 def row(tokens: int = 1024, text: int = 512, width: int = 3072) -> Whole:
-    """FLUX.3, 24 heads of 128, with one of its joint blocks; one timestep for each stream."""
+    """FLUX.3, with one of its joint blocks; one timestep for each stream."""
 
     def given(dtype: torch.dtype) -> tuple:
         x, context = randn(1, tokens, width).to(dtype), randn(1, text, width, seed=2).to(dtype)
         mod, text_mod = (randn(1, 1, 3 * width, seed=n).to(dtype).expand(1, n, -1) for n in (tokens, text))
-        angles = randn(tokens + text, 64).repeat_interleave(2, dim=1)
-        return x, context, mod, text_mod, (angles.cos(), angles.sin())
+        return x, context, mod, text_mod, rotation(tokens + text)
 
     return block_row(
         "FLUX.3 joint block", f"1x{tokens}x{width}, {text} text tokens",
-        lambda: flux3(num_layers=0, num_single_layers=1, attention_head_dim=128, num_attention_heads=24,
-                      axes_dims_rope=(32, 32, 32, 32)),
+        lambda: one_block(joint=True),
         "single_transformer_blocks.0", given,
     )  # fmt: skip
 
@@ -84,13 +88,12 @@ def stream_row(tokens: int = 1024, width: int = 3072) -> Whole:
     """FLUX.3, with one of its blocks of the image alone."""
 
     def given(dtype: torch.dtype) -> tuple:
-        mod, angles = randn(1, 1, 3 * width, seed=2).to(dtype), randn(tokens, 64).repeat_interleave(2, dim=1)
-        return randn(1, tokens, width).to(dtype), mod.expand(1, tokens, -1), (angles.cos(), angles.sin())
+        mod = randn(1, 1, 3 * width, seed=2).to(dtype)
+        return randn(1, tokens, width).to(dtype), mod.expand(1, tokens, -1), rotation(tokens)
 
     return block_row(
         "FLUX.3 block of one stream", f"1x{tokens}x{width}",
-        lambda: flux3(num_layers=1, num_single_layers=0, attention_head_dim=128, num_attention_heads=24,
-                      axes_dims_rope=(32, 32, 32, 32)),
+        lambda: one_block(joint=False),
         "mode_blocks.image.0", given,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ import torch
 
 from fastdit.testing.models import randomize
 from fastdit.testing.whole import Whole, block_row
-from fastdit.testing.zoo import Model, randn
+from fastdit.testing.zoo import Model, randn, rotation
 from fastdit.testing.zoo.flux import GRID, KEEPS, LAYERS, TEXT, positions
 
 SMALL = dict(in_channels=12, num_layers=2, num_single_layers=2, attention_head_dim=24, num_attention_heads=2,
@@ -95,9 +95,8 @@ def chroma_row(kind: str, block: str, tables: int, *streams: int, **config: Any)
     """Chroma, 24 heads of 128, with one block, whose tables the model makes; 1,024 tokens and 512 of text."""
 
     def given(dtype: torch.dtype) -> tuple:
-        angles = randn(sum(streams), 64).repeat_interleave(2, dim=1)
         tokens = (randn(1, n, 3072, seed=n).to(dtype) for n in streams)
-        return *tokens, randn(1, tables, 3072).to(dtype), (angles.cos(), angles.sin())
+        return *tokens, randn(1, tables, 3072).to(dtype), rotation(sum(streams))
 
     return block_row(
         f"Chroma {kind} block", "1x1024x3072, 512 text tokens",
@@ -110,8 +109,7 @@ def fibo_row(tokens: int = 1536) -> Whole:
     """Bria FIBO, 24 heads of 128, with one single block, over both streams joined."""
 
     def given(dtype: torch.dtype) -> tuple:
-        angles = randn(tokens, 64).repeat_interleave(2, dim=1)
-        return *(randn(1, *n, 3072).to(dtype) for n in ((tokens,), ())), (angles.cos(), angles.sin())
+        return *(randn(1, *n, 3072).to(dtype) for n in ((tokens,), ())), rotation(tokens)
 
     return block_row(
         "Bria FIBO single block", f"1x{tokens}x3072, text among them",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdit.testing.models import randomize
 from fastdit.testing.whole import Whole, block_row
-from fastdit.testing.zoo import Model, randn, text_mask
+from fastdit.testing.zoo import Model, randn, rotation, text_mask
 
 LAYERS = {
     "Krea 2 block": 2,
@@ -64,8 +64,7 @@ def row(text: int = 256, side: int = 16) -> Whole:
     def given(dtype: torch.dtype) -> tuple:
         x, temb, mask = randn(1, tokens, 6144).to(dtype), randn(1, 1, 6 * 6144, seed=2).to(dtype), torch.ones(1, tokens)
         mask[:, text // 2 : text] = 0
-        angles = randn(tokens, 64).repeat_interleave(2, dim=1)
-        return x, temb, (angles.cos(), angles.sin()), mask.bool()[:, None, None]
+        return x, temb, rotation(tokens), mask.bool()[:, None, None]
 
     return block_row(
         "Krea 2 block", f"1x{tokens}x6144, one block, {text // 2} of {text} text tokens",

@@ -8,7 +8,7 @@ import torch
 
 from fastdit.testing.models import randomize
 from fastdit.testing.whole import Whole, block_row
-from fastdit.testing.zoo import Model, randn, text_mask
+from fastdit.testing.zoo import Model, randn, rotation, text_mask
 
 LAYERS = {
     "Motif-Video dual block": 1,
@@ -60,8 +60,7 @@ def row(kind: str, block: str, tokens: int = 2048, text: int = 256, valid: int =
     def given(dtype: torch.dtype) -> tuple:
         x, context, temb = (randn(1, n, 1536, seed=n).to(dtype) for n in (tokens, text, 1))
         there = torch.cat([torch.ones(1, tokens), text_mask(valid, total=text)], dim=1).bool()[:, None, None]
-        angles = randn(tokens, 64).repeat_interleave(2, dim=1)
-        return x, context, temb[:, 0], there, (angles.cos(), angles.sin())
+        return x, context, temb[:, 0], there, rotation(tokens)
 
     return block_row(
         f"Motif-Video {kind} block", f"1x{tokens}x1536, one block, {valid} of {text} text tokens",

@@ -72,8 +72,7 @@ def row(grid: tuple[int, int, int] = (8, 16, 16)) -> Whole:
 
     return model_row(
         "SkyReels-V2 block", f"1x{math.prod(grid)}x1536, one block, 512 text tokens, a timestep per frame",
-        lambda: skyreels(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=1, in_channels=16,
-                         out_channels=16, text_dim=4096, freq_dim=256, rope_max_seq_len=1024), "blocks.0", given,
+        lambda: skyreels(**wan.SIZE_1_3B), "blocks.0", given,
     )  # fmt: skip
 
 

@@ -125,6 +125,10 @@ def ti2v(dtype: torch.dtype, device: str) -> Run:
     return call
 
 
+SIZE_1_3B = dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=1, in_channels=16,
+                 out_channels=16, text_dim=4096, freq_dim=256, rope_max_seq_len=1024)  # fmt: skip
+
+
 def vace_row(grid: tuple[int, int, int] = (4, 16, 16)) -> Whole:
     """VACE 1.3B, 12 heads of 128, with one of its 30 blocks and one of its 15 of control."""
     frames, height, width = grid
@@ -140,9 +144,7 @@ def vace_row(grid: tuple[int, int, int] = (4, 16, 16)) -> Whole:
 
     return model_row(
         "Wan2.1-VACE-1.3B blocks", f"1x{math.prod(grid)}x1536, a block and one of control, 512 text tokens",
-        lambda: vace(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=1, vace_layers=[0],
-                     vace_in_channels=96, in_channels=16, out_channels=16, text_dim=4096, freq_dim=256,
-                     rope_max_seq_len=1024), "vace_blocks.0", given,
+        lambda: vace(**SIZE_1_3B, vace_layers=[0], vace_in_channels=96), "vace_blocks.0", given,
     )  # fmt: skip
 
 
