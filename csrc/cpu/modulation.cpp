@@ -18,30 +18,46 @@ struct Forward : Row<T, TR, native> {
   using Base::Base, Base::p, Base::C, Base::value, Base::mean, Base::root, Base::affine, Base::offset, Base::scale,
       Base::shift, Base::rounded, Base::stream, Base::at;
 
+  // adaLN-Zero, free of branches. Pointers and tables are locals: as members they would be loaded after every store.
+  template <int count, bool streamed>
+  FASTDIT_INLINE void modulate(T* out, int64_t ahead) {
+    V center[count], factor[count];
+    const TR* from[count];
+    for (int k = 0; k < count; ++k) center[k] = splat(mean[k]), factor[k] = splat(root[k]), from[k] = value[k];
+    const S *one_scale = scale.values, *one_shift = shift.values;
+    const int64_t width = C;
+    const auto run = [&](auto prefetches) {
+      L::sweep(width, [&](int64_t c, auto step) {
+        const Pair<V> s = at(one_scale, c), b = at(one_shift, c);
+        for (int k = 0; k < count; ++k) {
+          if constexpr (prefetches) L::ahead(from[k] + (c + ahead));
+          const Pair<V> r = L::get(from[k] + c, step);
+          const Pair<V> x{rounded((r.a - center[k]) * factor[k]), rounded((r.b - center[k]) * factor[k])};
+          L::put(out + k * width + c, Pair<V>{rounded(x.a * s.a) + b.a, rounded(x.b * s.b) + b.b}, step, streamed);
+        }
+      });
+    };
+    if (ahead)
+      run(std::true_type{});
+    else
+      run(std::false_type{});
+  }
+
   // h = n(value) * (1 + scale) + shift for `count` tokens from i.
   template <int count>
-  void norm_modulate(int64_t i) {
+  FASTDIT_INLINE void norm_modulate(int64_t i) {
     T* out = static_cast<T*>(p.h) + i * C;
     const bool has_weight = p.weight.data || p.weight_offset != 0, has_bias = p.bias.data;
     const bool has_scale = p.scale.data, has_shift = p.shift.data;
     const bool rms = p.norm == Norm::rms;
-    const T* next[count];  // y is read here for the first time only where there is no residual
-    for (int k = 0; k < count; ++k)
-      next[k] = p.residual || i + k + count >= this->tokens ? nullptr : this->y(i + k + count);
-    // measured: fp32 rows gain from it only where outputs are streamed
-    const bool ahead = next[count - 1] && (sizeof(T) == 2 || stream);
+    // How far away the lines of the next rows are, where y is read here for the first time. Measured: fp32 rows gain
+    // from asking for them only where outputs are streamed.
+    const int64_t ahead = !p.residual && (sizeof(T) == 2 || stream) ? count * p.y_stride_n : 0;
     if (!has_weight && !has_bias && has_scale && has_shift) {  // adaLN-Zero: the hot case, free of branches
-      V center[count], factor[count];
-      for (int k = 0; k < count; ++k) center[k] = splat(mean[k]), factor[k] = splat(root[k]);
-      L::sweep(C, [&](int64_t c, auto step) {
-        const Pair<V> s = at(scale.values, c), b = at(shift.values, c);
-        for (int k = 0; k < count; ++k) {
-          if (ahead) L::ahead(next[k] + c);
-          const Pair<V> r = L::get(value[k] + c, step);
-          const Pair<V> x{rounded((r.a - center[k]) * factor[k]), rounded((r.b - center[k]) * factor[k])};
-          L::put(out + k * C + c, Pair<V>{rounded(x.a * s.a) + b.a, rounded(x.b * s.b) + b.b}, step, stream);
-        }
-      });
+      if (stream)
+        modulate<count, true>(out, ahead);
+      else
+        modulate<count, false>(out, ahead);
       return;
     }
     for (int k = 0; k < count; ++k) {
@@ -57,7 +73,7 @@ struct Forward : Row<T, TR, native> {
         return x;
       };
       L::sweep(C, [&](int64_t c, auto step) {
-        if (ahead) L::ahead(next[k] + c);
+        if (ahead) L::ahead(value[k] + c + ahead);
         const Pair<V> r = L::get(value[k] + c, step);
         const int64_t d = c + L::w;
         const Pair<V> h{element(r.a, affine + c, offset + c, scale.values + c, shift.values + c),
@@ -65,6 +81,12 @@ struct Forward : Row<T, TR, native> {
         L::put(out + k * C + c, h, step, stream);
       });
     }
+  }
+
+  template <int count>
+  FASTDIT_INLINE void tokens_from(int64_t i) {
+    this->template read<count>(i);
+    if (p.norm != Norm::none) norm_modulate<count>(i);
   }
 };
 
@@ -74,17 +96,12 @@ void run(const ModulationParams& p) {
   // below about 64 KB a second thread costs more than it saves
   const int threads = rows * p.C < 16384 ? 1 : p.threads;
   parallel_ranges(rows, threads, [&](int64_t begin, int64_t end, int) {
-    Forward<T, TR, native> row(p, Row<T, TR, native>::streams(p, p.r, p.h));
-    constexpr bool groups = sizeof(T) == 2;  // measured: of fp32 one by one is faster
+    // Measured: fp32 rows are faster one by one as long as a row and its tables stay in L1.
+    const bool groups = sizeof(T) == 2 || 3 * p.C * int64_t{sizeof(T)} > 32 * 1024;
+    Forward<T, TR, native> row(p, Row<T, TR, native>::streams(p, p.r, p.h), groups);
     for (int64_t i = begin; i < end;) {
-      const int count = row.open(i, groups ? end : i + 1);
-      for (int k = 0; k < count; ++k) row.read(i + k, k);
-      if (p.norm != Norm::none) {
-        if (groups && count == kRows)
-          row.template norm_modulate<groups ? kRows : 1>(i);
-        else
-          row.template norm_modulate<1>(i);
-      }
+      const int count = row.open(i, end);
+      count == 1 ? row.template tokens_from<1>(i) : row.template tokens_from<kRows>(i);
       i += count;
     }
     if (row.stream) finish_streams();

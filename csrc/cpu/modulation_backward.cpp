@@ -122,7 +122,10 @@ struct Backward : Row<T, TR, false> {
   Scratch<S> d;  // dyn of a row, where the rms of y follows
 
   explicit Backward(const ModulationGradParams& params)
-      : Base(params.forward, Base::streams(params.forward, params.d_residual, params.d_y)), q(params), d(padded) {}
+      : Base(params.forward, Base::streams(params.forward, params.d_residual, params.d_y),
+             kRows * params.forward.C * int64_t{sizeof(TR)} <= 24 * 1024),
+        q(params),
+        d(padded) {}
 
   const T* grad_h(int64_t i) const {
     return row_of(static_cast<const T*>(q.grad_h), q.grad_h_stride_b, q.grad_h_stride_n, p.N, i);
@@ -296,7 +299,7 @@ struct Backward : Row<T, TR, false> {
   // The tokens i .. i + count - 1.
   template <int count>
   void group(int64_t i, const Sinks<S>& sinks) {
-    for (int k = 0; k < count; ++k) this->read(i + k, k);
+    this->template read<count>(i);
     Means means[count];
     if (q.grad_h) {
       const bool vectors = p.weight.data || p.weight_offset != 0 || p.bias.data;

@@ -5,17 +5,11 @@
 #pragma once
 
 #include "fastdit/modulation.h"
+#include "modulation_moments.h"
 #include "pairs.h"
 
 namespace fastdit::cpu::FASTDIT_ISA {
 namespace {
-
-constexpr int kRows = 4;  // of a group
-
-template <class A, class B>
-constexpr bool same = false;
-template <class A>
-constexpr bool same<A, A> = true;
 
 // A step over all its channels, or over the first n of them.
 struct Full {
@@ -154,87 +148,6 @@ struct Cursor {
   }
 };
 
-template <class S>
-FASTDIT_INLINE S inverse_root(S x) {
-  return S(1) / (sizeof(S) == 8 ? static_cast<S>(__builtin_sqrt(x)) : static_cast<S>(__builtin_sqrtf(x)));
-}
-
-template <class P, class S = typename simd<P>::S>
-S sum_row(const P* row, int64_t C) {
-  using V = typename simd<S>::V;
-  constexpr int w = simd<S>::width;
-  V acc[4] = {};
-  int64_t c = 0;
-  for (; c + 4 * w <= C; c += 4 * w)
-    for (int k = 0; k < 4; ++k) acc[k] += load(row + c + k * w);
-  for (; c + w <= C; c += w) acc[0] += load(row + c);
-  S tail = 0;
-  for (; c < C; ++c) tail += to_scalar(row[c]);
-  return sum((acc[0] + acc[1]) + (acc[2] + acc[3])) + tail;
-}
-// Sum of squares about `mean`, and the sum of the deviations: what rounding has left in the mean.
-template <class P, class S>
-S sum_squares(const P* row, S mean, int64_t C, S& deviation) {
-  using V = typename simd<S>::V;
-  constexpr int w = simd<S>::width;
-  V acc[4] = {}, dev[4] = {};
-  int64_t c = 0;
-  const auto take = [&](int k, V v) {
-    const V u = v - mean;
-    acc[k] += u * u;
-    dev[k] += u;
-  };
-  for (; c + 4 * w <= C; c += 4 * w)
-    for (int k = 0; k < 4; ++k) take(k, load(row + c + k * w));
-  for (; c + w <= C; c += w) take(0, load(row + c));
-  S tail = 0, rest = 0;
-  for (; c < C; ++c) {
-    const S u = to_scalar(row[c]) - mean;
-    tail += u * u;
-    rest += u;
-  }
-  deviation = sum((dev[0] + dev[1]) + (dev[2] + dev[3])) + rest;
-  return sum((acc[0] + acc[1]) + (acc[2] + acc[3])) + tail;
-}
-
-// Mean (0 unless centred) and mean square about it.
-template <class P, class S>
-FASTDIT_INLINE void moments(const P* row, int64_t C, bool centred, S& mean, S& square) {
-  const S scale = S(1) / static_cast<S>(C);
-#if defined(__AVX512BF16__)
-  if constexpr (same<P, bf16>) {
-    // Sum and squares in one reading: exact products, summed in fp32. Cancellation in their difference costs at most
-    // 6 bits here, far below bf16; a row further from its mean than that takes the two readings below.
-    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
-    __m512 s0{}, s1{}, q0{}, q1{};
-    int64_t c = 0;
-    for (; c + 64 <= C; c += 64) {
-      const __m512bh u = load_raw<__m512bh>(row + c), v = load_raw<__m512bh>(row + c + 32);
-      s0 = _mm512_dpbf16_ps(s0, u, ones);
-      s1 = _mm512_dpbf16_ps(s1, v, ones);
-      q0 = _mm512_dpbf16_ps(q0, u, u);
-      q1 = _mm512_dpbf16_ps(q1, v, v);
-    }
-    for (; c < C; c += 32) {
-      const __mmask32 some = C - c >= 32 ? ~__mmask32{0} : (__mmask32{1} << (C - c)) - 1;
-      const __m512bh u = (__m512bh)_mm512_maskz_loadu_epi16(some, row + c);
-      s0 = _mm512_dpbf16_ps(s0, u, ones);
-      q0 = _mm512_dpbf16_ps(q0, u, u);
-    }
-    mean = centred ? _mm512_reduce_add_ps(_mm512_add_ps(s0, s1)) * scale : 0.0f;
-    square = _mm512_reduce_add_ps(_mm512_add_ps(q0, q1)) * scale - mean * mean;
-    if (square * 64 > mean * mean) return;
-  }
-#endif
-  mean = centred ? sum_row(row, C) * scale : S(0);
-  S deviation;
-  square = sum_squares(row, mean, C, deviation) * scale;
-  if (!centred) return;
-  deviation *= scale;
-  mean += deviation;
-  square -= deviation * deviation;
-}
-
 template <class T, class TR, bool native>
 struct Row {
   using S = typename simd<T>::S;
@@ -255,13 +168,13 @@ struct Row {
   S *post, *affine, *offset;    // affine = weight_offset + weight, offset = bias
   Cursor<S, paired> gate, scale, shift;
 
-  Row(const ModulationParams& params, bool streams)
+  Row(const ModulationParams& params, bool streams, bool groups)
       : p(params),
         C(p.C),
         padded((p.C + 2 * w - 1) / (2 * w) * (2 * w)),
         tokens(p.B * p.N),
         stream(streams),
-        grouped(kRows * p.C * int64_t{sizeof(TR)} <= 24 * 1024),
+        grouped(groups),
         memory(6 * padded),
         stored(kRows * padded) {
     S* m = memory.get();
@@ -286,7 +199,7 @@ struct Row {
       return reinterpret_cast<uintptr_t>(out) % 64 == 0 && p.C * item % 64 == 0;
     };
     const int64_t bytes = p.B * p.N * p.C * ((r ? sizeof(TR) : 0) + (h ? sizeof(T) : 0));
-    return aligned(r, sizeof(TR)) && aligned(h, sizeof(T)) && 2 * bytes > last_level_cache();
+    return aligned(r, sizeof(TR)) && aligned(h, sizeof(T)) && bytes > last_level_cache();
   }
   static auto round_scalar(S x) {
     if constexpr (native)
@@ -326,18 +239,20 @@ struct Row {
     return grouped && last <= stop && last <= gate.end && last <= scale.end && last <= shift.end ? kRows : 1;
   }
 
-  // value[k] = y, or residual + act(gate) * [rms](y) rounded as stored in r; and its statistics.
-  void read(int64_t i, int k) {
-    const T* from = y(i);
-    if (!p.residual) {
-      if constexpr (same<T, TR>) value[k] = from;
-    } else {
-      gate_residual(i, k, from);
+  // value[k] = y, or residual + act(gate) * [rms](y) rounded as stored in r, of `count` tokens from i; their moments.
+  template <int count>
+  FASTDIT_INLINE void read(int64_t i) {
+    for (int k = 0; k < count; ++k) {
+      const T* from = y(i + k);
+      if (p.residual)
+        gate_residual(i + k, k, from);
+      else if constexpr (same<T, TR>)
+        value[k] = from;
     }
     if (p.norm == Norm::none) return;
-    S square;
-    moments(value[k], C, p.norm == Norm::layer, mean[k], square);
-    root[k] = inverse_root(square + static_cast<S>(p.eps));
+    S square[count];
+    moments<count>(value, C, p.norm == Norm::layer, mean, square);
+    for (int k = 0; k < count; ++k) root[k] = inverse_root(square[k] + static_cast<S>(p.eps));
   }
 
   void gate_residual(int64_t i, int k, const T* from) {
@@ -349,26 +264,40 @@ struct Row {
     const T* next_y = last ? from : y(i + kRows);
     const TR* next_res = last ? res : residual(i + kRows);
     value[k] = keep ? kept : out;
-    const auto run = [&](auto&& element) {
-      L::sweep(C, [&](int64_t c, auto step) {
+    const int64_t width = C;
+    const auto sweep = [&](auto&& element, auto stores, auto streamed, auto keeps) {
+      L::sweep(width, [&](int64_t c, auto step) {
         L::ahead(next_y + c);
         L::ahead(next_res + c);
         const Pair<V> v = element(c, L::get(from + c, step)), r = L::get(res + c, step);
         const Pair<V> sum{r.a + v.a, r.b + v.b};
-        if (out) L::put(out + c, sum, step, stream);
-        if (keep) L::put(kept + c, sum, step);
+        if constexpr (stores) L::put(out + c, sum, step, streamed);
+        if constexpr (keeps) L::put(kept + c, sum, step);
       });
     };
+    constexpr std::true_type yes;
+    constexpr std::false_type no;
+    const auto run = [&](auto&& element) {
+      if (!out)
+        sweep(element, no, no, yes);
+      else if (!stream)
+        sweep(element, yes, no, no);
+      else if (keep)
+        sweep(element, yes, yes, yes);
+      else
+        sweep(element, yes, yes, no);
+    };
+    const S* const gates = gate.values;
     if (gated && !p.post_norm) {  // the hot case, free of branches
       return run([&](int64_t c, Pair<V> v) -> Pair<V> {
-        const Pair<V> g = at(gate.values, c);
+        const Pair<V> g = at(gates, c);
         return {rounded(v.a * g.a), rounded(v.b * g.b)};
       });
     }
     const bool weighted = p.post_weight.data;
     if (p.post_norm) {
       S zero, square;
-      moments(from, C, false, zero, square);
+      moments<1>(&from, C, false, &zero, &square);
       post_root[k] = inverse_root(square + static_cast<S>(p.post_eps));
     }
     run([&](int64_t c, Pair<V> v) -> Pair<V> {
@@ -378,7 +307,7 @@ struct Row {
         v = {rounded(v.a * u.a), rounded(v.b * u.b)};
       }
       if (gated) {
-        const Pair<V> g = at(gate.values, c);
+        const Pair<V> g = at(gates, c);
         v = {rounded(v.a * g.a), rounded(v.b * g.b)};
       }
       return v;

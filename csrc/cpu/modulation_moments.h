@@ -1,0 +1,152 @@
+// Mean and mean square of rows, several rows at once: their chains of additions overlap, and their lanes are added up
+// together.
+#pragma once
+
+#include "simd.h"
+
+namespace fastdit::cpu::FASTDIT_ISA {
+namespace {
+
+constexpr int kRows = 4;  // of a group
+
+template <class A, class B>
+constexpr bool same = false;
+template <class A>
+constexpr bool same<A, A> = true;
+
+template <class S>
+FASTDIT_INLINE S inverse_root(S x) {
+  return S(1) / (sizeof(S) == 8 ? static_cast<S>(__builtin_sqrt(x)) : static_cast<S>(__builtin_sqrtf(x)));
+}
+
+// to[k] = the sum of from[k]'s lanes.
+template <int count, class V, class S>
+FASTDIT_INLINE void sums(const V* from, S* to) {
+#if defined(__AVX512F__)
+  if constexpr (count == 4 && same<S, float>) {
+    const __m512 a = (__m512)from[0], b = (__m512)from[1], c = (__m512)from[2], d = (__m512)from[3];
+    const __m512 ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);  // a b a b, four times
+    const __m512 cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
+    const __m512 abcd = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xee);
+    const __m256 half = _mm512_castps512_ps256(abcd) + _mm512_extractf32x8_ps(abcd, 1);
+    _mm_storeu_ps(to, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+    return;
+  }
+#endif
+  for (int k = 0; k < count; ++k) to[k] = sum(from[k]);
+}
+
+// Sums of x - pivot and of its square over a row, for rows of any type.
+template <int count, class P, class S>
+FASTDIT_INLINE void sums_about(const P* const* rows, const S* pivot, int64_t C, S* total, S* square) {
+  using V = typename simd<S>::V;
+  constexpr int w = simd<S>::width, chains = count == 1 ? 4 : 2;
+  V t[count * chains] = {}, q[count * chains] = {}, about[count];
+  const P* from[count];
+  for (int k = 0; k < count; ++k) about[k] = splat(pivot[k]), from[k] = rows[k];
+  int64_t c = 0;
+  for (; c + chains * w <= C; c += chains * w)
+    for (int j = 0; j < chains; ++j)
+      for (int k = 0; k < count; ++k) {
+        const V u = load(from[k] + c + j * w) - about[k];
+        t[j * count + k] += u;
+        q[j * count + k] += u * u;
+      }
+  for (int k = 0; k < count; ++k) {
+    for (int64_t i = c; i + w <= C; i += w) {
+      const V u = load(from[k] + i) - about[k];
+      t[k] += u;
+      q[k] += u * u;
+    }
+    for (int j = 1; j < chains; ++j) t[k] += t[j * count + k], q[k] += q[j * count + k];
+  }
+  sums<count>(t, total);
+  sums<count>(q, square);
+  for (int k = 0; k < count; ++k)
+    for (int64_t i = C / w * w; i < C; ++i) {
+      const S u = to_scalar(from[k][i]) - pivot[k];
+      total[k] += u;
+      square[k] += u * u;
+    }
+}
+
+#if defined(__AVX512BF16__)
+// The same about 0: exact products, summed in fp32.
+template <int count>
+void sums_of_bf16(const bf16* const* rows, int64_t C, float* total, float* square) {
+  constexpr int chains = count == 1 ? 2 : 1;
+  const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+  __m512 t[count * chains] = {}, q[count * chains] = {};
+  const auto take = [&](int k, __m512bh u) {
+    t[k] = _mm512_dpbf16_ps(t[k], u, ones);
+    q[k] = _mm512_dpbf16_ps(q[k], u, u);
+  };
+  const bf16* from[count];
+  for (int k = 0; k < count; ++k) from[k] = rows[k];
+  int64_t c = 0;
+  for (; c + chains * 32 <= C; c += chains * 32)
+    for (int j = 0; j < chains; ++j)
+      for (int k = 0; k < count; ++k) take(j * count + k, load_raw<__m512bh>(from[k] + c + j * 32));
+  for (; c < C; c += 32) {
+    const __mmask32 some = C - c >= 32 ? ~__mmask32{0} : (__mmask32{1} << (C - c)) - 1;
+    for (int k = 0; k < count; ++k) take(k, (__m512bh)_mm512_maskz_loadu_epi16(some, from[k] + c));
+  }
+  for (int k = count; k < count * chains; ++k) t[0] += t[k], q[0] += q[k];
+  sums<count>(reinterpret_cast<const vf*>(t), total);
+  sums<count>(reinterpret_cast<const vf*>(q), square);
+}
+#endif
+
+// The mean of a row, of a long one a value near it: of 4 of its vectors.
+template <class P, class S = typename simd<P>::S>
+S near_mean(const P* row, int64_t C) {
+  constexpr int w = simd<S>::width;
+  if (C >= 16 * w) {
+    const int64_t apart = C / 4;
+    return sum((load(row) + load(row + apart)) + (load(row + 2 * apart) + load(row + 3 * apart))) / S(4 * w);
+  }
+  typename simd<S>::V total{};
+  int64_t c = 0;
+  for (; c + w <= C; c += w) total += load(row + c);
+  S rest = sum(total);
+  for (; c < C; ++c) rest += to_scalar(row[c]);
+  return rest / static_cast<S>(C);
+}
+
+// Mean (0 unless centred) and mean square about it, of `count` rows. One reading takes both about a value near the
+// mean; what cancels in their difference is bounded, and a row where it is more is read again.
+template <int count, class P, class S = typename simd<P>::S>
+FASTDIT_INLINE void moments(const P* const* rows, int64_t C, bool centred, S* mean, S* square) {
+  const S scale = S(1) / static_cast<S>(C);
+  S pivot[count] = {}, total[count];
+  S most = 4;  // (mean - pivot)^2 / variance: two bits of fp32 and of fp64
+#if defined(__AVX512BF16__)
+  if constexpr (same<P, bf16>) {
+    most = 64;  // six bits, far below what bf16 rounds away
+    sums_of_bf16<count>(rows, C, total, square);
+  } else
+#endif
+  {
+    if (centred)
+      for (int k = 0; k < count; ++k) pivot[k] = near_mean(rows[k], C);
+    sums_about<count>(rows, pivot, C, total, square);
+  }
+  for (int k = 0; k < count; ++k) {
+    const S away = centred ? total[k] * scale : S(0);
+    mean[k] = pivot[k] + away;
+    square[k] = square[k] * scale - away * away;
+  }
+  if (!centred) return;
+  for (int k = 0; k < count; ++k) {
+    const S away = mean[k] - pivot[k];
+    if (square[k] * most > away * away) continue;
+    const S about = mean[k];
+    sums_about<1>(rows + k, &about, C, total, square + k);
+    total[0] *= scale;
+    mean[k] = about + total[0];
+    square[k] = square[k] * scale - total[0] * total[0];
+  }
+}
+
+}  // namespace
+}  // namespace fastdit::cpu::FASTDIT_ISA
