@@ -1,7 +1,8 @@
 // unpatchify3d: y[b, c, t*pt + dt, h*ph + dh, w*pw + dw] = token(b, t, h, w)[order(c, dt, dh, dw)], bit for bit.
 //
 // A line of tokens (b, t, h, :) fills C * pt * ph rows of the video. What is contiguous in a token (the channels, or
-// a run of pw pixels) is contiguous across rows of the video, so each line is a transpose of small units.
+// a run of pw pixels) is contiguous across rows of the video, so each line is a transpose of small units. The backward
+// is the same transpose the other way.
 #include "fastdit/patch.h"
 #include "simd.h"
 
@@ -24,14 +25,14 @@ FASTDIT_INLINE u32x4 high(u32x4 a, u32x4 b) { return __builtin_shufflevector(a, 
 FASTDIT_INLINE u64x2 low(u64x2 a, u64x2 b) { return __builtin_shufflevector(a, b, 0, 2); }
 FASTDIT_INLINE u64x2 high(u64x2 a, u64x2 b) { return __builtin_shufflevector(a, b, 1, 3); }
 
-// dst[m][r] = src[r][shift + m] by square blocks of N units in registers; the last block of a side overlaps the one
+// dst[m][to + r] = src[r][from + m] by square blocks of N units in registers; the last block of a side overlaps the one
 // before it. A unit of two values may be aligned as one value only, hence memcpy everywhere.
 template <class V, class U>
-void transpose(const U* const* src, int64_t shift, int64_t rows, U* const* dst, int64_t columns) {
+void transpose(U* const* src, int64_t from, int64_t rows, U* const* dst, int64_t to, int64_t columns) {
   constexpr int N = 16 / sizeof(U);
   if (rows < N || columns < N) {
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t m = 0; m < columns; ++m) __builtin_memcpy(dst[m] + r, src[r] + shift + m, sizeof(U));
+      for (int64_t m = 0; m < columns; ++m) __builtin_memcpy(dst[m] + to + r, src[r] + from + m, sizeof(U));
     return;
   }
   for (int64_t r = 0; r < rows; r += N) {
@@ -40,7 +41,7 @@ void transpose(const U* const* src, int64_t shift, int64_t rows, U* const* dst, 
       if (m + N > columns) m = columns - N;
       V a[N], b[N];
 #pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) a[i] = load_raw<V>(src[r + i] + shift + m);
+      for (int i = 0; i < N; ++i) a[i] = load_raw<V>(src[r + i] + from + m);
 #pragma GCC unroll 3
       for (int pass = 1; pass < N; pass *= 2) {  // log2(N) perfect shuffles
 #pragma GCC unroll 4
@@ -49,7 +50,7 @@ void transpose(const U* const* src, int64_t shift, int64_t rows, U* const* dst, 
         for (int i = 0; i < N; ++i) a[i] = b[i];
       }
 #pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) store_raw(dst[m + i] + r, a[i]);
+      for (int i = 0; i < N; ++i) store_raw(dst[m + i] + to + r, a[i]);
     }
   }
 }
@@ -75,71 +76,75 @@ FASTDIT_INLINE int64_t token_offset(const Line& l, int64_t w) {
 }
 
 // order ends in w: units of pw pixels, U; every (c, dt, dh) is a column of the transpose.
-template <class V, class U>
-void scatter_runs(const UnpatchifyParams& p, const Line& l, const U** src, U** dst) {
-  const int64_t width = l.item->grid[2], bytes = p.itemsize, run = p.patch[2];
+template <bool back, class V, class U>
+void move_runs(const UnpatchifyParams& p, const Line& l, U** tokens, U** video) {
+  const int64_t width = l.item->grid[2], rows = p.channels * p.patch[0] * p.patch[1];
   for (int64_t w = 0; w < width; ++w)
-    src[w] = reinterpret_cast<const U*>(static_cast<const char*>(l.item->tokens) + token_offset(l, w) * bytes);
+    tokens[w] = reinterpret_cast<U*>(static_cast<char*>(l.item->tokens) + token_offset(l, w) * p.itemsize);
   for (int64_t c = 0; c < p.channels; ++c)
     for (int64_t dt = 0; dt < p.patch[0]; ++dt)
       for (int64_t dh = 0; dh < p.patch[1]; ++dh)
-        dst[(c * p.offset[0] + dt * p.offset[1] + dh * p.offset[2]) / run] =
-            reinterpret_cast<U*>(static_cast<char*>(l.item->y) + video_row(p, l, c, dt, dh) * bytes);
-  transpose<V>(src, 0, width, dst, p.channels * p.patch[0] * p.patch[1]);
+        video[(c * p.offset[0] + dt * p.offset[1] + dh * p.offset[2]) / p.patch[2]] =
+            reinterpret_cast<U*>(static_cast<char*>(l.item->y) + video_row(p, l, c, dt, dh) * p.itemsize);
+  back ? transpose<V>(video, 0, rows, tokens, 0, width) : transpose<V>(tokens, 0, width, video, 0, rows);
 }
 
 // Any other order: pixel by pixel, or with the channels contiguous, one transpose per (dt, dh).
-template <class V, class U>
-void scatter_pixels(const UnpatchifyParams& p, const Line& l, const U** src, U** dst) {
-  const int64_t width = l.item->grid[2], pw = p.patch[2];
+template <bool back, class V, class U>
+void move_pixels(const UnpatchifyParams& p, const Line& l, U** tokens, U** video) {
+  const int64_t pw = p.patch[2], width = l.item->grid[2] * pw, C = p.channels;
   for (int64_t w = 0; w < width; ++w)
-    for (int64_t dw = 0; dw < pw; ++dw)
-      src[w * pw + dw] = static_cast<const U*>(l.item->tokens) + token_offset(l, w) + dw * p.offset[3];
+    tokens[w] = static_cast<U*>(l.item->tokens) + token_offset(l, w / pw) + w % pw * p.offset[3];
   for (int64_t dt = 0; dt < p.patch[0]; ++dt)
     for (int64_t dh = 0; dh < p.patch[1]; ++dh) {
       const int64_t shift = dt * p.offset[1] + dh * p.offset[2];
-      for (int64_t c = 0; c < p.channels; ++c) dst[c] = static_cast<U*>(l.item->y) + video_row(p, l, c, dt, dh);
+      for (int64_t c = 0; c < C; ++c) video[c] = static_cast<U*>(l.item->y) + video_row(p, l, c, dt, dh);
       if (p.offset[0] == 1) {
-        transpose<V>(src, shift, width * pw, dst, p.channels);
-      } else {
-        for (int64_t c = 0; c < p.channels; ++c)
-          for (int64_t r = 0; r < width * pw; ++r)
-            __builtin_memcpy(dst[c] + r, src[r] + shift + c * p.offset[0], sizeof(U));
+        back ? transpose<V>(video, 0, C, tokens, shift, width) : transpose<V>(tokens, shift, width, video, 0, C);
+        continue;
       }
+      for (int64_t c = 0; c < C; ++c)
+        for (int64_t w = 0; w < width; ++w) {
+          U *const token = tokens[w] + shift + c * p.offset[0], *const pixel = video[c] + w;
+          back ? __builtin_memcpy(token, pixel, sizeof(U)) : __builtin_memcpy(pixel, token, sizeof(U));
+        }
     }
 }
 
-}  // namespace
-
-void unpatchify3d_forward(const UnpatchifyParams& p) {
+template <bool back>
+void move(const UnpatchifyParams& p) {
   int64_t widest = 0;
   for (int64_t i = 0; i < p.num_items; ++i)
     if (p.items[i].grid[2] > widest) widest = p.items[i].grid[2];
   const int64_t unit = p.offset[3] == 1 ? p.itemsize * p.patch[2] : 0;
   parallel_ranges(p.lines, p.threads, [&](int64_t begin, int64_t end, int) {
-    const Scratch<const void*> sources(widest * p.patch[2]);
-    const Scratch<void*> rows(p.channels * p.patch[0] * p.patch[1]);
-    void *src = sources.get(), *dst = rows.get();
-#define FASTDIT_SCATTER(how, V, U) how<V, U>(p, line, static_cast<const U**>(src), static_cast<U**>(dst))
+    const Scratch<void*> of_tokens(widest * p.patch[2]), of_video(p.channels * p.patch[0] * p.patch[1]);
+    void *tokens = of_tokens.get(), *video = of_video.get();
+#define FASTDIT_MOVE(how, V, U) how<back, V, U>(p, line, static_cast<U**>(tokens), static_cast<U**>(video))
     for (int64_t i = begin; i < end; ++i) {
       const Line line = find_line(p, i);
       if (unit == 2)
-        FASTDIT_SCATTER(scatter_runs, u16x8, uint16_t);
+        FASTDIT_MOVE(move_runs, u16x8, uint16_t);
       else if (unit == 4)
-        FASTDIT_SCATTER(scatter_runs, u32x4, uint32_t);
+        FASTDIT_MOVE(move_runs, u32x4, uint32_t);
       else if (unit == 8)
-        FASTDIT_SCATTER(scatter_runs, u64x2, uint64_t);
+        FASTDIT_MOVE(move_runs, u64x2, uint64_t);
       else if (unit == 16)
-        FASTDIT_SCATTER(scatter_runs, Unit16, Unit16);
+        FASTDIT_MOVE(move_runs, Unit16, Unit16);
       else if (p.itemsize == 2)
-        FASTDIT_SCATTER(scatter_pixels, u16x8, uint16_t);
+        FASTDIT_MOVE(move_pixels, u16x8, uint16_t);
       else if (p.itemsize == 4)
-        FASTDIT_SCATTER(scatter_pixels, u32x4, uint32_t);
+        FASTDIT_MOVE(move_pixels, u32x4, uint32_t);
       else
-        FASTDIT_SCATTER(scatter_pixels, u64x2, uint64_t);
+        FASTDIT_MOVE(move_pixels, u64x2, uint64_t);
     }
-#undef FASTDIT_SCATTER
+#undef FASTDIT_MOVE
   });
 }
+
+}  // namespace
+
+void unpatchify3d_forward(const UnpatchifyParams& p) { move<false>(p); }
+void unpatchify3d_backward(const UnpatchifyParams& p) { move<true>(p); }
 
 }  // namespace fastdit::cpu::FASTDIT_ISA

@@ -17,8 +17,9 @@ void patch_embed3d_forward(const py::args& a) {
   fastdit::cpu::patch_embed3d_forward(p);
 }
 
-void unpatchify3d_forward(const Ints& items, int64_t channels, const Int3& patch, const std::array<int64_t, 4>& offset,
-                          int itemsize, int threads) {
+template <void (*kernel)(const fastdit::UnpatchifyParams&)>
+void unpatchify3d(const Ints& items, int64_t channels, const Int3& patch, const std::array<int64_t, 4>& offset,
+                  int itemsize, int threads) {
   if (items.size() % kUnpatchifyItem)
     throw std::invalid_argument("unpatchify3d: items come as a flat list of whole records");
   std::vector<UnpatchifyItem> list;
@@ -34,14 +35,16 @@ void unpatchify3d_forward(const Ints& items, int64_t channels, const Int3& patch
   for (int i = 0; i < 4; ++i) p.offset[i] = offset[i];
   p.itemsize = itemsize, p.threads = threads;
   const py::gil_scoped_release release;
-  fastdit::cpu::unpatchify3d_forward(p);
+  kernel(p);
 }
 
 }  // namespace
 
 void bind_patch(py::module_& m) {
   m.def("patch_embed3d_forward", &patch_embed3d_forward, "See csrc/bindings/patch.h.");
-  m.def("unpatchify3d_forward", &unpatchify3d_forward,
+  m.def("unpatchify3d_forward", &unpatchify3d<fastdit::cpu::unpatchify3d_forward>,
         "items: per video (tokens, y, batch, t, h, w, 2 strides of tokens); offset: strides in a token along c, t, h, "
         "w.");
+  m.def("unpatchify3d_backward", &unpatchify3d<fastdit::cpu::unpatchify3d_backward>,
+        "The same, and the values move from y to tokens.");
 }

@@ -34,8 +34,8 @@ struct PatchEmbedParams {
 };
 
 struct UnpatchifyItem {
-  const void* tokens;
-  void* y;  // (B, C, T, H, W), contiguous
+  void* tokens;  // read by the forward, written by the backward
+  void* y;       // (B, C, T, H, W), contiguous
   int64_t batch;
   int64_t grid[3];     // tokens along T, H, W
   int64_t stride[2];   // of tokens along B and N; the values of a token are contiguous
@@ -56,4 +56,5 @@ struct UnpatchifyParams {
 namespace fastdit::cpu {
 FASTDIT_ENTRY(patch_embed3d_forward, PatchEmbedParams)
 FASTDIT_ENTRY(unpatchify3d_forward, UnpatchifyParams)
+FASTDIT_ENTRY(unpatchify3d_backward, UnpatchifyParams)
 }  // namespace fastdit::cpu

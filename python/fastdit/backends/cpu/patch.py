@@ -7,11 +7,9 @@ import math
 import torch
 
 from ... import _cpu
-from ...reference import patch as formula
 from .._patch import summed
 from .._patch_abi import embed_arguments, embed_shape, inside
 from .._tensors import contiguous
-from ..reference import patch as reference
 from ..registry import Impl, register as _register
 from ._abi import on_cpu
 
@@ -32,7 +30,7 @@ def _zeros(inputs, needs):
 
 
 def patch_embed3d_backward(grad, x, weight, bias, pos, grids, needs):
-    """The two GEMMs by torch, the fold of x's gradient by the unpatchify kernel."""
+    """The two GEMMs by torch, the patches of x and the fold of its gradient by the unpatchify kernels."""
     if grad is None:
         return _zeros((x, weight, bias, pos), needs)
     D, C, *patch = weight.shape
@@ -42,66 +40,68 @@ def patch_embed3d_backward(grad, x, weight, bias, pos, grids, needs):
     math_dtype = x.dtype if own else torch.promote_types(x.dtype, torch.float32)
     wide = g.to(math_dtype)
     grad_x = grad_weight = grad_bias = grad_pos = None
+    K = weight.shape[1:].numel()
+    if x.dim() == 1:
+        shape: tuple[int, ...] = (g.shape[0], K)
+    else:
+        grids = [size // p for size, p in zip(x.shape[2:], patch, strict=True)]
+        shape = (x.shape[0], math.prod(grids), K)
     if needs[0]:
         folded = (wide @ weight.to(math_dtype).flatten(1)).to(x.dtype)
-        if x.dim() == 1:
-            grad_x = unpatchify3d(folded, grids, patch, C, "cthw")
-        else:
-            grid = [size // p for size, p in zip(x.shape[2:], patch, strict=True)]
-            grad_x = unpatchify3d(folded.view(x.shape[0], math.prod(grid), folded.shape[1]), grid, patch, C, "cthw")
+        grad_x = unpatchify3d(folded.view(shape), grids, patch, C, "cthw")
+    with_bias = needs[2] and bias is not None
     if needs[1]:
-        videos = [v[None] for v in reference.videos(x, weight, grids)] if x.dim() == 1 else [x]
-        patches = torch.cat([formula.patches(v, patch).flatten(0, 1) for v in videos])
-        grad_weight = (wide.t() @ patches.to(math_dtype)).view(weight.shape).to(weight.dtype)
-    if needs[2] and bias is not None:
-        grad_bias = g.sum(0, dtype=bias.dtype)  # accumulates in fp32 for the half types too, in half the time
+        # a column of ones beside the patches sums the bias's gradient in the same GEMM; fp32 ones lose by it
+        one = int(with_bias and math_dtype == bias.dtype == torch.bfloat16)
+        patches = torch.empty((*shape[:-1], K + one), dtype=x.dtype)
+        patches[..., K:] = 1
+        _move(_cpu.unpatchify3d_backward, patches[..., :K], x.contiguous(), grids, patch, C, "cthw")
+        patches = patches.flatten(0, -2).to(math_dtype)
+        both = patches.t() @ wide if one else (wide.t() @ patches).t()
+        grad_weight = both[:K].t().to(weight.dtype, memory_format=torch.contiguous_format).view(weight.shape)
+        if one:
+            grad_bias, with_bias = both[K].clone(), False
+    if with_bias:  # of `wide`: from bf16 to fp32 torch's sum takes 5 to 10 times as long
+        grad_bias = wide.sum(0, dtype=bias.dtype)
     if needs[3] and pos is not None:
-        grad_pos = grad.sum(0, dtype=pos.dtype) if summed(pos, x) else grad.reshape(pos.shape).to(pos.dtype, copy=True)
+        whole = wide.view(grad.shape)
+        grad_pos = (
+            whole.sum(0, dtype=pos.dtype) if summed(pos, x) else whole.reshape(pos.shape).to(pos.dtype, copy=True)
+        )
     return grad_x, grad_weight, grad_bias, grad_pos
 
 
-def unpatchify3d(tokens, grid, patch, channels, order):
-    pt, ph, pw = patch
-    many = tokens.dim() == 2
-    if many:
-        y = torch.empty(tokens.numel(), dtype=tokens.dtype)
-        batch, (stride_b, stride_n) = 1, (0, tokens.stride(0))
-    else:
-        batch, (stride_b, stride_n, _) = tokens.shape[0], tokens.stride()
-        t, h, w = grid
-        y = torch.empty((batch, channels, t * pt, h * ph, w * pw), dtype=tokens.dtype)
+def _move(kernel, tokens, y, grid, patch, channels, order):
+    """Values between tokens (B, N, K) or (N, K), whose rows are contiguous, and the contiguous y."""
     if y.numel() == 0:
-        return y
-    K = channels * pt * ph * pw
-    itemsize, tokens_at, y_at = tokens.element_size(), tokens.data_ptr(), y.data_ptr()
+        return
+    batch, stride_b = (1, 0) if tokens.dim() == 2 else (tokens.shape[0], tokens.stride(0))
+    stride_n, itemsize, K = tokens.stride(-2), tokens.element_size(), tokens.shape[-1]
+    tokens_at, y_at = tokens.data_ptr(), y.data_ptr()
     items: tuple[int, ...] = ()
     for i in range(0, len(grid), 3):
         t, h, w = grid[i : i + 3]
         items += (tokens_at, y_at, batch, t, h, w, stride_b, stride_n)
         tokens_at += t * h * w * stride_n * itemsize
         y_at += t * h * w * K * itemsize
-    offsets = inside(channels, patch, order)
-    _cpu.unpatchify3d_forward(items, channels, (pt, ph, pw), offsets, itemsize, torch.get_num_threads())
+    kernel(items, channels, tuple(patch), inside(channels, patch, order), itemsize, torch.get_num_threads())
+
+
+def unpatchify3d(tokens, grid, patch, channels, order):
+    shape = (tokens.numel(),)
+    if tokens.dim() == 3:
+        shape = (tokens.shape[0], channels, *(n * p for n, p in zip(grid, patch, strict=True)))
+    y = torch.empty(shape, dtype=tokens.dtype)
+    _move(_cpu.unpatchify3d_forward, tokens, y, grid, patch, channels, order)
     return y
 
 
 def unpatchify3d_backward(grad, tokens, grid, patch, channels, order, needs):
-    """The move back."""
     if grad is None or not needs[0]:
         return _zeros((tokens,), needs)
-    pt, ph, pw = patch
-    axis = {"c": 1, "t": 3, "h": 5, "w": 7}
-    batch = 1 if tokens.dim() == 2 else tokens.shape[0]
-    parts, start = [], 0
-    for i in range(0, len(grid), 3):
-        t, h, w = grid[i : i + 3]
-        video = grad
-        if tokens.dim() == 2:
-            video = grad[start : start + t * h * w * tokens.shape[1]]
-            start += video.shape[0]
-        video = video.reshape(batch, channels, t, pt, h, ph, w, pw).permute(0, 2, 4, 6, *(axis[o] for o in order))
-        parts.append(video.clone(memory_format=torch.contiguous_format).view(batch, t * h * w, tokens.shape[-1]))
-    return (parts[0] if tokens.dim() == 3 else torch.cat(parts, dim=1)[0],)
+    out = torch.empty(tokens.shape, dtype=tokens.dtype)
+    _move(_cpu.unpatchify3d_backward, out, grad.contiguous(), grid, patch, channels, order)
+    return (out,)
 
 
 def register() -> None:
