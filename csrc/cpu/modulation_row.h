@@ -5,7 +5,7 @@
 #pragma once
 
 #include "fastdit/modulation.h"
-#include "modulation_moments.h"
+#include "moments.h"
 #include "pairs.h"
 
 namespace fastdit::cpu::FASTDIT_ISA {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "fastdit/rotary.h"
+#include "moments.h"
 #include "pairs.h"
 
 namespace fastdit::cpu::FASTDIT_ISA {
@@ -280,6 +281,18 @@ struct Operand {
     const int64_t rows = p.all_heads ? 1 : o.heads, run = p.all_heads ? o.heads : 1, stride = o.x_stride[2];
     const double scale = 1.0 / static_cast<double>(run * p.head_dim);
     S *m = mean.get(), *r = rstd.get();
+    if (sizeof(T) == 2 && layer && !p.all_heads) {  // one reading; fp32 gains nothing by it
+      constexpr int group = 4;
+      const T* heads[group];
+      int64_t h = 0;
+      for (; h + group <= rows; h += group) {
+        for (int k = 0; k < group; ++k) heads[k] = x + (h + k) * stride;
+        moments<group>(heads, p.head_dim, true, m + h, r + h);
+      }
+      for (; h < rows; ++h) heads[0] = x + h * stride, moments<1>(heads, p.head_dim, true, m + h, r + h);
+      for (h = 0; h < rows; ++h) r[h] = inverse_root(r[h] + static_cast<S>(p.eps));
+      return;
+    }
     for (int64_t h = 0; h < rows; ++h) {
       const T* head = x + h * stride;
       if (layer) {

@@ -9,21 +9,11 @@ namespace {
 
 constexpr int kRows = 4;  // of a group
 
-template <class A, class B>
-constexpr bool same = false;
-template <class A>
-constexpr bool same<A, A> = true;
-
-template <class S>
-FASTDIT_INLINE S inverse_root(S x) {
-  return S(1) / (sizeof(S) == 8 ? static_cast<S>(__builtin_sqrt(x)) : static_cast<S>(__builtin_sqrtf(x)));
-}
-
 // to[k] = the sum of from[k]'s lanes.
 template <int count, class V, class S>
-FASTDIT_INLINE void sums(const V* from, S* to) {
+FASTDIT_INLINE void sum_each(const V* from, S* to) {
 #if defined(__AVX512F__)
-  if constexpr (count == 4 && same<S, float>) {
+  if constexpr (count == 4 && sizeof(S) == 4) {
     const __m512 a = (__m512)from[0], b = (__m512)from[1], c = (__m512)from[2], d = (__m512)from[3];
     const __m512 ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);  // a b a b, four times
     const __m512 cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
@@ -35,6 +25,16 @@ FASTDIT_INLINE void sums(const V* from, S* to) {
 #endif
   for (int k = 0; k < count; ++k) to[k] = sum(from[k]);
 }
+
+template <class S>
+FASTDIT_INLINE S inverse_root(S x) {
+  return S(1) / (sizeof(S) == 8 ? static_cast<S>(__builtin_sqrt(x)) : static_cast<S>(__builtin_sqrtf(x)));
+}
+
+template <class A, class B>
+constexpr bool same = false;
+template <class A>
+constexpr bool same<A, A> = true;
 
 // Sums of x - pivot and of its square over a row, for rows of any type.
 template <int count, class P, class S>
@@ -60,8 +60,8 @@ FASTDIT_INLINE void sums_about(const P* const* rows, const S* pivot, int64_t C, 
     }
     for (int j = 1; j < chains; ++j) t[k] += t[j * count + k], q[k] += q[j * count + k];
   }
-  sums<count>(t, total);
-  sums<count>(q, square);
+  sum_each<count>(t, total);
+  sum_each<count>(q, square);
   for (int k = 0; k < count; ++k)
     for (int64_t i = C / w * w; i < C; ++i) {
       const S u = to_scalar(from[k][i]) - pivot[k];
@@ -73,7 +73,7 @@ FASTDIT_INLINE void sums_about(const P* const* rows, const S* pivot, int64_t C, 
 #if defined(__AVX512BF16__)
 // The same about 0: exact products, summed in fp32.
 template <int count>
-void sums_of_bf16(const bf16* const* rows, int64_t C, float* total, float* square) {
+FASTDIT_INLINE void sums_of_bf16(const bf16* const* rows, int64_t C, float* total, float* square) {
   constexpr int chains = count == 1 ? 2 : 1;
   const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
   __m512 t[count * chains] = {}, q[count * chains] = {};
@@ -92,14 +92,14 @@ void sums_of_bf16(const bf16* const* rows, int64_t C, float* total, float* squar
     for (int k = 0; k < count; ++k) take(k, (__m512bh)_mm512_maskz_loadu_epi16(some, from[k] + c));
   }
   for (int k = count; k < count * chains; ++k) t[0] += t[k], q[0] += q[k];
-  sums<count>(reinterpret_cast<const vf*>(t), total);
-  sums<count>(reinterpret_cast<const vf*>(q), square);
+  sum_each<count>(reinterpret_cast<const vf*>(t), total);
+  sum_each<count>(reinterpret_cast<const vf*>(q), square);
 }
 #endif
 
 // The mean of a row, of a long one a value near it: of 4 of its vectors.
 template <class P, class S = typename simd<P>::S>
-S near_mean(const P* row, int64_t C) {
+FASTDIT_INLINE S near_mean(const P* row, int64_t C) {
   constexpr int w = simd<S>::width;
   if (C >= 16 * w) {
     const int64_t apart = C / 4;
