@@ -280,6 +280,27 @@ def test_precision():
 
 
 @torch.no_grad()
+def test_conv_algo(monkeypatch):
+    """The algo goes to the convolutions that it fits, and to no others; outputs stay as near the truth."""
+    model, z = diffusers_wan_vae(num_res_blocks=0).bfloat16(), torch.randn(1, 16, 2, 4, 4).bfloat16()
+    truth, before = exact(model).decode(z.double()).sample, model.decode(z).sample
+    asked = {}
+
+    def spy(x, weight, *args, algo, **kwargs):
+        asked.setdefault((min(weight.shape[:2]) >= 32, tuple(weight.shape[3:])), set()).add(algo)
+        return causal_conv3d(x, weight, *args, algo=algo, **kwargs)
+
+    causal_conv3d = fastdit.ops.causal_conv3d
+    fastdit.accelerate(model, conv_algo="winograd2d")
+    monkeypatch.setattr(fastdit.ops, "causal_conv3d", spy)
+    close.assert_close(model.decode(z).sample, truth, before)
+    assert asked[True, (3, 3)] == {"winograd2d"}
+    assert {algo for fits, algos in asked.items() if fits != (True, (3, 3)) for algo in algos} == {"auto"}
+    with pytest.raises(ValueError, match="unknown conv_algo; got 'fft'"):
+        fastdit.accelerate(model, conv_algo="fft")
+
+
+@torch.no_grad()
 def test_attention_masks_go_to_the_original():
     model = diffusers_dit()
     attn, h = model.transformer_blocks[0].attn1, torch.randn(2, 16, 64)

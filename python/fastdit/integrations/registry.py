@@ -70,6 +70,7 @@ class Record:
     placed: dict[str, Any] = field(default_factory=dict)
     saved: dict[str, Any] = field(default_factory=dict)  # instance attributes that were there before
     absorbed: list[nn.Module] = field(default_factory=list)  # read by what was placed, no longer called
+    conv_algo: str = "auto"
 
 
 def record_of(module: nn.Module) -> Record | None:
@@ -125,10 +126,11 @@ def patch(
     kind: Kind,
     precision: str,
     absorbed: Iterable[nn.Module] = (),
+    conv_algo: str = "auto",
 ) -> None:
     record = record_of(module)
     if record is None:
-        record = Record(kind.name, precision, type(module).forward)
+        record = Record(kind.name, precision, type(module).forward, conv_algo=conv_algo)
         module.__dict__[RECORD] = record
     if attribute in module.__dict__:
         record.saved[attribute] = module.__dict__[attribute]

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdit import ops
-from fastdit.integrations.registry import original
+from fastdit.integrations.registry import original, record_of
 from fastdit.integrations.structure import has
 from fastdit.integrations.vae_moves import from_tokens, pixels, tokens, video
+from fastdit.ops.conv_check import misfit
 
 # Convolutions -----------------------------------------------------------------------------------------------------
 
@@ -36,7 +37,12 @@ def conv_forward(self, input: Tensor, *, padding: tuple[int, int, int, int, int,
     if padding is None:
         p_t, p_h, p_w = own
         padding = (p_t, p_t, p_h, p_h, p_w, p_w)
-    return ops.causal_conv3d(input, weight, self.bias, stride=stride, dilation=dilation, padding=padding, **fused)
+    record, algo = record_of(self), "auto"
+    if record is not None and record.conv_algo != "auto" and input.is_cpu and min(weight.shape[:2]) >= 32:
+        algo = "auto" if misfit(record.conv_algo, weight.shape, stride, dilation) else record.conv_algo
+    return ops.causal_conv3d(
+        input, weight, self.bias, stride=stride, dilation=dilation, padding=padding, algo=algo, **fused
+    )
 
 
 def padded_conv_forward(self, hidden_states: Tensor, **fused) -> Tensor:

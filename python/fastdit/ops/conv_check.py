@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ..backends._facts import kept
@@ -12,7 +14,16 @@ _TIME_PADS = ("zeros", "first")
 _SPACE_PADS = ("zeros", "replicate", "reflect")
 _NORMS = (None, "channel_l2", "channel_rms")
 _ACTS = (None, "silu")
-_ALGOS = ("auto", "direct", "winograd", "winograd2d")
+ALGOS = ("auto", "direct", "winograd", "winograd2d")
+_ALONG = {"winograd": (1,), "winograd2d": (1, 2)}
+
+
+def misfit(algo: str, weight_shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> int:
+    """The first of the axes (T, H, W) that an algo does not work on; 0: it works."""
+    for i in _ALONG.get(algo, ()):
+        if (weight_shape[i + 2], stride[i], dilation[i]) != (3, 1, 1):
+            return i
+    return 0
 
 
 def video(op: str, what: str, x: Tensor) -> None:
@@ -117,7 +128,7 @@ def convolution(
     _check.choice(op, "space_pad", space_pad, _SPACE_PADS)
     _check.choice(op, "norm", norm, _NORMS)
     _check.choice(op, "act", act, _ACTS)
-    _check.choice(op, "algo", algo, _ALGOS)
+    _check.choice(op, "algo", algo, ALGOS)
     if norm is None and (norm_weight is not None or norm_eps is not None):
         raise ValueError(
             f"{op}: norm_weight or norm_eps without norm; got norm=None, expected one of {_NORMS[1:]}; "
@@ -127,12 +138,13 @@ def convolution(
         vector(op, "norm_weight", norm_weight, x.shape[1], x)
     norm_eps = NORM_EPS[norm] if norm_eps is None else norm_eps
     _check.epsilon(op, "norm_eps", norm_eps)
-    for i, side in enumerate("HW" if algo == "winograd2d" else "H" if algo == "winograd" else "", 1):
-        if (weight.shape[i + 2], strides[i], dilations[i]) != (3, 1, 1):
-            raise ValueError(
-                f"{op}: algo={algo!r} works on 3 taps along {side}; got k_{side.lower()} = {weight.shape[i + 2]}, "
-                f"stride {strides[i]}, dilation {dilations[i]} there, expected 3, 1, 1; use algo='auto'."
-            )
+    i = misfit(algo, weight.shape, strides, dilations)
+    if i:
+        side = "THW"[i]
+        raise ValueError(
+            f"{op}: algo={algo!r} works on 3 taps along {side}; got k_{side.lower()} = {weight.shape[i + 2]}, "
+            f"stride {strides[i]}, dilation {dilations[i]} there, expected 3, 1, 1; use algo='auto'."
+        )
     if cache is not None:
         cache_frames(op, cache, x, pads[0])
         if x.shape[2] % strides[0] != 0:

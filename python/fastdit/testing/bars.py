@@ -116,7 +116,8 @@ BARS = (
     Bar("model", "eager", 1.15, models=("DiT-XL/2-512",)),
     Bar("model", "compile", 1.0, models=("DiT-XL/2",)),
     Bar("model", "eager", 2.0, _FP32, models=("AutoencoderKLWan",)),
-    Bar("model", "eager", 1.2, _BF16, models=("AutoencoderKLWan",)),
+    Bar("model", "eager", 1.2, _BF16, models=("AutoencoderKLWan", "!winograd2d")),
+    Bar("model", "eager", 1.5, _BF16, models=("winograd2d",)),
     Bar("model", "eager", 1.5, models=("Wan2.1-1.3B block",)),
     Bar("model", "eager", 1.1, pass_="fwd+bwd", models=("training",)),
 )
