@@ -1,5 +1,7 @@
 """modulation: the laws that are its own, and every check of its input."""
 
+import itertools
+
 import modulation_laws as laws
 import pytest
 import torch
@@ -52,6 +54,27 @@ def test_packing_equals_one_by_one():
     packed = ops.norm_modulate(torch.cat(parts), scale=table, row_index=index)
     single = torch.cat([ops.norm_modulate(p, scale=table[i : i + 1]) for i, p in enumerate(parts)])
     close.assert_bitwise(packed, single)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("C", [100, 1152, 3072])
+@each_dtype
+def test_a_token_does_not_see_its_neighbours(dtype, C, norm, isa):
+    """Tokens are taken several at a time; how many, and so which thread has them, must not change a bit."""
+    m = Maker(dtype)
+    x, y, gate, shift, scale = m.randn(1, 37, C), m.randn(1, 37, C), m.randn(1, C), m.randn(1, C), m.randn(1, C)
+    ends = [0, 1, 3, 8, 14, 25, 37]
+
+    def run(rows):
+        h = ops.norm_modulate(x[:, rows], norm=norm, shift=shift, scale=scale, backend="cpu")
+        seam = ops.gate_residual_norm_modulate(
+            x[:, rows], y[:, rows], gate, norm=norm, shift=shift, scale=scale, backend="cpu"
+        )
+        return h, *seam
+
+    parts = [run(slice(a, b)) for a, b in itertools.pairwise(ends)]
+    for whole, part in zip(run(slice(None)), zip(*parts, strict=True), strict=True):
+        close.assert_bitwise(torch.cat(part, 1), whole)
 
 
 def test_double_backward_raises():

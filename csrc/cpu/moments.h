@@ -1,5 +1,5 @@
 // Mean and mean square of rows, several rows at once: their chains of additions overlap, and their lanes are added up
-// together.
+// together. A row's bits are the same in every group.
 #pragma once
 
 #include "simd.h"
@@ -9,17 +9,24 @@ namespace {
 
 constexpr int kRows = 4;  // of a group
 
-// to[k] = the sum of from[k]'s lanes.
+// to[k] = the sum of from[k]'s lanes, in one order whatever count is: 1 or 4.
 template <int count, class V, class S>
 FASTDIT_INLINE void sum_each(const V* from, S* to) {
 #if defined(__AVX512F__)
-  if constexpr (count == 4 && sizeof(S) == 4) {
-    const __m512 a = (__m512)from[0], b = (__m512)from[1], c = (__m512)from[2], d = (__m512)from[3];
-    const __m512 ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);  // a b a b, four times
-    const __m512 cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
-    const __m512 abcd = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xee);
-    const __m256 half = _mm512_castps512_ps256(abcd) + _mm512_extractf32x8_ps(abcd, 1);
-    _mm_storeu_ps(to, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+  if constexpr (sizeof(S) == 4) {
+    __m512 quads;
+    if constexpr (count == 4) {
+      const __m512 a = (__m512)from[0], b = (__m512)from[1], c = (__m512)from[2], d = (__m512)from[3];
+      const __m512 ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);  // a b a b, four times
+      const __m512 cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
+      quads = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xee);
+    } else {
+      const __m512 a = (__m512)from[0], pairs = a + _mm512_shuffle_ps(a, a, 0x4e);
+      quads = pairs + _mm512_shuffle_ps(pairs, pairs, 0xb1);
+    }
+    const __m256 half = _mm512_castps512_ps256(quads) + _mm512_extractf32x8_ps(quads, 1);
+    const __m128 sums = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+    count == 4 ? _mm_storeu_ps(to, sums) : _mm_store_ss(to, sums);
     return;
   }
 #endif
@@ -40,7 +47,7 @@ constexpr bool same<A, A> = true;
 template <int count, class P, class S>
 FASTDIT_INLINE void sums_about(const P* const* rows, const S* pivot, int64_t C, S* total, S* square) {
   using V = typename simd<S>::V;
-  constexpr int w = simd<S>::width, chains = count == 1 ? 4 : 2;
+  constexpr int w = simd<S>::width, chains = 2;  // of every count: a row's bits do not depend on its group
   V t[count * chains] = {}, q[count * chains] = {}, about[count];
   const P* from[count];
   for (int k = 0; k < count; ++k) about[k] = splat(pivot[k]), from[k] = rows[k];
@@ -74,9 +81,8 @@ FASTDIT_INLINE void sums_about(const P* const* rows, const S* pivot, int64_t C, 
 // The same about 0: exact products, summed in fp32.
 template <int count>
 FASTDIT_INLINE void sums_of_bf16(const bf16* const* rows, int64_t C, float* total, float* square) {
-  constexpr int chains = count == 1 ? 2 : 1;
   const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
-  __m512 t[count * chains] = {}, q[count * chains] = {};
+  __m512 t[count] = {}, q[count] = {};
   const auto take = [&](int k, __m512bh u) {
     t[k] = _mm512_dpbf16_ps(t[k], u, ones);
     q[k] = _mm512_dpbf16_ps(q[k], u, u);
@@ -84,14 +90,12 @@ FASTDIT_INLINE void sums_of_bf16(const bf16* const* rows, int64_t C, float* tota
   const bf16* from[count];
   for (int k = 0; k < count; ++k) from[k] = rows[k];
   int64_t c = 0;
-  for (; c + chains * 32 <= C; c += chains * 32)
-    for (int j = 0; j < chains; ++j)
-      for (int k = 0; k < count; ++k) take(j * count + k, load_raw<__m512bh>(from[k] + c + j * 32));
-  for (; c < C; c += 32) {
-    const __mmask32 some = C - c >= 32 ? ~__mmask32{0} : (__mmask32{1} << (C - c)) - 1;
+  for (; c + 32 <= C; c += 32)
+    for (int k = 0; k < count; ++k) take(k, load_raw<__m512bh>(from[k] + c));
+  if (c < C) {
+    const __mmask32 some = (__mmask32{1} << (C - c)) - 1;
     for (int k = 0; k < count; ++k) take(k, (__m512bh)_mm512_maskz_loadu_epi16(some, from[k] + c));
   }
-  for (int k = count; k < count * chains; ++k) t[0] += t[k], q[0] += q[k];
   sum_each<count>(reinterpret_cast<const vf*>(t), total);
   sum_each<count>(reinterpret_cast<const vf*>(q), square);
 }
