@@ -9,24 +9,20 @@ namespace {
 
 constexpr int kRows = 4;  // of a group
 
-// to[k] = the sum of from[k]'s lanes, in one order whatever count is: 1 or 4.
+// to[k] = sum(from[k]), in sum's order.
 template <int count, class V, class S>
 FASTDIT_INLINE void sum_each(const V* from, S* to) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(S) == 4) {
-    __m512 quads;
-    if constexpr (count == 4) {
-      const __m512 a = (__m512)from[0], b = (__m512)from[1], c = (__m512)from[2], d = (__m512)from[3];
-      const __m512 ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);  // a b a b, four times
-      const __m512 cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
-      quads = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xee);
-    } else {
-      const __m512 a = (__m512)from[0], pairs = a + _mm512_shuffle_ps(a, a, 0x4e);
-      quads = pairs + _mm512_shuffle_ps(pairs, pairs, 0xb1);
+  if constexpr (count == 4 && sizeof(S) == 4) {
+    __m128 q[4];
+    for (int k = 0; k < 4; ++k) {
+      const __m512 v = (__m512)from[k];
+      const __m256 half = _mm512_castps512_ps256(v) + _mm512_extractf32x8_ps(v, 1);
+      q[k] = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
     }
-    const __m256 half = _mm512_castps512_ps256(quads) + _mm512_extractf32x8_ps(quads, 1);
-    const __m128 sums = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
-    count == 4 ? _mm_storeu_ps(to, sums) : _mm_store_ss(to, sums);
+    const __m128 ab = _mm_unpacklo_ps(q[0], q[1]) + _mm_unpackhi_ps(q[0], q[1]);  // a b a b
+    const __m128 cd = _mm_unpacklo_ps(q[2], q[3]) + _mm_unpackhi_ps(q[2], q[3]);
+    _mm_storeu_ps(to, _mm_movelh_ps(ab, cd) + _mm_movehl_ps(cd, ab));
     return;
   }
 #endif
@@ -47,7 +43,7 @@ constexpr bool same<A, A> = true;
 template <int count, class P, class S>
 FASTDIT_INLINE void sums_about(const P* const* rows, const S* pivot, int64_t C, S* total, S* square) {
   using V = typename simd<S>::V;
-  constexpr int w = simd<S>::width, chains = 2;  // of every count: a row's bits do not depend on its group
+  constexpr int w = simd<S>::width, chains = 4;  // of every count: a row's bits do not depend on its group
   V t[count * chains] = {}, q[count * chains] = {}, about[count];
   const P* from[count];
   for (int k = 0; k < count; ++k) about[k] = splat(pivot[k]), from[k] = rows[k];
@@ -65,16 +61,22 @@ FASTDIT_INLINE void sums_about(const P* const* rows, const S* pivot, int64_t C, 
       t[k] += u;
       q[k] += u * u;
     }
-    for (int j = 1; j < chains; ++j) t[k] += t[j * count + k], q[k] += q[j * count + k];
+    t[k] = (t[k] + t[count + k]) + (t[2 * count + k] + t[3 * count + k]);
+    q[k] = (q[k] + q[count + k]) + (q[2 * count + k] + q[3 * count + k]);
   }
   sum_each<count>(t, total);
   sum_each<count>(q, square);
-  for (int k = 0; k < count; ++k)
+  if (C % w == 0) return;
+  for (int k = 0; k < count; ++k) {
+    S rest = 0, rest_square = 0;
     for (int64_t i = C / w * w; i < C; ++i) {
       const S u = to_scalar(from[k][i]) - pivot[k];
-      total[k] += u;
-      square[k] += u * u;
+      rest += u;
+      rest_square += u * u;
     }
+    total[k] += rest;
+    square[k] += rest_square;
+  }
 }
 
 #if defined(__AVX512BF16__)
@@ -109,12 +111,14 @@ FASTDIT_INLINE S near_mean(const P* row, int64_t C) {
     const int64_t apart = C / 4;
     return sum((load(row) + load(row + apart)) + (load(row + 2 * apart) + load(row + 3 * apart))) / S(4 * w);
   }
-  typename simd<S>::V total{};
+  typename simd<S>::V total[4] = {};
   int64_t c = 0;
-  for (; c + w <= C; c += w) total += load(row + c);
-  S rest = sum(total);
+  for (; c + 4 * w <= C; c += 4 * w)
+    for (int j = 0; j < 4; ++j) total[j] += load(row + c + j * w);
+  for (; c + w <= C; c += w) total[0] += load(row + c);
+  S rest = 0;
   for (; c < C; ++c) rest += to_scalar(row[c]);
-  return rest / static_cast<S>(C);
+  return (sum((total[0] + total[1]) + (total[2] + total[3])) + rest) * (S(1) / static_cast<S>(C));
 }
 
 // Mean (0 unless centred) and mean square about it, of `count` rows. One reading takes both about a value near the
