@@ -139,20 +139,19 @@ FASTDIT_INLINE void moments(const P* const* rows, int64_t C, bool centred, S* me
       for (int k = 0; k < count; ++k) pivot[k] = near_mean(rows[k], C);
     sums_about<count>(rows, pivot, C, total, square);
   }
-  for (int k = 0; k < count; ++k) {
-    const S away = centred ? total[k] * scale : S(0);
+  const auto settle = [&](int k) {  // sums about pivot -> moments; how far the mean is from it
+    if (!centred) total[k] = 0;
+    const S away = total[k] * scale;
     mean[k] = pivot[k] + away;
-    square[k] = square[k] * scale - away * away;
-  }
-  if (!centred) return;
+    square[k] = (square[k] - away * total[k]) * scale;  // of two products a compiler fuses now one, now the other
+    return away;
+  };
   for (int k = 0; k < count; ++k) {
-    const S away = mean[k] - pivot[k];
-    if (square[k] * most > away * away) continue;
-    const S about = mean[k];
-    sums_about<1>(rows + k, &about, C, total, square + k);
-    total[0] *= scale;
-    mean[k] = about + total[0];
-    square[k] = square[k] * scale - total[0] * total[0];
+    const S away = settle(k);
+    if (!centred || square[k] * most > away * away) continue;
+    pivot[k] = mean[k];
+    sums_about<1>(rows + k, pivot + k, C, total + k, square + k);
+    settle(k);
   }
 }
 

@@ -282,12 +282,11 @@ struct Operand {
     const double scale = 1.0 / static_cast<double>(run * p.head_dim);
     S *m = mean.get(), *r = rstd.get();
     if (sizeof(T) == 2 && layer && !p.all_heads) {  // one reading; fp32 gains nothing by it
-      constexpr int group = 4;
-      const T* heads[group];
+      const T* heads[kRows];
       int64_t h = 0;
-      for (; h + group <= rows; h += group) {
-        for (int k = 0; k < group; ++k) heads[k] = x + (h + k) * stride;
-        moments<group>(heads, p.head_dim, true, m + h, r + h);
+      for (; h + kRows <= rows; h += kRows) {
+        for (int k = 0; k < kRows; ++k) heads[k] = x + (h + k) * stride;
+        moments<kRows>(heads, p.head_dim, true, m + h, r + h);
       }
       for (; h < rows; ++h) heads[0] = x + h * stride, moments<1>(heads, p.head_dim, true, m + h, r + h);
       for (h = 0; h < rows; ++h) r[h] = inverse_root(r[h] + static_cast<S>(p.eps));

@@ -16,7 +16,7 @@ from fastdit import ops
 from fastdit.integrations.registry import original, record_of
 from fastdit.integrations.structure import has
 from fastdit.integrations.vae_moves import from_tokens, pixels, tokens, video
-from fastdit.ops.conv_check import misfit
+from fastdit.reference.conv import TILES_CHANNELS, misfit
 
 # Convolutions -----------------------------------------------------------------------------------------------------
 
@@ -38,7 +38,7 @@ def conv_forward(self, input: Tensor, *, padding: tuple[int, int, int, int, int,
         p_t, p_h, p_w = own
         padding = (p_t, p_t, p_h, p_h, p_w, p_w)
     record, algo = record_of(self), "auto"
-    if record is not None and record.conv_algo != "auto" and input.is_cpu and min(weight.shape[:2]) >= 32:
+    if record is not None and record.conv_algo != "auto" and input.is_cpu and min(weight.shape[:2]) >= TILES_CHANNELS:
         algo = "auto" if misfit(record.conv_algo, weight.shape, stride, dilation) else record.conv_algo
     return ops.causal_conv3d(
         input, weight, self.bias, stride=stride, dilation=dilation, padding=padding, algo=algo, **fused

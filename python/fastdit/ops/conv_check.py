@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from ..backends._facts import kept
-from ..reference.conv import NORM_EPS, causal_padding, output_shape
+from ..reference.conv import NORM_EPS, causal_padding, misfit, output_shape
 from . import _check
 
 _TIME_PADS = ("zeros", "first")
@@ -15,15 +13,6 @@ _SPACE_PADS = ("zeros", "replicate", "reflect")
 _NORMS = (None, "channel_l2", "channel_rms")
 _ACTS = (None, "silu")
 ALGOS = ("auto", "direct", "winograd", "winograd2d")
-_ALONG = {"winograd": (1,), "winograd2d": (1, 2)}
-
-
-def misfit(algo: str, weight_shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> int:
-    """The first of the axes (T, H, W) that an algo does not work on; 0: it works."""
-    for i in _ALONG.get(algo, ()):
-        if (weight_shape[i + 2], stride[i], dilation[i]) != (3, 1, 1):
-            return i
-    return 0
 
 
 def video(op: str, what: str, x: Tensor) -> None:

@@ -5,11 +5,15 @@ Sources: diffusers autoencoder_kl_{wan,cogvideox,hunyuan_video,hunyuanvideo15,lt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 NORM_EPS = {None: 0.0, "channel_l2": 1e-12, "channel_rms": 1e-8, "group": 1e-6}
+TILES_CHANNELS = 32  # of input and output: fewer do not pay for the transform of Winograd's tiles
+_ALONG = {"winograd": (1,), "winograd2d": (1, 2)}
 
 
 def triple(value: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -36,6 +40,14 @@ def output_shape(x_shape, weight_shape, stride, dilation, padding) -> tuple:
         n = n if stride[i] == 1 else (n - 1) // stride[i] + 1
         out.append(max(n, 0) if x_shape[2 + i] == 0 else n)
     return tuple(out)
+
+
+def misfit(algo: str, weight_shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> int:
+    """The first of the axes (T, H, W) that an algo does not work on; 0: it works."""
+    for i in _ALONG.get(algo, ()):
+        if (weight_shape[i + 2], stride[i], dilation[i]) != (3, 1, 1):
+            return i
+    return 0
 
 
 def _channels(vector: Tensor, like: Tensor) -> Tensor:

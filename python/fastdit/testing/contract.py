@@ -207,7 +207,7 @@ def compile_dynamic(
 
 def threads_equal(sample: Sample, dtype: torch.dtype, backend: str) -> None:
     """Bitwise the same result for any thread count."""
-    args, kwargs = sample.make(Maker(dtype, n=96))
+    args, kwargs = sample.make(Maker(dtype, n=90))  # whose thirds and halves are no multiples of a group of 4 rows
     before = torch.get_num_threads()
     try:
         results = []

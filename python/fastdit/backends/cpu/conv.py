@@ -11,7 +11,7 @@ from itertools import takewhile
 import torch
 
 from ... import _cpu
-from ...reference.conv import NORM_EPS, output_shape
+from ...reference.conv import NORM_EPS, TILES_CHANNELS, misfit, output_shape
 from .._video import empty, next_cache_backward
 from ..registry import Impl, register as _register
 from ._abi import DTYPE, on_cpu, pointer
@@ -19,7 +19,7 @@ from ._abi import DTYPE, on_cpu, pointer
 _PAD = {"zeros": 0, "first": 1, "replicate": 1, "reflect": 2}
 _NORM = {None: 0, "channel_l2": 1, "channel_rms": 2, "group": 3}
 _WINOGRAD = {"direct": 0, "winograd": 1, "winograd2d": 2}
-_TILES_CHANNELS, _TILES_PIXELS = 32, 36
+_TILES_PIXELS = 36
 _NO_STRIDE = (0, 0, 0, 0, 0)
 
 
@@ -162,10 +162,11 @@ def winograd_code(
     rounds = dtype == torch.bfloat16 and _cpu.isa() == "avx512_bf16"  # transformed values, before their product
     if rounds or dtype == torch.float64:
         return _WINOGRAD["direct"]
-    along = [weight_shape[i + 2] == 3 and stride[i] == 1 and dilation[i] == 1 for i in (1, 2)]
-    if all(along) and min(weight_shape[:2]) >= _TILES_CHANNELS and pixels >= _TILES_PIXELS:
-        return _WINOGRAD["winograd2d"]
-    return _WINOGRAD["winograd" if along[0] else "direct"]
+    tiles = min(weight_shape[:2]) >= TILES_CHANNELS and pixels >= _TILES_PIXELS
+    for name in ("winograd2d", "winograd") if tiles else ("winograd",):
+        if not misfit(name, weight_shape, stride, dilation):
+            return _WINOGRAD[name]
+    return _WINOGRAD["direct"]
 
 
 def _geometry(x, weight, norm_weight, stride, dilation, padding, time_pad, space_pad, norm, norm_eps, act, winograd):
