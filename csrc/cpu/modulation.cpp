@@ -96,8 +96,9 @@ void run(const ModulationParams& p) {
   // below about 64 KB a second thread costs more than it saves
   const int threads = rows * p.C < 16384 ? 1 : p.threads;
   parallel_ranges(rows, threads, [&](int64_t begin, int64_t end, int) {
-    // Measured: fp32 rows are faster one by one as long as a row and its tables stay in L1.
-    const bool groups = sizeof(T) == 2 || 3 * p.C * int64_t{sizeof(T)} > 32 * 1024;
+    // Measured: fp32 rows are faster one by one as long as a row and its tables stay in L1, with a residual up to 1,024
+    // channels.
+    const bool groups = sizeof(T) == 2 || 3 * p.C * int64_t{sizeof(T)} > (p.residual ? 12 : 32) * 1024;
     Forward<T, TR, native> row(p, Row<T, TR, native>::streams(p, p.r, p.h), groups);
     for (int64_t i = begin; i < end;) {
       const int count = row.open(i, end);

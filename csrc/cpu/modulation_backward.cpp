@@ -68,10 +68,7 @@ void reduce_as(const Runs<S>& runs, int64_t C, int threads) {
       const S* from = runs.partial + place.get()[s] * padded + c0;
       for (int64_t c = 0; c < width; c += w) store_raw(total + c, load_raw<V>(total + c) + load_raw<V>(from + c));
     }
-    for (int64_t c = 0; c < width; ++c) {
-      const int64_t channel = Lanes<S, paired>::channel(c0 + c);
-      if (channel < C) out[r * C + channel] = from_scalar<T>(static_cast<typename simd<T>::S>(total[c]));
-    }
+    narrow<paired>(total, out + r * C + c0, C - c0 < width ? C - c0 : width);
   });
 }
 
@@ -122,8 +119,7 @@ struct Backward : Row<T, TR, false> {
   Scratch<S> d;  // dyn of a row, where the rms of y follows
 
   explicit Backward(const ModulationGradParams& params)
-      : Base(params.forward, Base::streams(params.forward, params.d_residual, params.d_y),
-             kRows * params.forward.C * int64_t{sizeof(TR)} <= 24 * 1024),
+      : Base(params.forward, Base::streams(params.forward, params.d_residual, params.d_y), true),
         q(params),
         d(padded) {}
 
@@ -194,9 +190,13 @@ struct Backward : Row<T, TR, false> {
       if (to_weight) keep(d_weight, c, weights);
       if (to_bias) keep(d_bias, c, biases);
     });
+    S total_g[count], total_gn[count];
+    sum_each<count>(sum_g, total_g);
+    sum_each<count>(sum_gn, total_gn);
+    const S share = S(1) / static_cast<S>(C);
     for (int k = 0; k < count; ++k) {
-      means[k].slope = root[k] * root[k] * (sum(sum_gn[k]) / static_cast<S>(C));
-      means[k].level = p.norm == Norm::layer ? sum(sum_g[k]) / static_cast<S>(C) : S(0);
+      means[k].slope = root[k] * root[k] * (total_gn[k] * share);
+      means[k].level = p.norm == Norm::layer ? total_g[k] * share : S(0);
     }
   }
 

@@ -70,11 +70,6 @@ struct Lanes {
     for (; c + 2 * w <= C; c += 2 * w) body(c, Full{});
     if (c < C) body(c, Tail{static_cast<int>(C - c)});
   }
-  // The channel at place i of a staged row.
-  static int64_t channel(int64_t i) {
-    const int64_t at = i % (2 * w);
-    return i - at + (paired ? at < w ? 2 * at : 2 * (at - w) + 1 : at);
-  }
 };
 
 // A table row as S, staged: padded with zeros to whole steps.
@@ -96,6 +91,22 @@ void widen(const void* from, int64_t offset, int dtype, S* to, int64_t C) {
       });
     }
   })
+}
+
+// The other way: n channels of a staged row.
+template <bool paired, class S, class T>
+void narrow(const S* from, T* to, int64_t n) {
+  using V = typename simd<S>::V;
+  constexpr int w = simd<S>::width;
+  if constexpr (!same<typename simd<T>::S, S>) {
+    for (int64_t i = 0; i < n; ++i) to[i] = from_scalar<T>(static_cast<typename simd<T>::S>(from[i]));
+  } else {
+    Lanes<S, paired && same<T, bf16>>::sweep(n, [&](int64_t c, auto step) {
+      Pair<V> v{load_raw<V>(from + c), load_raw<V>(from + c + w)};
+      if constexpr (paired && !same<T, bf16>) v = interleave(v.a, v.b, std::make_integer_sequence<int, w>{});
+      Lanes<S, paired && same<T, bf16>>::put(to + c, v, step);
+    });
+  }
 }
 
 // Which row of a table a token reads.
@@ -221,6 +232,7 @@ struct Row {
   RowMap map(const Table& t, const void* index) const { return {t, p.N, tokens, index, p.index_is_64}; }
   template <class U>
   static U* row_of(U* base, int64_t stride_b, int64_t stride_n, int64_t N, int64_t i) {
+    if (i < N || stride_b == N * stride_n) return base + i * stride_n;  // most calls: without divisions
     return base + i / N * stride_b + i % N * stride_n;
   }
   const T* y(int64_t i) const { return row_of(static_cast<const T*>(p.y), p.y_stride_b, p.y_stride_n, p.N, i); }
