@@ -60,15 +60,7 @@ struct Fp32Math {
   using Word = float;
   static constexpr int lanes = W;
   static constexpr int pair = 1;  // channels (QK) or keys (PV) in a word
-  static FASTDIT_INLINE V multiply_add(V acc, Word a, V b) {
-#if defined(__AVX512F__)
-    return (V)_mm512_fmadd_ps(_mm512_set1_ps(a), (__m512)b, (__m512)acc);
-#elif defined(__FMA__)
-    return (V)_mm256_fmadd_ps(_mm256_set1_ps(a), (__m256)b, (__m256)acc);  // -O1 would round twice
-#else
-    return acc + splat(a) * b;
-#endif
-  }
+  static FASTDIT_INLINE V multiply_add(V acc, Word a, V b) { return FASTDIT_ISA::multiply_add(acc, splat(a), b); }
   // A weight is exp(s * c - shift) with c = scale * unit: base e keeps s - max exact where it is small.
   static constexpr double unit = 1.0;
   static FASTDIT_INLINE V power(V t) { return exp(t); }

@@ -89,7 +89,7 @@ inline void mask_group(typename M::S* s, int64_t group, const TileView<M>& view,
   using V = typename M::V;
   using I = typename M::I;
   using Index = typename M::Index;
-  const V hidden = V{} + value;
+  const V hidden = splat(value);
   if (!view.windowed) {
     for (int r = 0; r < 8; ++r) {
 #pragma GCC unroll 3

@@ -109,7 +109,7 @@ FASTDIT_INLINE void multiply(const A* a, const A* b, int64_t steps, Tile<V>& out
       for (int i = 0; i < kRows; ++i) {
         const V x = splat(a[i]);
 #pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) acc[i][j] += x * w[j];
+        for (int j = 0; j < kVectors; ++j) acc[i][j] = multiply_add(acc[i][j], x, w[j]);
       }
       a += kRows, b += kColumns<A>;
     }
