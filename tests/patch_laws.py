@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import strategies as st
+from hypothesis import assume, strategies as st
 from laws import rows
 from torch.utils._pytree import tree_map
 
@@ -188,6 +188,8 @@ def drawn(data, device, widest: int) -> tuple[Sample, Sample, torch.dtype]:
     size = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
     dtype, B, C, D = draw(*contract.DTYPES), size(1, 3), size(1, 9), size(1, 150)
     patch, grid = (size(1, 2), size(1, 3), size(1, 4)), (size(1, 2), size(1, 4), size(1, widest))
+    assume(B * D * math.prod(grid) >= 64)  # of one value the baseline may be exact by luck: K = 8, fp32, 1.9 of what
+    # that allows for a sum that is one unit in the last place off
     memory = data.draw(st.permutations(range(5)))
     m = Maker(dtype, device)
     kind = lambda: draw(dtype, torch.float32)  # noqa: E731

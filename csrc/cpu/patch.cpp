@@ -75,7 +75,8 @@ void gather(const PatchEmbedParams& p, const PatchItem& item, const T* x, int64_
 template <class V>
 using Tile = V[kRows][kVectors];
 
-template <class A, class V>
+// out = a * b, or out += a * b.
+template <bool ADD, class A, class V>
 FASTDIT_INLINE void multiply(const A* a, const A* b, int64_t steps, Tile<V>& out) {
   constexpr int width = simd<A>::width;
   V acc[kRows][kVectors];  // a local array stays in registers, the caller's would be stored on every step
@@ -117,7 +118,18 @@ FASTDIT_INLINE void multiply(const A* a, const A* b, int64_t steps, Tile<V>& out
 #pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) out[i][j] = acc[i][j];
+    for (int j = 0; j < kVectors; ++j) out[i][j] = ADD ? out[i][j] + acc[i][j] : acc[i][j];
+}
+
+// A sum in fp32 is one of sums of so many products: a single chain shows the rounding of long ones.
+constexpr int64_t kChain = 32;
+
+template <class A, class V>
+FASTDIT_INLINE void multiply_in_chains(const A* a, const A* b, int64_t steps, Tile<V>& out) {
+  if (sizeof(A) != 4 || steps <= kChain) return multiply<false>(a, b, steps, out);
+  multiply<false>(a, b, kChain, out);
+  for (int64_t at = kChain; at < steps; at += kChain)
+    multiply<true>(a + at * kRows, b + at * kColumns<A>, steps - at < kChain ? steps - at : kChain, out);
 }
 
 // 64 aligned bytes past the caches: y is far larger than they are and is not read back here.
@@ -275,7 +287,7 @@ void embed(const PatchEmbedParams& p) {
         const int columns = static_cast<int>(p.dim - d < N ? p.dim - d : N);
         for (int64_t r = 0; r < count; r += kRows) {
           typename simd<T>::V acc[kRows][kVectors];
-          multiply(patches.get() + r / kRows * tile_size, weights.get() + panel * panel_size, steps, acc);
+          multiply_in_chains(patches.get() + r / kRows * tile_size, weights.get() + panel * panel_size, steps, acc);
           T* y = static_cast<T*>(p.y) + (first + r) * p.dim + d;
           const int rows = static_cast<int>(count - r < kRows ? count - r : kRows);
 #pragma GCC unroll 6
