@@ -11,7 +11,7 @@ import torch
 
 import fastdit
 from fastdit import ops
-from fastdit.backends import _external, registry
+from fastdit.backends import _external, _facts, registry
 from fastdit.backends.flash_attn import attention as flash
 from fastdit.backends.sdpa import attention as torch_sdpa
 from fastdit.reference import attention as formula
@@ -140,6 +140,13 @@ def _install(patch, libraries, card=(9, 0)):
     flash._function.cache_clear()
     if "flash_attn" not in registry._impls["attention"]:
         flash.register()
+    _facts.forget()
+
+
+@pytest.fixture(autouse=True)
+def what_was_installed_is_forgotten():
+    yield
+    _facts.forget()
 
 
 @pytest.fixture(params=STUBS)
@@ -167,6 +174,7 @@ def torch_varlen(monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     monkeypatch.setattr(_external, "capability", lambda q: (9, 0))
     torch_sdpa._varlen.cache_clear()
+    _facts.forget()
     yield
     torch_sdpa._varlen.cache_clear()
 

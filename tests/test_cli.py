@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastdit.backends import registry
+from fastdit.backends import _facts, registry
 from fastdit.cli import app
 from fastdit.data import media
 from fastdit.demo import models, opclock
@@ -35,6 +35,9 @@ def broken(monkeypatch):
     impl = registry.get("norm_modulate", "cpu")
     wrong = dataclasses.replace(impl, forward=lambda *args: impl.forward(*args) * 1.02)
     monkeypatch.setitem(registry._impls["norm_modulate"], "cpu", wrong)
+    _facts.forget()
+    yield
+    _facts.forget()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

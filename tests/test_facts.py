@@ -99,3 +99,25 @@ def test_forget(asked):
     _facts.forget()
     make(X)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (X, X.t(), None, 1, 1.5, True, "a", (1, 2), X.shape),
+        (torch.nn.Parameter(X), X.expand(3, 4, 6), X.to("meta"), X.bfloat16(), torch.tensor(3)),
+        (),
+        ([1],),
+        (X.to_sparse(),),
+        (X, X.to_sparse(), 1),
+        (X.as_subclass(type("Other", (torch.Tensor,), {})),),
+        (X.shape, X.stride(), True, None),
+    ],
+    ids=["plain", "tensors", "nothing", "list", "sparse", "sparse-second", "subclass", "looks-like-a-tensor"],
+)
+def test_compiled_facts_are_those_of_python(args):
+    assert _facts.facts is not _facts._facts and _facts.facts(args) == _facts._facts(args)
+
+
+def test_a_tensor_is_not_what_its_facts_are():
+    assert _facts.facts((X, None)) != _facts.facts((*_facts.facts((X,)), None))

@@ -7,6 +7,8 @@ void bind_attention(py::module_&);
 void bind_patch(py::module_&);
 void bind_conv(py::module_&);
 void bind_activation(py::module_&);
+void bind_facts(py::module_&);
+void bind_record(py::module_&);
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "fastdit CPU kernels: pointers, sizes and strides as ints; knows nothing of torch.";
@@ -19,4 +21,6 @@ PYBIND11_MODULE(_cpu, m) {
   bind_patch(m);
   bind_conv(m);
   bind_activation(m);
+  bind_facts(m);
+  bind_record(m);
 }

@@ -20,8 +20,41 @@ _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _all: list[dict[tuple, Any]] = []
 
 
-def _refuse() -> Any:
-    raise TypeError("its facts cannot be kept")
+def _place(t: Tensor) -> Any:
+    """The number of the accelerator's device, of which a torch has one kind; True for the CPU, else the device."""
+    index = t.get_device()
+    return index if index >= 0 else t.is_cpu or t.device
+
+
+def _facts(args: tuple) -> tuple | None:
+    """The facts of args, as `kept` says them; None where there is an argument whose facts cannot be kept."""
+    found: list = []
+    for a in args:
+        if type(a) in _VALUES:
+            found.append(a)
+        elif type(a) not in _TENSORS:
+            return None
+        else:
+            try:
+                found += (a.shape, a.stride(), a.dtype, _place(a))
+            except RuntimeError:  # a layout without strides
+                return None
+    return tuple(found)
+
+
+try:
+    from .. import _cpu
+except ImportError:  # the CPU backend tells why
+    facts = _facts
+else:
+    _cpu.facts_types(Tensor, torch.nn.Parameter, torch.Size)
+    facts = _cpu.facts  # the same in half the time
+
+
+def memory() -> dict[tuple, Any]:
+    """A dict that `forget` clears, for what follows from facts."""
+    _all.append({})
+    return _all[-1]
 
 
 def kept(make: Callable[..., Made]) -> Callable[..., Made]:
@@ -32,22 +65,18 @@ def kept(make: Callable[..., Made]) -> Callable[..., Made]:
     are one fact, so make judges no types of numbers. Lists, symbolic sizes, fake tensors and subclasses are never kept,
     and under torch.compile nothing is: make runs. None is not kept either.
     """
-    found: dict[tuple, Made] = {}
-    _all.append(found)
+    found: dict[tuple, Made] = memory()
 
     @functools.wraps(make)
     def known(*args: Any) -> Made:
         if torch.compiler.is_compiling():
             return make(*args)
+        key = facts(args)
+        if key is None:
+            return make(*args)
         try:
-            key = tuple([
-                a if type(a) in _VALUES
-                else (a.shape, a.stride(), a.dtype, a.device) if type(a) in _TENSORS
-                else _refuse()
-                for a in args
-            ])  # fmt: skip
             made = found.get(key)
-        except TypeError:
+        except TypeError:  # a tuple that holds a list
             return make(*args)
         if made is None:
             made = make(*args)

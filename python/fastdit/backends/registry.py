@@ -63,6 +63,9 @@ class Impl:
 
 
 _impls: dict[str, dict[str, Impl]] = {}
+# By backend, (forward, args, tensors) -> (outputs, again): runs forward(*args); again(tensors) does the same on other
+# tensors with the facts of these, or returns None where this time it cannot. again is None where it never can.
+recorders: dict[str, Callable[..., tuple]] = {}
 _unavailable: dict[str, str] = {}
 _logged: set[str] = set()
 _default: str | None = os.environ.get("FASTDIT_BACKEND") or None  # read once: os.environ in traced code would freeze
@@ -142,6 +145,11 @@ def use_backend(backend: str) -> Iterator[None]:
 def requested(backend: str | None) -> str | None:
     if backend is not None:
         return _known(backend, "backend=")
+    return wanted()
+
+
+def wanted() -> str | None:
+    """What `requested(None)` answers, for one call less."""
     return _stack.names[-1] if _stack.names else _default
 
 

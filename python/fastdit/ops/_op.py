@@ -6,6 +6,10 @@
 with fake kernels and autograd. Calling it routes: `reference` is plain differentiable PyTorch; plain tensors in
 plain eager skip the dispatcher (0.3 us; 5 us under grad); everything else (compile, modes, functorch, forward AD,
 tracing, the profiler) goes through torch.ops, where each of those finds its hooks.
+
+What plain eager does follows from the facts of the call (`backends/_facts.py`) but for looks into index tensors: it is
+found once (`_known.py`), the checks passed, the backend, the arguments that were left out and, for a backend that has a
+recorder, what its forward allocates and launches. The next call with these facts does only that.
 """
 
 from __future__ import annotations
@@ -17,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import registry
-from . import _explain
+from ..backends import _facts, registry
+from . import _explain, _known
 
 LIB = torch.library.Library("fastdit", "DEF")
 # Index tensors live on the device; looking at them there would synchronise, so a GPU checks them only when asked.
@@ -26,16 +30,18 @@ CHECK_INDICES = os.environ.get("FASTDIT_CHECK", "") not in ("", "0")
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), str, float, int, bool, list, tuple))
 _C: Any = torch._C
+_allows_tf32 = _C._get_cublas_allow_tf32  # some kernels' dots follow it
 _forward_ad: Any = torch.autograd.forward_ad
+_STEP_BY_STEP = object()  # of a call that is known to need every step every time
 
 
 def _contiguous(t: Tensor) -> Tensor:
     return torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
 
-def _ordinary(args: Sequence) -> bool:
-    """True when nothing but autograd can be watching these arguments."""
-    return _PLAIN.issuperset(map(type, args)) and not (
+def _watched() -> bool:
+    """True when more than autograd may be watching what happens to tensors."""
+    return bool(
         _C._len_torch_dispatch_stack()
         or _C._is_torch_function_mode_enabled()
         or _C._functorch.peek_interpreter_stack() is not None
@@ -45,6 +51,15 @@ def _ordinary(args: Sequence) -> bool:
     )
 
 
+def _ordinary(args: Sequence) -> bool:
+    """True when nothing but autograd can be watching these arguments."""
+    return _PLAIN.issuperset(map(type, args)) and not _watched()
+
+
+def _as_given(*args) -> tuple:
+    return args
+
+
 class Op:
     """One differentiable operator of the library.
 
@@ -52,6 +67,8 @@ class Op:
         name: of the op; schema: its arguments and returns in torch's schema language, without the backend. The first
             argument is a tensor: its device decides.
         differentiable: names of the tensor arguments that have a gradient.
+        check: (*args) -> args, or raises what is wrong with them. It gets them in the order of the schema, None where
+            one was left out, and fills those in; it looks at nothing but facts. None: the caller has checked.
         fake: (*args) -> empty outputs; must give the strides that every backend gives.
         validate: (*args) -> None, looks into index tensors; run on the CPU, elsewhere only under FASTDIT_CHECK=1.
         saves: positions of the outputs that the backward wants back.
@@ -65,6 +82,7 @@ class Op:
         *,
         differentiable: tuple[str, ...],
         fake: Callable,
+        check: Callable[..., tuple] | None = None,
         validate: Callable[..., None] | None = None,
         saves: tuple[int, ...] = (),
         grad_like: Callable[[Tensor], Tensor] = _contiguous,
@@ -83,7 +101,9 @@ class Op:
         self._tensors = tuple(
             i for i, a in enumerate(parsed.arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")
         )
-        self._validate = validate
+        self._check = check or _as_given
+        self._known: dict[tuple, Any] = _facts.memory()
+        self._validate: Any = validate
         self._fake = fake
         self._grad_like = grad_like
 
@@ -103,7 +123,57 @@ class Op:
         self._function = self._make_function()
 
     # -- calls ------------------------------------------------------------------------------------------
-    def __call__(self, backend: str | None, *args):
+    def __call__(self, backend: str | None, *given):
+        """given: the arguments in the order of the schema, as `check` takes them."""
+        if torch.compiler.is_compiling() or _explain.probe.calls is not None or _watched():
+            return self._call(backend, self._check(*given))
+        try:
+            grad = torch.is_grad_enabled() and self._differentiates(given)
+        except AttributeError:  # no tensor: what the check says
+            return self._call(backend, self._check(*given))
+        facts = _facts.facts(given)
+        if facts is None:
+            return self._call(backend, self._check(*given))
+        key = (facts, backend or registry.wanted(), grad, _allows_tf32())
+        try:
+            known = self._known.get(key)
+        except TypeError:  # a tuple that holds a list
+            return self._call(backend, self._check(*given))
+        if known is None:
+            known = self._learn(key, backend, given)
+        if known is _STEP_BY_STEP:
+            return self._call(backend, self._check(*given))
+        if self._looks(given):
+            self._validate(*known.arguments(given))
+        if grad:
+            return self._function.apply(known, *known.arguments(given))
+        if known.again is not None:
+            outputs = known.again(known.tensors(given))
+            if outputs is not None:
+                return outputs
+        return known.forward(given)
+
+    def _looks(self, args: Sequence) -> bool:
+        """Whether to look into the index tensors of args."""
+        return self._validate is not None and (args[0].is_cpu or CHECK_INDICES)
+
+    def _differentiates(self, args: Sequence) -> bool:
+        for i in self._wrt:
+            if args[i] is not None and args[i].requires_grad:
+                return True
+        return False
+
+    def _learn(self, key: tuple, backend: str | None, given: tuple) -> Any:
+        alone = _known.apart(given, grad=True)
+        args = self._check(*alone)
+        impl = registry.select(self.name, args, backend)
+        known: Any = None if impl.backend == "reference" else _known.learn(impl, alone, args)
+        if len(self._known) >= _facts.MOST:
+            self._known.clear()
+        self._known[key] = known = known or _STEP_BY_STEP
+        return known
+
+    def _call(self, backend: str | None, args: tuple):
         if _explain.probe.calls is not None:
             _explain.intercept(self.name, args, backend)
         impl = registry.select(self.name, args, backend)
@@ -115,12 +185,10 @@ class Op:
             if _forward_ad._current_level >= 0:
                 self._refuse_tangents(args)
             return self._torch_op(*args, impl.backend)
-        if self._validate is not None and (args[0].is_cpu or CHECK_INDICES):
+        if self._looks(args):
             self._validate(*args)
-        if impl.backend != "reference" and torch.is_grad_enabled():
-            for i in self._wrt:
-                if args[i] is not None and args[i].requires_grad:
-                    return self._function.apply(impl, *args)
+        if impl.backend != "reference" and torch.is_grad_enabled() and self._differentiates(args):
+            return self._function.apply(_known.as_it_is(impl, args), *args)
         return impl.forward(*args)
 
     def _refuse_tangents(self, args: Sequence) -> None:
@@ -134,7 +202,7 @@ class Op:
     # -- the torch op -----------------------------------------------------------------------------------
     def _run(self, *args):
         args, backend = args[:-1], args[-1]
-        if self._validate is not None and (args[0].is_cpu or CHECK_INDICES):
+        if self._looks(args):
             self._validate(*args)
         return registry.get(self.name, backend).forward(*args)
 
@@ -177,19 +245,17 @@ class Op:
     def _setup(self, ctx, inputs, output) -> None:
         *args, ctx.backend = inputs
         outputs = output if isinstance(output, tuple) else (output,)
-        self._save(ctx, args, outputs)
+        places = [i for i in self._tensors if args[i] is not None]
+        self._save(ctx, places, [None if i in places else a for i, a in enumerate(args)], args, outputs)
 
-    def _save(self, ctx, args: Sequence, outputs: tuple) -> None:
+    def _save(self, ctx, places: list[int], rest: list, args: Sequence, outputs: tuple) -> None:
+        """places: of the tensors in args; rest: args without them."""
         ctx.set_materialize_grads(False)
-        ctx.rest = rest = list(args)
-        ctx.places = places = [i for i in self._tensors if args[i] is not None]
-        tensors = [args[i] for i in places]
-        for i in places:
-            rest[i] = None
-        ctx.save_for_backward(*tensors, *(outputs[i] for i in self.saves))
+        ctx.places, ctx.rest = places, rest
+        ctx.save_for_backward(*[args[i] for i in places], *[outputs[i] for i in self.saves])
 
     def _restore(self, ctx) -> list:
-        saved, args = ctx.saved_tensors, list(ctx.rest)
+        saved, args = ctx.saved_tensors, ctx.rest.copy()
         count = len(ctx.places)
         for i, tensor in zip(ctx.places, saved[:count], strict=True):
             args[i] = tensor
@@ -218,10 +284,10 @@ class Op:
 
         class Eager(torch.autograd.Function):
             @staticmethod
-            def forward(ctx, impl, *args):
-                output = impl.forward(*args)
-                ctx.impl = impl
-                op._save(ctx, args, output if isinstance(output, tuple) else (output,))
+            def forward(ctx, known, *args):
+                output = known.forward(args)
+                ctx.impl = known.impl
+                op._save(ctx, known.places, known.rest, args, output if isinstance(output, tuple) else (output,))
                 return output
 
             @staticmethod

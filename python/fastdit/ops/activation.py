@@ -8,19 +8,36 @@ from ..reference.activation import ACTS
 from . import _check
 from ._op import Op
 
-_activation = Op(
-    "activation",
-    "(Tensor x, Tensor? up, str act) -> Tensor",
-    differentiable=("x", "up"),
-    fake=lambda x, *_: x.new_empty(x.shape),
-)
-
 
 def _tensor(op: str, what: str, t: Tensor) -> None:
     _check.floating(op, what, t)
     if t.dim() == 0 or t.shape[-1] == 0:
         raise ValueError(f"{op}: {what} has no channels; got {list(t.shape)}, expected [..., C >= 1]; check the width.")
     _check.channels_contiguous(op, what, t)
+
+
+def _check_activation(x, up, act) -> tuple:
+    op = "activation"
+    _tensor(op, "x", x)
+    _check.choice(op, "act", act, ACTS)
+    if up is not None:
+        _tensor(op, "up", up)
+        if up.shape != x.shape or up.dtype != x.dtype:
+            raise ValueError(
+                f"{op}: x and up are two halves of one projection; got {list(x.shape)} {_check.name(x.dtype)} and "
+                f"{list(up.shape)} {_check.name(up.dtype)}, expected the same; check the chunk."
+            )
+        _check.same_device(op, "up", up, x)
+    return x, up, act
+
+
+_activation = Op(
+    "activation",
+    "(Tensor x, Tensor? up, str act) -> Tensor",
+    differentiable=("x", "up"),
+    fake=lambda x, *_: x.new_empty(x.shape),
+    check=_check_activation,
+)
 
 
 def activation(x: Tensor, act: str = "gelu_tanh", *, up: Tensor | None = None, backend: str | None = None) -> Tensor:
@@ -42,16 +59,4 @@ def activation(x: Tensor, act: str = "gelu_tanh", *, up: Tensor | None = None, b
     Cost:   2*x.numel()*itemsize bytes (3 with up; backward 3 and 5) and about 25 FLOPs an element; memory-bound.
     Source: arXiv 1606.08415, 2002.05202; diffusers models/activations.py GELU, GEGLU, SwiGLU.
     """
-    op = "activation"
-    _tensor(op, "x", x)
-    if act not in ACTS:
-        _check.choice(op, "act", act, ACTS)
-    if up is not None:
-        _tensor(op, "up", up)
-        if up.shape != x.shape or up.dtype != x.dtype:
-            raise ValueError(
-                f"{op}: x and up are two halves of one projection; got {list(x.shape)} {_check.name(x.dtype)} and "
-                f"{list(up.shape)} {_check.name(up.dtype)}, expected the same; check the chunk."
-            )
-        _check.same_device(op, "up", up, x)
     return _activation(backend, x, up, act)

@@ -20,7 +20,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..backends import registry
-from . import _check, _explain, modulation, rotary, rotary_check
+from . import _check, _explain, modulation_check, rotary, rotary_check
 from ._op import Op
 
 _TABLES = "Tensor? shift, Tensor? scale, Tensor? norm_weight, Tensor? norm_bias, Tensor? row_index"
@@ -42,7 +42,7 @@ def _fake_qkv(x, *args):
 
 
 def _validate(x, shift, scale, norm_weight, norm_bias, row_index, *_) -> None:
-    modulation._validate_rows("norm_modulate", row_index, "row_index", shift, scale)
+    modulation_check.validate_rows("norm_modulate", row_index, "row_index", shift, scale)
 
 
 _linear = Op(
@@ -71,7 +71,7 @@ _gate = Op(
     "str precision, bool keep) -> (Tensor, Tensor)",
     differentiable=("residual", "y", "weight", "bias", "gate"),
     fake=lambda residual, y, *args: (residual.new_empty(residual.shape), _kept(y, residual.shape[-1], args[-1])),
-    validate=lambda residual, y, weight, bias, gate, index, *_: modulation._validate_rows(
+    validate=lambda residual, y, weight, bias, gate, index, *_: modulation_check.validate_rows(
         "gate_residual", index, "row_index", gate
     ),
     saves=(1,),
@@ -246,12 +246,12 @@ def _bias_fits(weight: Tensor, bias: Tensor | None) -> bool:
 def _check_tables(x, shift, scale, gate, norm, gate_act, row_index, precision):
     """What norm_modulate and gate_residual check, under their names."""
     kind, eps, weight, bias, _ = norm
-    modulation._tokens("norm_modulate", "x", x)
+    modulation_check.tokens("norm_modulate", "x", x)
     _check.choice("norm_modulate", "precision", precision, _check.PRECISIONS)
-    shift, scale = modulation._check_norm(
+    shift, scale = modulation_check.norm_arguments(
         "norm_modulate", x, shift, scale, weight, bias, row_index, kind, eps, precision
     )
-    gate = modulation._check_gate(
+    gate = modulation_check.gate_arguments(
         "gate_residual", x, x, gate, gate_act, None, None, 0.0, row_index if gate is not None else None, precision
     )
     return shift, scale, gate

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends._facts import kept
 from . import _check, attention_check as check
 from ._op import Op
 
@@ -22,12 +21,101 @@ def _fake_varlen(q, *_):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=check.lse_dtype(q))
 
 
+def _check_attention(q, k, v, kv_len, frames_of, frames, scale, return_lse, deterministic) -> tuple:
+    op = "attention"
+    check.qkv(op, q, k, v, 4, "(B, N, H, D)")
+    if kv_len is not None:
+        check.int32(op, "kv_len", kv_len, (q.shape[0],), q, "one key count per sample")
+    if frames_of is not None or frames is not None:
+        frames_of, frames = check.frames(op, frames_of if frames is None else frames, q.shape[0], q)
+        if q.shape[1] > k.shape[1]:
+            raise ValueError(
+                f"{op}: frame_tokens needs the queries among the keys; got {q.shape[1]} queries over {k.shape[1]} "
+                "keys, expected N <= M; pass the cached keys too."
+            )
+    return q, k, v, kv_len, frames_of, frames or 0, check.softmax_scale(op, q, scale), return_lse, deterministic
+
+
+def _check_varlen(
+    q, k, v, cu_q, cu_k, frames_of, grids, max_q, max_k, frames, window, window_stride, scale, return_lse, deterministic
+) -> tuple:
+    op = "attention_varlen"
+    check.qkv(op, q, k, v, 3, "packed (N, H, D)")
+    check.bounds(op, "cu_seqlens_q", cu_q, q)
+    check.length(op, "max_seqlen_q", max_q)
+    own_keys = cu_k is None
+    if own_keys != (max_k is None):
+        raise ValueError(
+            f"{op}: cu_seqlens_k and max_seqlen_k come together; got one of them, expected both or none; pass both."
+        )
+    if own_keys:
+        cu_k, max_k = cu_q, max_q
+    else:
+        check.int32(op, "cu_seqlens_k", cu_k, tuple(cu_q.shape), q, "as many segments as cu_seqlens_q")
+        check.length(op, "max_seqlen_k", max_k)
+    segments = cu_q.shape[0] - 1
+    framed = frames_of is not None or frames is not None
+    frames_of, frames = check.frames(op, frames_of if frames is None else frames, segments, q)
+    if (window is None) != (grids is None):
+        raise ValueError(f"{op}: window and grids come together; got one of them, expected both or none; pass both.")
+    window_list = None if window is None else check.triple(op, "window", window, None)
+    stride = check.triple(op, "window_stride", window_stride, window)
+    if grids is not None:
+        check.int32(op, "grids", grids, (segments, 3), q, "the (T, H, W) of each segment")
+        if framed:
+            raise ValueError(f"{op}: window and frame_tokens exclude each other; got both, expected one; drop one.")
+        if not own_keys or q.shape[0] != k.shape[0]:
+            raise ValueError(f"{op}: window is self-attention; got keys of their own, expected q's; drop them.")
+    scale = check.softmax_scale(op, q, scale)
+    return (
+        q, k, v, cu_q, cu_k, frames_of, grids, max_q, max_k, frames, window_list, stride, scale,
+        return_lse, deterministic,
+    )  # fmt: skip
+
+
+def _check_merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple:
+    op = "merge_attention"
+    for what, o in (("o1", o1), ("o2", o2)):
+        _check.floating(op, what, o)
+        _check.rank(op, what, o, (3, 4), "(B, N, H, D) or packed (N, H, D)")
+        if o.shape[-1] == 0:
+            raise ValueError(f"{op}: {what} has no channels; got {list(o.shape)}, expected D >= 1; check the heads.")
+        _check.channels_contiguous(op, what, o)
+        _check.same_device(op, what, o, o1)
+        if o.shape != o1.shape:
+            raise ValueError(
+                f"{op}: o1 and o2 differ in shape; got {list(o1.shape)} and {list(o2.shape)}, expected the same "
+                "queries; slice them alike."
+            )
+        if o.dtype != o1.dtype:
+            raise TypeError(
+                f"{op}: o1 and o2 differ in dtype; got {_check.name(o1.dtype)} and {_check.name(o2.dtype)}, "
+                "expected one; cast it."
+            )
+    rows = (*o1.shape[:-3], o1.shape[-2], o1.shape[-3])
+    for what, lse in (("lse1", lse1), ("lse2", lse2)):
+        _check.floating(op, what, lse)
+        if lse.dtype != check.lse_dtype(o1):
+            raise TypeError(
+                f"{op}: {what} has the wrong dtype; got {_check.name(lse.dtype)}, expected "
+                f"{_check.name(check.lse_dtype(o1))}; pass it as attention returned it."
+            )
+        if lse.shape != rows:
+            raise ValueError(
+                f"{op}: {what} must be (B, H, N) or (H, N); got {list(lse.shape)}, expected {list(rows)} to match o1 "
+                f"{list(o1.shape)}; transpose it."
+            )
+        _check.same_device(op, what, lse, o1)
+    return o1, lse1, o2, lse2
+
+
 _attention = Op(
     "attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? kv_len, Tensor? frame_tokens_of, SymInt frame_tokens, float scale, "
     "bool return_lse, bool deterministic) -> (Tensor, Tensor)",
     differentiable=("q", "k", "v"),
     fake=_fake_dense,
+    check=_check_attention,
     validate=check.validate_dense,
     saves=(0, 1),
 )
@@ -38,6 +126,7 @@ _attention_varlen = Op(
     "bool return_lse, bool deterministic) -> (Tensor, Tensor)",
     differentiable=("q", "k", "v"),
     fake=_fake_varlen,
+    check=_check_varlen,
     validate=check.validate_varlen,
     saves=(0, 1),
 )
@@ -46,6 +135,7 @@ _merge_attention = Op(
     "(Tensor o1, Tensor lse1, Tensor o2, Tensor lse2) -> (Tensor, Tensor)",
     differentiable=("o1", "lse1", "o2", "lse2"),
     fake=lambda o1, lse1, *_: (o1.new_empty(o1.shape), lse1.new_empty(lse1.shape)),
+    check=_check_merge,
 )
 
 
@@ -84,21 +174,10 @@ def attention(
         backward, O(N*D) per thread beside it; no N x M tensor on kernels. Bitwise repeatable on the CPU in any case.
     Source: arXiv 2205.14135 (FlashAttention); csrc/cpu/attention*.cpp. Replaces F.scaled_dot_product_attention.
     """
-    op = "attention"
     q, k, v = check.autocast(q, k, v)
-    check.qkv(op, q, k, v, 4, "(B, N, H, D)")
-    if kv_len is not None:
-        check.int32(op, "kv_len", kv_len, (q.shape[0],), q, "one key count per sample")
-    frames_of, frames = check.frames(op, frame_tokens, q.shape[0], q)
-    if frame_tokens is not None and q.shape[1] > k.shape[1]:
-        raise ValueError(
-            f"{op}: frame_tokens needs the queries among the keys; got {q.shape[1]} queries over {k.shape[1]} keys, "
-            "expected N <= M; pass the cached keys too."
-        )
+    frames_of, frames = (frame_tokens, None) if isinstance(frame_tokens, Tensor) else (None, frame_tokens)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    o, lse = _attention(
-        backend, q, k, v, kv_len, frames_of, frames, check.softmax_scale(op, q, scale), return_lse, deterministic
-    )
+    o, lse = _attention(backend, q, k, v, kv_len, frames_of, frames, scale, return_lse, deterministic)
     return (o, lse) if return_lse else o
 
 
@@ -141,77 +220,14 @@ def attention_varlen(
         lets a block of queries share one window, 1.3 to 3 times as much with stride 1.
     Source: NaViT arXiv 2307.06304 (packing); NATTEN arXiv 2504.16922 (window, stride); csrc/cpu/attention.cpp.
     """
-    op = "attention_varlen"
     q, k, v = check.autocast(q, k, v)
-    check.qkv(op, q, k, v, 3, "packed (N, H, D)")
-    check.bounds(op, "cu_seqlens_q", cu_seqlens_q, q)
-    check.length(op, "max_seqlen_q", max_seqlen_q)
-    if (cu_seqlens_k is None) != (max_seqlen_k is None):
-        raise ValueError(
-            f"{op}: cu_seqlens_k and max_seqlen_k come together; got one of them, expected both or none; pass both."
-        )
-    if cu_seqlens_k is None or max_seqlen_k is None:
-        cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_q
-        own_keys = True
-    else:
-        check.int32(op, "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), q, "as many segments as cu_seqlens_q")
-        check.length(op, "max_seqlen_k", max_seqlen_k)
-        own_keys = False
-    segments = cu_seqlens_q.shape[0] - 1
-    frames_of, frames = check.frames(op, frame_tokens, segments, q)
-    if (window is None) != (grids is None):
-        raise ValueError(f"{op}: window and grids come together; got one of them, expected both or none; pass both.")
-    window_list = None if window is None else check.triple(op, "window", window, None)
-    stride = check.triple(op, "window_stride", window_stride, window)
-    if grids is not None:
-        check.int32(op, "grids", grids, (segments, 3), q, "the (T, H, W) of each segment")
-        if frame_tokens is not None:
-            raise ValueError(f"{op}: window and frame_tokens exclude each other; got both, expected one; drop one.")
-        if not own_keys or q.shape[0] != k.shape[0]:
-            raise ValueError(f"{op}: window is self-attention; got keys of their own, expected q's; drop them.")
+    frames_of, frames = (frame_tokens, None) if isinstance(frame_tokens, Tensor) else (None, frame_tokens)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     o, lse = _attention_varlen(
         backend, q, k, v, cu_seqlens_q, cu_seqlens_k, frames_of, grids, max_seqlen_q, max_seqlen_k, frames,
-        window_list, stride, check.softmax_scale(op, q, scale), return_lse, deterministic,
+        window, window_stride, scale, return_lse, deterministic,
     )  # fmt: skip
     return (o, lse) if return_lse else o
-
-
-@kept
-def _check_merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> bool:
-    op = "merge_attention"
-    for what, o in (("o1", o1), ("o2", o2)):
-        _check.floating(op, what, o)
-        _check.rank(op, what, o, (3, 4), "(B, N, H, D) or packed (N, H, D)")
-        if o.shape[-1] == 0:
-            raise ValueError(f"{op}: {what} has no channels; got {list(o.shape)}, expected D >= 1; check the heads.")
-        _check.channels_contiguous(op, what, o)
-        _check.same_device(op, what, o, o1)
-        if o.shape != o1.shape:
-            raise ValueError(
-                f"{op}: o1 and o2 differ in shape; got {list(o1.shape)} and {list(o2.shape)}, expected the same "
-                "queries; slice them alike."
-            )
-        if o.dtype != o1.dtype:
-            raise TypeError(
-                f"{op}: o1 and o2 differ in dtype; got {_check.name(o1.dtype)} and {_check.name(o2.dtype)}, "
-                "expected one; cast it."
-            )
-    rows = (*o1.shape[:-3], o1.shape[-2], o1.shape[-3])
-    for what, lse in (("lse1", lse1), ("lse2", lse2)):
-        _check.floating(op, what, lse)
-        if lse.dtype != check.lse_dtype(o1):
-            raise TypeError(
-                f"{op}: {what} has the wrong dtype; got {_check.name(lse.dtype)}, expected "
-                f"{_check.name(check.lse_dtype(o1))}; pass it as attention returned it."
-            )
-        if lse.shape != rows:
-            raise ValueError(
-                f"{op}: {what} must be (B, H, N) or (H, N); got {list(lse.shape)}, expected {list(rows)} to match o1 "
-                f"{list(o1.shape)}; transpose it."
-            )
-        _check.same_device(op, what, lse, o1)
-    return True
 
 
 def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, *, backend: str | None = None):
@@ -229,5 +245,4 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, *, backe
     Cost:   3*B*N*H*D*itemsize bytes forward, 5 backward; memory-bound.
     Source: arXiv 2310.01889 (ring attention).
     """
-    _check_merge(o1, lse1, o2, lse2)
     return _merge_attention(backend, o1, lse1, o2, lse2)

@@ -9,11 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference.conv import NORM_EPS, memory_format, output_shape
-from . import _check, conv_check as check
+from ..reference.conv import memory_format, output_shape
+from . import conv_check as check
 from ._op import Op
-
-_SILU_NORMS = ("channel_l2", "channel_rms", "group")
 
 
 def _empty(x: Tensor, shape) -> Tensor:
@@ -33,6 +31,7 @@ _causal_conv3d = Op(
     fake=lambda x, weight, b, c, n, r, stride, dilation, padding, *_: _empty(
         x, output_shape(x.shape, weight.shape, stride, dilation, padding)
     ),
+    check=check.convolution,
     grad_like=_grad_like,
 )
 
@@ -47,6 +46,7 @@ _next_cache = Op(
     "(Tensor x, Tensor? cache, int k_t) -> Tensor",
     differentiable=("x", "cache"),
     fake=_fake_next_cache,
+    check=check.next_frames,
     grad_like=_grad_like,
 )
 _norm_silu = Op(
@@ -54,6 +54,7 @@ _norm_silu = Op(
     "(Tensor x, Tensor? weight, Tensor? bias, str norm, int groups, float eps) -> Tensor",
     differentiable=("x", "weight", "bias"),
     fake=lambda x, *_: _empty(x, x.shape),
+    check=check.norm_and_silu,
     grad_like=_grad_like,
 )
 
@@ -121,17 +122,9 @@ def causal_conv3d(
         2 * itemsize bytes a value, where there is a norm or act, or x is NCDHW.
     Source: diffusers WanCausalConv3d, CogVideoXCausalConv3d, HunyuanVideoCausalConv3d, LTXVideoCausalConv3d, Mochi.
     """
-    op = "causal_conv3d"
-    strides = check.integers(op, "stride", stride, 3, 1)
-    dilations = check.integers(op, "dilation", dilation, 3, 1)
-    pads = None if padding is None else check.integers(op, "padding", padding, 6, 0)
-    pads, norm_eps = check.convolution(
-        op, x, weight, bias, cache, norm_weight, residual, strides, dilations, pads, time_pad, space_pad,
-        norm, norm_eps, act, algo,
-    )  # fmt: skip
     return _causal_conv3d(
         backend, x, weight, bias, cache, norm_weight, residual,
-        strides, dilations, pads, time_pad, space_pad, norm, norm_eps, act, algo,
+        stride, dilation, padding, time_pad, space_pad, norm, norm_eps, act, algo,
     )  # fmt: skip
 
 
@@ -151,12 +144,6 @@ def next_cache(x: Tensor, cache: Tensor | None, k_t: int, *, backend: str | None
     Cost:   2*B*C*(k_t-1)*H*W*itemsize bytes; memory-bound.
     Source: diffusers autoencoder_kl_wan.py `feat_cache`, CACHE_T = 2; it keeps frames after norm and act.
     """
-    op = "next_cache"
-    check.video(op, "x", x)
-    if not isinstance(k_t, int) or k_t < 1:
-        raise ValueError(f"{op}: k_t must be a kernel size; got {k_t!r}, expected an int >= 1; pass weight.shape[2].")
-    if cache is not None:
-        check.cache_frames(op, cache, x, k_t - 1)
     return _next_cache(backend, x, cache, k_t)
 
 
@@ -189,21 +176,4 @@ def norm_silu(
     Cost:   2*numel*itemsize bytes (group: 3); memory-bound. Backward: 3 (group: 6), about 45 flops a value.
     Source: diffusers WanRMS_norm, PerChannelRMSNorm (LTX-2), GroupNorm of CogVideoX, HunyuanVideo and Mochi.
     """
-    op = "norm_silu"
-    _check.floating(op, "x", x)
-    _check.rank(op, "x", x, (2, 3, 4, 5), "(B, C, ...) of 2 to 5 dims")
-    _check.choice(op, "norm", norm, _SILU_NORMS)
-    if x.shape[1] == 0:
-        raise ValueError(f"{op}: x has no channels; got {list(x.shape)}, expected C >= 1; check the model width.")
-    if weight is not None:
-        check.vector(op, "weight", weight, x.shape[1], x)
-    if bias is not None:
-        check.vector(op, "bias", bias, x.shape[1], x)
-    if norm == "group" and (not isinstance(groups, int) or groups < 1 or x.shape[1] % groups != 0):
-        raise ValueError(
-            f"{op}: groups must divide the channels; got groups = {groups} and C = {x.shape[1]}, "
-            "expected C % groups == 0; pass the norm's own num_groups."
-        )
-    eps = NORM_EPS[norm] if eps is None else eps
-    _check.epsilon(op, "eps", eps)
     return _norm_silu(backend, x, weight, bias, norm, groups, eps)

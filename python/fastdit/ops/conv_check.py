@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..backends._facts import kept
 from ..reference.conv import NORM_EPS, causal_padding, misfit, output_shape
 from . import _check
 
 _TIME_PADS = ("zeros", "first")
 _SPACE_PADS = ("zeros", "replicate", "reflect")
 _NORMS = (None, "channel_l2", "channel_rms")
+_SILU_NORMS = ("channel_l2", "channel_rms", "group")
 _ACTS = (None, "silu")
 ALGOS = ("auto", "direct", "winograd", "winograd2d")
 
@@ -95,12 +95,14 @@ def geometry(op: str, x: Tensor, weight: Tensor, stride, dilation, padding, spac
     return shape
 
 
-@kept
 def convolution(
-    op, x, weight, bias, cache, norm_weight, residual, strides, dilations, pads, time_pad, space_pad, norm, norm_eps,
+    x, weight, bias, cache, norm_weight, residual, stride, dilation, padding, time_pad, space_pad, norm, norm_eps,
     act, algo,
-) -> tuple[tuple[int, ...], float]:  # fmt: skip
-    """Checks a call; what padding and norm_eps are where they are None."""
+) -> tuple:  # fmt: skip
+    op = "causal_conv3d"
+    strides = integers(op, "stride", stride, 3, 1)
+    dilations = integers(op, "dilation", dilation, 3, 1)
+    pads = None if padding is None else integers(op, "padding", padding, 6, 0)
     video(op, "x", x)
     _check.floating(op, "weight", weight)
     _check.rank(op, "weight", weight, (5,), "(Cout, C, k_t, k_h, k_w)")
@@ -149,4 +151,38 @@ def convolution(
                 f"{op}: residual must have the output's shape; got {list(residual.shape)}, expected {list(shape)}; "
                 "it is added to y."
             )
-    return pads, norm_eps
+    return (
+        x, weight, bias, cache, norm_weight, residual,
+        strides, dilations, pads, time_pad, space_pad, norm, norm_eps, act, algo,
+    )  # fmt: skip
+
+
+def next_frames(x, cache, k_t) -> tuple:
+    op = "next_cache"
+    video(op, "x", x)
+    if not isinstance(k_t, int) or k_t < 1:
+        raise ValueError(f"{op}: k_t must be a kernel size; got {k_t!r}, expected an int >= 1; pass weight.shape[2].")
+    if cache is not None:
+        cache_frames(op, cache, x, k_t - 1)
+    return x, cache, k_t
+
+
+def norm_and_silu(x, weight, bias, norm, groups, eps) -> tuple:
+    op = "norm_silu"
+    _check.floating(op, "x", x)
+    _check.rank(op, "x", x, (2, 3, 4, 5), "(B, C, ...) of 2 to 5 dims")
+    _check.choice(op, "norm", norm, _SILU_NORMS)
+    if x.shape[1] == 0:
+        raise ValueError(f"{op}: x has no channels; got {list(x.shape)}, expected C >= 1; check the model width.")
+    if weight is not None:
+        vector(op, "weight", weight, x.shape[1], x)
+    if bias is not None:
+        vector(op, "bias", bias, x.shape[1], x)
+    if norm == "group" and (not isinstance(groups, int) or groups < 1 or x.shape[1] % groups != 0):
+        raise ValueError(
+            f"{op}: groups must divide the channels; got groups = {groups} and C = {x.shape[1]}, "
+            "expected C % groups == 0; pass the norm's own num_groups."
+        )
+    eps = NORM_EPS[norm] if eps is None else eps
+    _check.epsilon(op, "eps", eps)
+    return x, weight, bias, norm, groups, eps

@@ -28,23 +28,6 @@ def _unpatchify_fake(tokens: Tensor, grid, patch, channels, order) -> Tensor:
     return tokens.new_empty((tokens.shape[0], channels, *(g * p for g, p in zip(grid, patch, strict=True))))
 
 
-# x (B, C, T, H, W) with grids = []; or every video of a list flattened, (C, T, H, W), one after the other, with the
-# token grids of all of them in one run of ints.
-_patch_embed3d = Op(
-    "patch_embed3d",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? pos, SymInt[] grids) -> Tensor",
-    differentiable=("x", "weight", "bias", "pos"),
-    fake=_embed_fake,
-)
-# tokens (B, N, K) with one grid -> (B, C, T, H, W); or packed (N, K) with several in one run -> the videos flattened.
-_unpatchify3d = Op(
-    "unpatchify3d",
-    "(Tensor tokens, SymInt[] grid, SymInt[] patch, SymInt channels, str order) -> Tensor",
-    differentiable=("tokens",),
-    fake=_unpatchify_fake,
-)
-
-
 def _parameter(op: str, what: str, t: Tensor, x: Tensor) -> None:
     if isinstance(t, Tensor) and t.dtype == x.dtype and t.device == x.device:
         return  # the everyday case, in half the time
@@ -103,6 +86,90 @@ def _check_pos(op: str, pos: Any, x: Tensor, expected: tuple[Sequence[int], ...]
     return pos
 
 
+def _check_embed(x, weight, bias, pos, grids) -> tuple:
+    """Of one batch; a list is checked where it is flattened."""
+    if grids:
+        return x, weight, bias, pos, grids
+    op = "patch_embed3d"
+    _check.floating(op, "x", x)
+    if x.dim() != 5:
+        hint = " An image is x.unsqueeze(2)." if x.dim() == 4 else ""
+        raise ValueError(
+            f"{op}: x has the wrong rank; got {list(x.shape)}, expected (B, C, T, H, W) or a list of (C, T, H, W); "
+            f"reshape it.{hint}"
+        )
+    _check_weight(op, weight, bias, x)
+    t, h, w = _check_video(op, "x", x, weight)
+    if pos is not None:
+        N, D = t * h * w, weight.shape[0]
+        _check_pos(op, pos, x, ((N, D), (1, N, D), (x.shape[0], N, D)), "(N, D) or (B, N, D)")
+    return x, weight, bias, pos, grids
+
+
+def _check_grids(tokens, grid, patch, channels, order) -> list:
+    """Of one batch with its grid, or a pack with a list of grids; returns the list."""
+    op = "unpatchify3d"
+    _check.floating(op, "tokens", tokens)
+    if not isinstance(order, str) or sorted(order) != sorted("cthw"):
+        raise ValueError(
+            f"{op}: order is no permutation of the letters c, t, h, w; got {order!r}, expected e.g. 'thwc'; "
+            "name each letter once."
+        )
+    if len(patch) != 3 or min(patch) < 1:
+        raise ValueError(f"{op}: patch must be three sizes; got {tuple(patch)}, expected (pt, ph, pw) >= 1; set it.")
+    if channels < 1:
+        raise ValueError(f"{op}: channels must be positive; got {channels}, expected C >= 1; set it.")
+    many = len(grid) > 0 and isinstance(grid[0], (list, tuple))
+    grids: list[Any] = list(grid) if many else [grid]
+    if len(grid) == 0 or any(len(g) != 3 or min(g) < 0 for g in grids):
+        raise ValueError(f"{op}: grid must be (t, h, w) or a list of them; got {grid}, expected sizes >= 0; set it.")
+    if tokens.dim() != (2 if many else 3):
+        raise ValueError(
+            f"{op}: tokens have the wrong rank for the grid; got {list(tokens.shape)} with "
+            f"{'a list of grids' if many else 'one grid'}, expected "
+            f"{'packed (N, K)' if many else '(B, N, K)'}; (B, N, K) goes with one grid, packed (N, K) with a list."
+        )
+    K, N = channels * math.prod(patch), sum(math.prod(g) for g in grids)
+    if tokens.shape[-1] != K:
+        raise ValueError(
+            f"{op}: a token must hold C*pt*ph*pw values; got {tokens.shape[-1]}, expected {K} for "
+            f"channels = {channels} and patch = {tuple(patch)}; check both."
+        )
+    if tokens.shape[-2] != N:
+        raise ValueError(
+            f"{op}: grid and tokens differ; got {tokens.shape[-2]} tokens for grid {grid}, expected t*h*w = {N}; "
+            "grid counts tokens, not pixels."
+        )
+    _check.channels_contiguous(op, "tokens", tokens)
+    return grids
+
+
+def _check_unpatchify(tokens, grid, patch, channels, order) -> tuple:
+    """Of one batch; a list of grids is checked where it is flattened."""
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2:
+        _check_grids(tokens, grid, patch, channels, order)
+    return tokens, grid, patch, channels, order
+
+
+# x (B, C, T, H, W) with grids = []; or every video of a list flattened, (C, T, H, W), one after the other, with the
+# token grids of all of them in one run of ints.
+_patch_embed3d = Op(
+    "patch_embed3d",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? pos, SymInt[] grids) -> Tensor",
+    differentiable=("x", "weight", "bias", "pos"),
+    fake=_embed_fake,
+    check=_check_embed,
+)
+# tokens (B, N, K) with one grid -> (B, C, T, H, W); or packed (N, K) with several in one run -> the videos flattened.
+_unpatchify3d = Op(
+    "unpatchify3d",
+    "(Tensor tokens, SymInt[] grid, SymInt[] patch, SymInt channels, str order) -> Tensor",
+    differentiable=("tokens",),
+    fake=_unpatchify_fake,
+    check=_check_unpatchify,
+)
+
+
 @overload
 def patch_embed3d(
     x: Tensor,
@@ -154,23 +221,11 @@ def patch_embed3d(
     Cost:   2*N*D*K FLOPs and (N*K + N*D + D*K) * itemsize bytes a video, K = C*pt*ph*pw; no patch matrix is stored.
     Source: DiT PatchEmbed, Wan patch_embedding, HunyuanVideoPatchEmbed, CogVideoXPatchEmbed; NaViT arXiv 2307.06304.
     """
-    op = "patch_embed3d"
     if isinstance(x, (list, tuple)):
         return _embed_list(x, weight, bias, pos, backend)
-    _check.floating(op, "x", x)
-    if x.dim() != 5:
-        hint = " An image is x.unsqueeze(2)." if x.dim() == 4 else ""
-        raise ValueError(
-            f"{op}: x has the wrong rank; got {list(x.shape)}, expected (B, C, T, H, W) or a list of (C, T, H, W); "
-            f"reshape it.{hint}"
-        )
-    _check_weight(op, weight, bias, x)
-    t, h, w = _check_video(op, "x", x, weight)
-    if pos is not None:
-        N, D = t * h * w, weight.shape[0]
-        pos = _check_pos(op, pos, x, ((N, D), (1, N, D), (x.shape[0], N, D)), "(N, D) or (B, N, D)")
-        pos = pos[0] if pos.dim() == 3 and pos.shape[0] == 1 else pos
-    return _patch_embed3d(backend, x, weight, bias, pos, [])
+    if isinstance(pos, Tensor) and pos.dim() == 3 and pos.shape[0] == 1:
+        pos = pos[0]
+    return _patch_embed3d(backend, x, weight, bias, pos, ())
 
 
 def _embed_list(x, weight, bias, pos, backend) -> Packed:
@@ -201,7 +256,8 @@ def _embed_list(x, weight, bias, pos, backend) -> Packed:
     elif pos is not None:
         _check_pos(op, pos, x[0], ((sum(lengths), D),), "packed (sum N, D)")
     flat = torch.cat([v.reshape(-1) for v in x])
-    return packed(_patch_embed3d(backend, flat, weight, bias, pos, [n for grid in grids for n in grid]), grids)
+    flat_grids = tuple(n for grid in grids for n in grid)
+    return packed(_patch_embed3d(backend, flat, weight, bias, pos, flat_grids), grids)
 
 
 @overload
@@ -255,41 +311,9 @@ def unpatchify3d(
     Cost:   2*N*K*itemsize bytes a video; memory-bound.
     Source: diffusers transformer_wan, transformer_hunyuan_video, transformer_cosmos, dit_transformer_2d (unpatchify).
     """
-    op = "unpatchify3d"
-    _check.floating(op, "tokens", tokens)
-    if not isinstance(order, str) or sorted(order) != sorted("cthw"):
-        raise ValueError(
-            f"{op}: order is no permutation of the letters c, t, h, w; got {order!r}, expected e.g. 'thwc'; "
-            "name each letter once."
-        )
-    if len(patch) != 3 or min(patch) < 1:
-        raise ValueError(f"{op}: patch must be three sizes; got {tuple(patch)}, expected (pt, ph, pw) >= 1; set it.")
-    if channels < 1:
-        raise ValueError(f"{op}: channels must be positive; got {channels}, expected C >= 1; set it.")
-    many = len(grid) > 0 and isinstance(grid[0], (list, tuple))
-    grids: list[Any] = list(grid) if many else [grid]
-    if len(grid) == 0 or any(len(g) != 3 or min(g) < 0 for g in grids):
-        raise ValueError(f"{op}: grid must be (t, h, w) or a list of them; got {grid}, expected sizes >= 0; set it.")
-    if tokens.dim() != (2 if many else 3):
-        raise ValueError(
-            f"{op}: tokens have the wrong rank for the grid; got {list(tokens.shape)} with "
-            f"{'a list of grids' if many else 'one grid'}, expected "
-            f"{'packed (N, K)' if many else '(B, N, K)'}; (B, N, K) goes with one grid, packed (N, K) with a list."
-        )
-    K, N = channels * math.prod(patch), sum(math.prod(g) for g in grids)
-    if tokens.shape[-1] != K:
-        raise ValueError(
-            f"{op}: a token must hold C*pt*ph*pw values; got {tokens.shape[-1]}, expected {K} for "
-            f"channels = {channels} and patch = {tuple(patch)}; check both."
-        )
-    if tokens.shape[-2] != N:
-        raise ValueError(
-            f"{op}: grid and tokens differ; got {tokens.shape[-2]} tokens for grid {grid}, expected t*h*w = {N}; "
-            "grid counts tokens, not pixels."
-        )
-    _check.channels_contiguous(op, "tokens", tokens)
-    flat = _unpatchify3d(backend, tokens, [n for g in grids for n in g], list(patch), channels, order)
-    if not many:
-        return flat
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2:
+        return _unpatchify3d(backend, tokens, tuple(grid), tuple(patch), channels, order)
+    grids = _check_grids(tokens, grid, patch, channels, order)
+    flat = _unpatchify3d(backend, tokens, tuple(n for g in grids for n in g), tuple(patch), channels, order)
     shapes = [(channels, *(g * p for g, p in zip(sizes, patch, strict=True))) for sizes in grids]
     return [v.view(shape) for v, shape in zip(flat.split([math.prod(s) for s in shapes]), shapes, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,68 @@ def _validate(q, k, *args) -> None:
         _rotary_check.validate_grids(grids, sizes, length, packed=q.dim() == 3)
 
 
+def _check_tables(q, k, cos, sin, k_cos, k_sin, axes, grids, layout, rope_start, rope_len, precision) -> None:
+    check, op = _rotary_check, _rotary_check.OP
+    q_len = check.rope_slice(q, "q", rope_start, rope_len)
+    k_len = check.rope_slice(k, "k", rope_start, rope_len)
+    pairs = []
+    if cos is not None or sin is not None:
+        check.tables(("cos", "sin"), cos, sin, q, precision)
+        check.broadcasts("cos", cos, q, "q", q_len)
+        pairs.append(cos.shape[-1])
+    if k_cos is not None or k_sin is not None:
+        check.tables(("k_cos", "k_sin"), k_cos, k_sin, k, precision)
+        check.broadcasts("k_cos", k_cos, k, "k", k_len)
+        pairs.append(k_cos.shape[-1])
+    elif cos is not None and k.shape != q.shape:
+        check.broadcasts("cos", cos, k, "k", k_len)
+    if axes is not None:
+        if cos is not None:
+            raise ValueError(f"{op}: two tables for q; got cos and axes, expected one of them; drop the other.")
+        check.axis_tables(axes, grids, q, k, precision)
+        if k_cos is None and k_len != q_len:
+            raise ValueError(
+                f"{op}: axes serve q and k of one length; got {q_len} and {k_len} rotated tokens, expected the same; "
+                "pass k_cos and k_sin."
+            )
+        pairs.append(sum(t.shape[1] for t in axes[::2]))
+    elif grids is not None:
+        raise ValueError(f"{op}: grids without axes; got axes=None, expected the per-axis tables; pass them.")
+    elif layout != "axis_half" and len(pairs) < 2:
+        return
+    if len(pairs) == 2 and pairs[0] != pairs[1]:
+        raise ValueError(
+            f"{op}: q and k rotate different numbers of channels; got R = {2 * pairs[0]} and {2 * pairs[1]}, "
+            "expected one; call it once for each."
+        )
+    if pairs and layout == "axis_half":
+        check.axis_half(0 if axes is None else len(axes), 2 * pairs[0])
+
+
+def _check(
+    q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, k_cos, k_sin, cos_t, sin_t, cos_h, sin_h, cos_w, sin_w, grids,
+    norm, scope, eps, layout, rope_start, rope_len, precision,
+) -> tuple:  # fmt: skip
+    _rotary_check.queries_and_keys(q, k)
+    _rotary_check.options(norm, scope, eps, layout, precision)
+    if q_weight is not None:
+        _rotary_check.affine("q_weight", q_weight, q, norm, scope, precision)
+    if k_weight is not None:
+        _rotary_check.affine("k_weight", k_weight, k, norm, scope, precision)
+    if q_bias is not None:
+        _rotary_check.affine("q_bias", q_bias, q, norm, scope, precision)
+    if k_bias is not None:
+        _rotary_check.affine("k_bias", k_bias, k, norm, scope, precision)
+    compact = (cos_t, sin_t, cos_h, sin_h, cos_w, sin_w)
+    axes = None if cos_t is None else compact[: 2 if cos_h is None else 4 if cos_w is None else 6]
+    _check_tables(q, k, cos, sin, k_cos, k_sin, axes, grids, layout, rope_start, rope_len, precision)
+    scope = "head" if norm is None else scope  # without a norm heads share nothing
+    return (
+        q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, k_cos, k_sin, *compact, grids,
+        norm, scope, eps, layout, rope_start, rope_len, precision,
+    )  # fmt: skip
+
+
 _qk_norm_rope = Op(
     "qk_norm_rope",
     f"(Tensor q, Tensor k, {_ARGUMENTS}) -> (Tensor, Tensor)",
@@ -35,6 +98,7 @@ _qk_norm_rope = Op(
         *("cos_t", "sin_t", "cos_h", "sin_h", "cos_w", "sin_w"),
     ),
     fake=lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
+    check=_check,
     validate=_validate,
 )
 _NO_AXES: tuple[Tensor | None, ...] = (None,) * 6
@@ -129,65 +193,15 @@ def qk_norm_rope(
             Gradients of tables come in a pass of their own, in float64: few models learn them.
     Source: arXiv 2104.09864; diffusers apply_rotary_emb, WanAttnProcessor, CogVideoXAttnProcessor2_0, LTX, Mochi.
     """
-    _rotary_check.queries_and_keys(q, k)
-    _rotary_check.options(norm, scope, eps, layout, precision)
-    if q_weight is not None:
-        _rotary_check.affine("q_weight", q_weight, q, norm, scope, precision)
-    if k_weight is not None:
-        _rotary_check.affine("k_weight", k_weight, k, norm, scope, precision)
-    if q_bias is not None:
-        _rotary_check.affine("q_bias", q_bias, q, norm, scope, precision)
-    if k_bias is not None:
-        _rotary_check.affine("k_bias", k_bias, k, norm, scope, precision)
-    compact = _check_tables(q, k, cos, sin, k_cos, k_sin, axes, grids, layout, rope_start, rope_len, precision)
-    scope = "head" if norm is None else scope  # without a norm heads share nothing
-    args = (
-        q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, k_cos, k_sin, *compact, grids,
+    compact = _NO_AXES if axes is None else _rotary_check.six_axes(axes, grids)
+    if inplace:
+        given: tuple[Any, ...] = (
+            q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, k_cos, k_sin, *compact, grids,
+            norm, scope, eps, layout, rope_start, rope_len, precision,
+        )  # fmt: skip
+        _inplace.call(backend, _validate, *_check(*given))
+        return q, k
+    return _qk_norm_rope(
+        backend, q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, k_cos, k_sin, *compact, grids,
         norm, scope, eps, layout, rope_start, rope_len, precision,
     )  # fmt: skip
-    if inplace:
-        _inplace.call(backend, _validate, *args)
-        return q, k
-    return _qk_norm_rope(backend, *args)
-
-
-def _check_tables(q, k, cos, sin, k_cos, k_sin, axes, grids, layout, rope_start, rope_len, precision):
-    """Checks the tables of both and returns the six compact ones, None where there is no such axis."""
-    check, op = _rotary_check, _rotary_check.OP
-    q_len = check.rope_slice(q, "q", rope_start, rope_len)
-    k_len = check.rope_slice(k, "k", rope_start, rope_len)
-    compact = _NO_AXES
-    pairs = []
-    if cos is not None or sin is not None:
-        check.tables(("cos", "sin"), cos, sin, q, precision)
-        check.broadcasts("cos", cos, q, "q", q_len)
-        pairs.append(cos.shape[-1])
-    if k_cos is not None or k_sin is not None:
-        check.tables(("k_cos", "k_sin"), k_cos, k_sin, k, precision)
-        check.broadcasts("k_cos", k_cos, k, "k", k_len)
-        pairs.append(k_cos.shape[-1])
-    elif cos is not None and k.shape != q.shape:
-        check.broadcasts("cos", cos, k, "k", k_len)
-    if axes is not None:
-        if cos is not None:
-            raise ValueError(f"{op}: two tables for q; got cos and axes, expected one of them; drop the other.")
-        check.axis_tables(axes, grids, q, k, precision)
-        if k_cos is None and k_len != q_len:
-            raise ValueError(
-                f"{op}: axes serve q and k of one length; got {q_len} and {k_len} rotated tokens, expected the same; "
-                "pass k_cos and k_sin."
-            )
-        pairs.append(sum(t.shape[1] for t in axes[::2]))
-        compact = (*axes, *_NO_AXES[len(axes) :])
-    elif grids is not None:
-        raise ValueError(f"{op}: grids without axes; got axes=None, expected the per-axis tables; pass them.")
-    elif layout != "axis_half" and len(pairs) < 2:
-        return compact
-    if len(pairs) == 2 and pairs[0] != pairs[1]:
-        raise ValueError(
-            f"{op}: q and k rotate different numbers of channels; got R = {2 * pairs[0]} and {2 * pairs[1]}, "
-            "expected one; call it once for each."
-        )
-    if pairs and layout == "axis_half":
-        check.axis_half(0 if axes is None else len(axes), 2 * pairs[0])
-    return compact

@@ -159,7 +159,8 @@ def axis_half(sections: int, rotated: int) -> None:
         )
 
 
-def axis_tables(axes: Sequence[Tensor], grids: Tensor | None, q: Tensor, k: Tensor, precision: str) -> None:
+def six_axes(axes: Sequence[Tensor], grids: Tensor | None) -> tuple[Tensor | None, ...]:
+    """axes, None where there is no such axis."""
     if len(axes) not in (2, 4, 6) or not all(isinstance(t, Tensor) for t in axes):
         raise ValueError(
             f"{OP}: axes must be (cos_t, sin_t[, cos_h, sin_h[, cos_w, sin_w]]); got {len(axes)} entries, "
@@ -167,6 +168,10 @@ def axis_tables(axes: Sequence[Tensor], grids: Tensor | None, q: Tensor, k: Tens
         )
     if grids is None:
         raise ValueError(f"{OP}: axes without grids; got grids=None, expected int32 (S, {len(axes) // 2}); pass it.")
+    return *axes, *(None,) * (6 - len(axes))
+
+
+def axis_tables(axes: Sequence[Tensor], grids: Tensor, q: Tensor, k: Tensor, precision: str) -> None:
     width = 0
     for i, t in enumerate(axes):
         _table_dtype(f"axes[{i}]", t, q, precision)

@@ -139,23 +139,27 @@ def opcheck(sample: Sample, backend: str, device: str = "cpu", dtype: torch.dtyp
     return len(calls)
 
 
-def paths_equal(sample: Sample, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
-    """The eager fast path and torch.ops give the same bits, forward and backward."""
-    args, kwargs = sample.make(Maker(dtype, device))
+def paths_equal(sample: Sample, dtype: torch.dtype, backend: str, device: str = "cpu", calls: int = 1) -> None:
+    """The eager fast path and torch.ops give the same bits, forward and backward.
+
+    calls: with other values each, known by their facts from the second on, and recorded from the third.
+    """
     op = public(sample.op)
+    for seed in range(calls):
+        args, kwargs = sample.make(Maker(dtype, device, seed=seed))
 
-    def run():
-        a, k, leaves = _leaves(sample, args, kwargs)
-        out = [o for o in close.flat(op(*a, **k, backend=backend)) if o.is_floating_point()]
-        wanted = [o for o in out if o.requires_grad]
-        grads = torch.autograd.grad([o.double().sum() for o in wanted], leaves, allow_unused=True) if wanted else ()
-        return [*out, *(g for g in grads if g is not None)]
+        def run(args=args, kwargs=kwargs):
+            a, k, leaves = _leaves(sample, args, kwargs)
+            out = [o for o in close.flat(op(*a, **k, backend=backend)) if o.is_floating_point()]
+            wanted = [o for o in out if o.requires_grad]
+            grads = torch.autograd.grad([o.double().sum() for o in wanted], leaves, allow_unused=True) if wanted else ()
+            return [*out, *(g for g in grads if g is not None)]
 
-    direct = run()
-    with _Record():
-        routed = run()
-    for i, (a, b) in enumerate(zip(direct, routed, strict=True)):
-        close.assert_bitwise(a, b, f"{sample} {dtype} {backend} tensor {i}: fast path and torch.ops")
+        direct = run()
+        with _Record():
+            routed = run()
+        for i, (a, b) in enumerate(zip(direct, routed, strict=True)):
+            close.assert_bitwise(a, b, f"{sample} {dtype} {backend} call {seed} tensor {i}: fast path and torch.ops")
 
 
 def _own_memory(t):

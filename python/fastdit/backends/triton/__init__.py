@@ -19,5 +19,6 @@ def register_all() -> None:
     except (ImportError, AttributeError) as error:  # a Triton that moved what the launches stand on
         registry.mark_unavailable("triton", f"cannot use the installed triton ({error}); 3.6 and 3.7 are known to work")
         return
+    registry.recorders["triton"] = importlib.import_module(f"{__name__}._record").record
     for adapter in adapters:
         adapter.register()

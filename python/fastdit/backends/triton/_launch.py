@@ -16,6 +16,7 @@ Three ways to run, one code path in the adapters:
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,13 @@ _PROCESSORS = {80: 108, 90: 132, 100: 148, 120: 188}  # of A100, H200, B200, RTX
 collecting: Callable[..., None] | None = None  # (kernel, grid, args, options): set by testing/aot.py only
 on_cpu: bool = INTERPRET  # kernels take CPU tensors: the interpreter, and tests that pretend a GPU
 _pretended: int | None = None
+
+
+class _Watching(threading.local):
+    launched: list | None = None  # (Launch, tensors, run) of this thread, while `_record` looks on
+
+
+watching = _Watching()
 
 
 def unfit(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)) -> str | None:
@@ -84,7 +92,7 @@ class Launch:
     grid: x up to 2^31 - 1, y and z up to 65,535. numbers: after the tensors; constants: after the numbers.
     """
 
-    __slots__ = ("_rest", "_runs", "constants", "grid", "kernel", "num_stages", "num_warps")
+    __slots__ = ("_runs", "constants", "grid", "kernel", "num_stages", "num_warps", "rest")
 
     def __init__(
         self,
@@ -97,13 +105,15 @@ class Launch:
     ) -> None:
         self.kernel, self.grid, self.constants = kernel, grid, constants
         self.num_warps, self.num_stages = num_warps, num_stages
-        self._rest = (*numbers, *constants)
+        self.rest = (*numbers, *constants)
         self._runs: dict[tuple, Callable[..., None]] = {}  # by (dtypes, alignment; None where all pointers have it)
 
     def __call__(self, *tensors: Any) -> None:
         """Runs on the stream and device of tensors[0]. tensors: Tensor, None or triton's TensorDescriptor."""
-        if INTERPRET or collecting is not None or _hooks.calls or _runtime.launch_enter_hook is not _hooks:
+        if INTERPRET or collecting is not None or hooked():
             self._build(tensors)
+            if watching.launched is not None:
+                watching.launched.append((self, tensors, None))
             return
         device = tensors[0].get_device()
         if device != _C._cuda_getDevice():
@@ -125,13 +135,22 @@ class Launch:
             key = (id(self.kernel), device, kinds, aligned, self.constants, self.num_warps, self.num_stages)
             run = _ready.get(key)  # hash(kernel) costs 0.5 us
             if run is None:
-                self._runs[kinds, aligned] = _ready[key] = _runner(self._build(tensors))  # which runs it, too
+                self._runs[kinds, aligned] = _ready[key] = run = _runner(self._build(tensors))  # which runs it, too
+                if watching.launched is not None:
+                    watching.launched.append((self, tensors, None if aligned else run))
                 return
             self._runs[kinds, aligned] = run
-        run(self.grid, _C._cuda_getCurrentRawStream(device), (*pointers, *self._rest))
+        if watching.launched is not None:
+            watching.launched.append((self, tensors, None if aligned else run))
+        run(self.grid, _C._cuda_getCurrentRawStream(device), (*pointers, *self.rest))
 
     def _build(self, tensors: tuple) -> Any:
-        return _slow(self.kernel, self.grid, (*tensors, *self._rest), self.num_warps, self.num_stages)
+        return _slow(self.kernel, self.grid, (*tensors, *self.rest), self.num_warps, self.num_stages)
+
+
+def hooked() -> bool:
+    """A profiler wants to see every launch."""
+    return _hooks.calls or _runtime.launch_enter_hook is not _hooks
 
 
 def launch(

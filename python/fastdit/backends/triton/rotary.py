@@ -141,6 +141,14 @@ def strides(x):
     return tuple([s if n > 1 else 0 for n, s in zip(shape[:3], stride, strict=False)])
 
 
+def contiguous_strides(x):
+    """`strides` of a contiguous tensor of x's shape."""
+    *batch, tokens, heads, channels = x.shape
+    token = heads * channels
+    steps = (tokens * token if batch and batch[0] > 1 else 0, token, channels)
+    return steps[0], steps[1] if tokens > 1 else 0, steps[2] if heads > 1 else 0
+
+
 def alike(cos, sin):
     """cos and sin in one layout."""
     return (cos, sin) if cos is None or cos.stride() == sin.stride() else (cos.contiguous(), sin.contiguous())
@@ -230,8 +238,8 @@ def _plan(q, k, inplace, cos, k_cos, *rest) -> Launch:
     BT = fixed[0]
     q_tiles = -(-batch * q_tokens // BT) if q_any else 0
     k_tiles = -(-batch * k_tokens // BT) if k_any and not together else 0
-    outputs = (q, k) if inplace else (empty(t.to("meta")) for t in (q, k))
-    steps = (*strides(q), *strides(k), *(s for t in outputs for s in strides(t)))
+    written = strides if inplace else contiguous_strides
+    steps = (*strides(q), *strides(k), *written(q), *written(k))
     return Launch(
         kernels.qk_norm_rope,
         (q_tiles + k_tiles, groups, 1),

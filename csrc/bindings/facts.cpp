@@ -1,0 +1,103 @@
+// The facts of a call, as python/fastdit/backends/_facts.py says them: a third of the host's cost of an op, half of it
+// here. Written against Python's own interface, since pybind11's way into a function costs as much as this one.
+#include <pybind11/pybind11.h>
+
+namespace {
+
+PyTypeObject* tensor_types[2];  // Tensor and Parameter; a subclass may compute its shape, and is refused
+PyTypeObject* size_type;        // torch.Size
+PyObject *shape, *stride, *dtype, *device, *get_device, *is_cpu;
+
+bool plain(PyObject* a) {
+  const PyTypeObject* type = Py_TYPE(a);
+  return a == Py_None || type == &PyUnicode_Type || type == &PyFloat_Type || type == &PyLong_Type ||
+         type == &PyBool_Type || type == &PyTuple_Type || type == size_type;
+}
+
+PyObject* call(PyObject* t, PyObject* method) {
+  PyObject* self[] = {t};
+  return PyObject_VectorcallMethod(method, self, 1, nullptr);
+}
+
+// The number of the accelerator's device, of which a torch has one kind; True for the CPU, else the device.
+PyObject* place(PyObject* t) {
+  PyObject* found = call(t, get_device);
+  if (!found || PyLong_AsLong(found) >= 0) return found;
+  Py_SETREF(found, PyObject_GetAttr(t, is_cpu));
+  if (found == Py_False) Py_SETREF(found, PyObject_GetAttr(t, device));
+  return found;
+}
+
+bool is_tensor(PyObject* a) { return Py_TYPE(a) == tensor_types[0] || Py_TYPE(a) == tensor_types[1]; }
+
+// Shape, strides, dtype and place to made[at] and the next three; false, with an exception, where t has no strides.
+bool add_tensor(PyObject* made, Py_ssize_t at, PyObject* t) {
+  for (int i = 0; i < 4; ++i) {
+    PyObject* fact = i == 0   ? PyObject_GetAttr(t, shape)
+                     : i == 1 ? call(t, stride)
+                     : i == 2 ? PyObject_GetAttr(t, dtype)
+                              : place(t);
+    if (!fact) return false;
+    PyTuple_SET_ITEM(made, at + i, fact);
+  }
+  return true;
+}
+
+// One flat tuple: nested ones take longer to compare. A torch.Size, strides, a dtype and a place in a row are a tensor:
+// no argument is a dtype.
+PyObject* facts(PyObject*, PyObject* args) {
+  if (!size_type || !PyTuple_Check(args)) Py_RETURN_NONE;
+  const Py_ssize_t n = PyTuple_GET_SIZE(args);
+  Py_ssize_t count = n, at = 0;
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    PyObject* a = PyTuple_GET_ITEM(args, i);
+    if (is_tensor(a))
+      count += 3;
+    else if (!plain(a))
+      Py_RETURN_NONE;
+  }
+  PyObject* made = PyTuple_New(count);
+  if (!made) return nullptr;
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    PyObject* a = PyTuple_GET_ITEM(args, i);
+    if (!is_tensor(a)) {
+      Py_INCREF(a);
+      PyTuple_SET_ITEM(made, at++, a);
+    } else if (add_tensor(made, at, a)) {
+      at += 4;
+    } else {
+      Py_DECREF(made);
+      if (!PyErr_ExceptionMatches(PyExc_RuntimeError)) return nullptr;
+      PyErr_Clear();
+      Py_RETURN_NONE;
+    }
+  }
+  return made;
+}
+
+PyObject* facts_types(PyObject*, PyObject* args) {
+  PyObject *tensor, *parameter, *size;
+  if (!PyArg_ParseTuple(args, "O!O!O!", &PyType_Type, &tensor, &PyType_Type, &parameter, &PyType_Type, &size))
+    return nullptr;
+  PyObject** const names[] = {&shape, &stride, &dtype, &device, &get_device, &is_cpu};
+  const char* const texts[] = {"shape", "stride", "dtype", "device", "get_device", "is_cpu"};
+  for (int i = 0; i < 6; ++i)
+    if (!(*names[i] = PyUnicode_InternFromString(texts[i]))) return nullptr;
+  for (PyObject* type : {tensor, parameter, size}) Py_INCREF(type);  // for good
+  tensor_types[0] = reinterpret_cast<PyTypeObject*>(tensor);
+  tensor_types[1] = reinterpret_cast<PyTypeObject*>(parameter);
+  size_type = reinterpret_cast<PyTypeObject*>(size);
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"facts", facts, METH_O, "facts(args) -> tuple, or None where facts of an argument cannot be kept"},
+    {"facts_types", facts_types, METH_VARARGS, "facts_types(Tensor, Parameter, Size), once, before facts"},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+void bind_facts(pybind11::module_& m) {
+  if (PyModule_AddFunctions(m.ptr(), methods) < 0) throw pybind11::error_already_set();
+}
