@@ -32,6 +32,16 @@ _BLOCK_C = 32  # channels of a program of modulation_sums: a line of memory
 _TABLES = ("gate", "shift", "scale")
 
 
+def _default(channels: int, itemsize: int, held: int, arch: int) -> Config:
+    """held: rows that a lane keeps in registers; loads on their way take the rest of them."""
+    config = fitting(channels, itemsize, (240 if itemsize == 2 else 200) // held, 2)
+    if itemsize == 4 and arch >= 120:  # 99 KB of shared memory hold no third stage of 5,120 channels
+        return config._replace(stages=2)
+    if itemsize == 4 and arch == 100 and held > 7 and config.blocks[:2] == (512, 1):
+        return Config((1024, 1, 2), 8, 2)  # ptxas gives 4 warps of such a row 128 registers, and spills
+    return config
+
+
 def _incoming(grad):
     return None if grad is None else rows_contiguous(grad)
 
@@ -75,12 +85,8 @@ def _walk(args, indices, order, options, outputs, wanted) -> None:
     sums = sum(g is not None for g in wanted)
     tables = sum(t is not None for t in (gate, scale, weight, post_weight))
     held = sums + tables + (3 if residual is None else 5 if post_norm is None else 7)  # rows that a lane keeps
-    registers = 240 if itemsize == 2 else 200  # for them; loads on their way take the rest
     config = choose(
-        "modulation_backward",
-        y,
-        (y.dtype, channels, held),
-        lambda arch: fitting(channels, itemsize, registers // held, 2),
+        "modulation_backward", y, (y.dtype, channels, held), lambda arch: _default(channels, itemsize, held, arch)
     )
     chunk, at_once, per_processor = config.blocks
     warps = config.warps
