@@ -57,17 +57,17 @@ class Known:
         return args
 
     def forward(self, given: Sequence) -> Any:
+        record = self._record  # another thread may be recording, too
         if self.again is not None:
             outputs = self.again(self.tensors(given))
             if outputs is not None:
                 return outputs
-        elif self._record is not None and not self._seen:
-            self._seen = True
-        elif self._record is not None:
+        elif record is not None and self._seen:
             given = apart(given)
-            outputs, self.again = self._record(self.impl.forward, self.arguments(given), self.tensors(given))
+            outputs, self.again = record(self.impl.forward, self.arguments(given), self.tensors(given))
             self._record = None
             return outputs
+        self._seen = True
         return self.impl.forward(*self.arguments(given))
 
 

@@ -9,6 +9,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from ..backends import _facts
+
 GUARD = 256  # elements on each side
 _PATTERN = {torch.int32: 0x7FABCDEF, torch.int64: 0x7FABCDEF_7FABCDEF, torch.uint8: 0xAB, torch.int16: 0x7ABC}
 
@@ -19,24 +21,32 @@ def _bits(t: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Inside the block `torch.empty`, `torch.empty_like` and `Tensor.new_empty` give NaN between guards.
+    """Inside the block torch's ways to uninitialised memory give NaN between guards.
 
     On exit a guard that was written to raises AssertionError. An output element that a kernel forgot stays NaN and
     fails the comparison that follows.
     """
-    real_empty = torch.empty
+    real_empty, real_strided = torch.empty, Tensor.new_empty_strided
     guards: list[tuple[Tensor, int]] = []
 
     def empty(*size, dtype=None, device=None, memory_format=torch.contiguous_format, **kwargs):
         shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
         dtype = dtype or torch.get_default_dtype()
-        plain = real_empty(shape, dtype=dtype, device=device, memory_format=memory_format, **kwargs)
-        if plain.device.type not in ("cpu", "cuda") or plain.numel() == 0 or dtype is torch.bool or dtype.is_complex:
+        return guarded(real_empty(shape, dtype=dtype, device=device, memory_format=memory_format, **kwargs))
+
+    def guarded(plain: Tensor) -> Tensor:
+        """plain leaves no gaps."""
+        if (
+            plain.device.type not in ("cpu", "cuda")
+            or plain.numel() == 0
+            or plain.dtype is torch.bool
+            or plain.is_complex()
+        ):
             return plain
-        wide = real_empty(plain.numel() + 2 * GUARD, dtype=dtype, device=plain.device)
-        wide.fill_(float("nan") if dtype.is_floating_point else _PATTERN.get(dtype, 0x5A))
+        wide = real_empty(plain.numel() + 2 * GUARD, dtype=plain.dtype, device=plain.device)
+        wide.fill_(float("nan") if plain.is_floating_point() else _PATTERN.get(plain.dtype, 0x5A))
         guards.append((wide, plain.numel()))
-        return wide.as_strided(shape, plain.stride(), GUARD)
+        return wide.as_strided(plain.shape, plain.stride(), GUARD)
 
     def empty_like(t, *, dtype=None, device=None, memory_format=torch.preserve_format, **kwargs):
         if memory_format is torch.preserve_format:
@@ -48,12 +58,19 @@ def poisoned() -> Iterator[None]:
     def new_empty(t, *size, dtype=None, device=None, **kwargs):
         return empty(*size, dtype=dtype or t.dtype, device=device or t.device)
 
+    def new_empty_strided(t, size, stride, **kwargs):
+        plain = real_strided(t, size, stride, **kwargs)
+        span = 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+        return guarded(plain) if plain.numel() == span else plain
+
     with (
         mock.patch.object(torch, "empty", empty),
         mock.patch.object(torch, "empty_like", empty_like),
         mock.patch.object(Tensor, "new_empty", new_empty),
+        mock.patch.object(Tensor, "new_empty_strided", new_empty_strided),
     ):
         yield
+    _facts.forget()  # a forward was not recorded while its memory was being filled
     for wide, count in guards:
         bits = _bits(wide)
         edge = torch.cat([bits[:GUARD], bits[GUARD + count :]])
