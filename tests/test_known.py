@@ -6,7 +6,7 @@ import torch
 import fastdit
 from fastdit import ops
 from fastdit.backends import _facts
-from fastdit.ops import _op
+from fastdit.ops import _known, _op, modulation
 
 
 @pytest.fixture(autouse=True)
@@ -128,3 +128,25 @@ def test_known_calls_are_forgotten(monkeypatch):
         assert 1 <= len(op._known) <= 4
     _facts.forget()
     assert not op._known
+
+
+def test_a_call_that_came_twice_is_known_without_its_facts(monkeypatch):
+    def call():
+        return ops.norm_modulate(_randn(2, 4, 8), shift=_randn(2, 8))
+
+    wanted = [call(), call()][0]
+    monkeypatch.setattr(_facts, "facts", None)
+    assert torch.equal(call(), wanted)
+    with pytest.raises(TypeError):
+        ops.norm_modulate(_randn(2, 4, 8), shift=_randn(2, 8), eps=1e-5)
+    _facts.forget()
+    with pytest.raises(TypeError):
+        call()
+
+
+def test_more_calls_in_turn_than_are_recent():
+    for _ in range(4):
+        for n in range(1, 9):
+            x = _randn(2, n, 8)
+            assert torch.equal(ops.norm_modulate(x), ops.norm_modulate(x.clone(), backend="cpu"))
+    assert len(modulation._norm_modulate._recent) == _known.RECENT

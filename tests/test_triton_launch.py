@@ -4,17 +4,17 @@ No GPU is needed: compiled kernels, the driver and the two questions to torch.cu
 Everything else is the path that a GPU takes, in the interpreter's process with the interpreter switched off.
 """
 
+import functools
 import threading
-import timeit
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
+from host_cost import at_most
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import _allocation
 
@@ -437,31 +437,14 @@ KERNEL_NAMED = SimpleNamespace(fn=SimpleNamespace(__name__="kernel"))
 
 
 # ---- host cost ----------------------------------------------------------------------------------------------
-def _us(call, number=200):
-    call()
-    return min(timeit.repeat(call, number=number, repeat=60)) / number * 1e6
-
-
-def _at_most(bar, cost):
-    """Other work on the machine only adds to a time: the least that several tries show is the cost.
-
-    The bar is in us of a machine where F.layer_norm without grad costs 3; a slower one scales it.
-    """
-    x, found = torch.randn(1, 2, 8), []
-    for _ in range(20):
-        found.append(cost() / max(1.0, _us(lambda: F.layer_norm(x, (8,))) / 3.0))
-        if found[-1] <= bar:
-            print(f"\n{found[-1]:.1f} us, bar {bar}")
-            return
-    raise AssertionError(f"{min(found):.1f} us, bar {bar}")
-
-
 @pytest.mark.alone
-def test_cost_of_a_launch(gpu):
+@pytest.mark.parametrize("held, bar", [(True, 3.0), (False, 4.5)], ids=["of-a-plan", "on-its-own"])
+def test_cost_of_a_launch(gpu, held, bar):
     """12 pointers, 20 numbers, 11 constants: the most that a kernel here takes. Without the driver's own time."""
-    x = torch.empty(64)
-    args = (KERNEL, (5, 6, 7), (*(x,) * 7, *(None,) * 5), tuple(range(20)), tuple(range(11)), 4, 3)
-    _at_most(3.0, lambda: _us(lambda: _launch.launch(*args)))
+    tensors = (*(torch.empty(64),) * 7, *(None,) * 5)
+    rest = (tuple(range(20)), tuple(range(11)), 4, 3)
+    planned = _launch.Launch(KERNEL, (5, 6, 7), *rest)
+    at_most(bar, lambda: planned(*tensors) if held else _launch.launch(KERNEL, (5, 6, 7), tensors, *rest))
 
 
 @pytest.mark.alone
@@ -475,10 +458,4 @@ def test_cost_of_an_op(gpu, monkeypatch, op, grad):
     with torch.no_grad():
         outputs = _tensors(call(*args, **kwargs, backend="triton"))
     x = args[0].detach().requires_grad_(grad)
-
-    def cost():
-        with torch.set_grad_enabled(grad):
-            whole = _us(lambda: call(x, *args[1:], **kwargs, backend="triton"))
-        return whole - sum(_us(lambda o=o: torch.empty(o.shape, dtype=o.dtype)) for o in outputs)
-
-    _at_most(15.0 if grad else 6.0, cost)
+    at_most(15.0 if grad else 6.0, functools.partial(call, x, *args[1:], **kwargs, backend="triton"), outputs, grad)

@@ -6,6 +6,7 @@ namespace {
 
 PyTypeObject* tensor_types[2];  // Tensor and Parameter; a subclass may compute its shape, and is refused
 PyTypeObject* size_type;        // torch.Size
+constexpr Py_ssize_t most_tensors = 32;
 PyObject *shape, *stride, *dtype, *device, *get_device, *is_cpu;
 
 bool plain(PyObject* a) {
@@ -75,6 +76,55 @@ PyObject* facts(PyObject*, PyObject* args) {
   return made;
 }
 
+// Whether a call's arguments are those of constants, where Ellipsis stands for any tensor; the tensors to found.
+bool same_constants(PyObject* constants, PyObject* given, PyObject** found, Py_ssize_t* count) {
+  const Py_ssize_t n = PyTuple_GET_SIZE(constants);
+  if (n != PyTuple_GET_SIZE(given)) return false;
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    PyObject *c = PyTuple_GET_ITEM(constants, i), *g = PyTuple_GET_ITEM(given, i);
+    if (c == Py_Ellipsis) {
+      if (!is_tensor(g) || *count == most_tensors) return false;
+      found[(*count)++] = g;
+    } else if (c != g && (Py_TYPE(c) != Py_TYPE(g) || PyObject_RichCompareBool(c, g, Py_EQ) != 1)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// recent(calls, given, settings...) -> the one of calls with these facts, which moves up a place; None where none has
+// them. calls: a list of (check of all tensors, constants, settings, ...).
+PyObject* recent(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count < 2 || !PyList_Check(args[0]) || !PyTuple_Check(args[1])) {
+    PyErr_SetString(PyExc_TypeError, "recent: expected a list, a tuple and settings");
+    return nullptr;
+  }
+  PyObject *calls = args[0], *tensors[most_tensors];
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(calls); ++i) {
+    PyObject *call = PyList_GET_ITEM(calls, i), *settings = PyTuple_GET_ITEM(call, 2);
+    bool same = PyTuple_GET_SIZE(settings) == count - 2;
+    for (Py_ssize_t j = 2; same && j < count; ++j) same = PyTuple_GET_ITEM(settings, j - 2) == args[j];
+    Py_ssize_t n = 0;
+    if (!same || !same_constants(PyTuple_GET_ITEM(call, 1), args[1], tensors, &n)) {
+      PyErr_Clear();  // values that cannot be compared are not the same
+      continue;
+    }
+    Py_INCREF(call);
+    PyObject* held = PyObject_Vectorcall(PyTuple_GET_ITEM(call, 0), tensors, n, nullptr);
+    if (!held) PyErr_Clear();
+    Py_XDECREF(held);
+    if (held == Py_True) {
+      if (i > 0 && i < PyList_GET_SIZE(calls) && PyList_GET_ITEM(calls, i) == call) {
+        PyList_SET_ITEM(calls, i, PyList_GET_ITEM(calls, i - 1));
+        PyList_SET_ITEM(calls, i - 1, call);
+      }
+      return call;
+    }
+    Py_DECREF(call);
+  }
+  Py_RETURN_NONE;
+}
+
 PyObject* facts_types(PyObject*, PyObject* args) {
   PyObject *tensor, *parameter, *size;
   if (!PyArg_ParseTuple(args, "O!O!O!", &PyType_Type, &tensor, &PyType_Type, &parameter, &PyType_Type, &size))
@@ -92,6 +142,8 @@ PyObject* facts_types(PyObject*, PyObject* args) {
 
 PyMethodDef methods[] = {
     {"facts", facts, METH_O, "facts(args) -> tuple, or None where facts of an argument cannot be kept"},
+    {"recent", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(recent)), METH_FASTCALL,
+     "recent(calls, given, *settings) -> the one of calls with these facts, or None"},
     {"facts_types", facts_types, METH_VARARGS, "facts_types(Tensor, Parameter, Size), once, before facts"},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -7,7 +7,7 @@ nor an element is one, so nothing here looks into memory or keeps a tensor alive
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +17,8 @@ Made = TypeVar("Made")
 MOST = 4096  # facts of one function: what ragged shapes leave behind before it starts anew
 _VALUES = frozenset((type(None), bool, int, float, str, tuple, torch.Size))
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
-_all: list[dict[tuple, Any]] = []
+_C: Any = torch._C
+_all: list[dict[tuple, Any] | list[tuple]] = []
 
 
 def _place(t: Tensor) -> Any:
@@ -46,15 +47,50 @@ try:
     from .. import _cpu
 except ImportError:  # the CPU backend tells why
     facts = _facts
+
+    def recent(calls: list[tuple], given: tuple, *settings: Any) -> tuple | None:
+        return None
 else:
     _cpu.facts_types(Tensor, torch.nn.Parameter, torch.Size)
     facts = _cpu.facts  # the same in half the time
+    recent = _cpu.recent
 
 
 def memory() -> dict[tuple, Any]:
     """A dict that `forget` clears, for what follows from facts."""
-    _all.append({})
-    return _all[-1]
+    made: dict[tuple, Any] = {}
+    _all.append(made)
+    return made
+
+
+def recents() -> list[tuple]:
+    """A list that `forget` clears, for `recent`: calls as (all_same(tensors), constants, settings, ...)."""
+    made: list[tuple] = []
+    _all.append(made)
+    return made
+
+
+def as_recent(given: Sequence, *settings: Any) -> tuple | None:
+    """A call as `recent` knows it again, in a third of the time that finding its facts takes.
+
+    By torch.compile's guard of tensors: type, shape, strides, dtype, device, requires_grad and dispatch keys, which
+    autocast and inference change. It never knows a call again that passes one tensor twice: None for such a one, and
+    where this torch has it in another form.
+    """
+    tensors = [a for a in given if isinstance(a, Tensor)]
+    if len(set(map(id, tensors))) < len(tensors):
+        return None
+    try:
+        check = _C._dynamo.guards.TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=[list(t.shape) for t in tensors],
+            dynamic_dims_strides=[list(t.stride()) for t in tensors],
+        ).check
+        if not check(*tensors):
+            return None
+    except Exception:
+        return None
+    return check, tuple(... if isinstance(a, Tensor) else a for a in given), settings
 
 
 def kept(make: Callable[..., Made]) -> Callable[..., Made]:

@@ -5,6 +5,7 @@ Mirrors csrc/bindings/patch.h.
 
 from __future__ import annotations
 
+import functools
 import math
 
 from .cpu._abi import DTYPE, pointer
@@ -55,9 +56,10 @@ def embed_arguments(x, weight, bias, pos, y, grids, threads=1):
     )  # fmt: skip
 
 
-def inside(channels, patch, order):
+@functools.cache
+def inside(channels, pt, ph, pw, order):
     """Strides of c, t, h, w inside a token whose values lie in this order."""
-    size, stride, K = dict(zip("cthw", (channels, *patch), strict=True)), {}, 1
+    size, stride, K = dict(zip("cthw", (channels, pt, ph, pw), strict=True)), {}, 1
     for letter in reversed(order):
         stride[letter] = K
         K *= size[letter]

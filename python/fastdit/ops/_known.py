@@ -8,7 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..backends import _facts
 from ..backends.registry import Impl, recorders
+
+RECENT = 4  # calls of an op; each takes 0.1 us to pass by
 
 
 def apart(given: Sequence, grad: bool = False) -> list:
@@ -16,63 +19,89 @@ def apart(given: Sequence, grad: bool = False) -> list:
     return [a.detach().requires_grad_(grad and a.requires_grad) if isinstance(a, Tensor) else a for a in given]
 
 
-def learn(impl: Impl, given: Sequence, args: Sequence) -> Known | None:
-    """given: `apart`; args: what the op's check made of them. None where it made a tensor."""
+def learn(impl: Impl, given: Sequence, args: Sequence, wrt: Sequence[int]) -> Known | None:
+    """given: `apart`; args: what the op's check made of them. None where it made a tensor or took one twice that has a
+    gradient."""
     positions = {id(a): i for i, a in enumerate(given) if isinstance(a, Tensor)}
     sources = [positions.get(id(a)) for a in args]
     if any(isinstance(a, Tensor) and (j is None or args[j] is not a) for a, j in zip(args, sources, strict=True)):
         return None
-    same = all(a is b for a, b in zip(args, given, strict=True))
-    return Known(impl, args, [(i, j) for i, j in enumerate(sources) if j is not None], same)
+    moved = [(i, j) for i, j in enumerate(sources) if j is not None]
+    known = Known(impl, args, moved, wrt, all(a is b for a, b in zip(args, given, strict=True)))
+    slots = [k for k in known.wrt if k is not None]
+    return known if len(set(slots)) == len(slots) else None
 
 
 class Known:
     """One call: who runs it, on which arguments, and how it is done again. It is recorded when it comes a second time:
     recording takes 0.2 ms, and a pack of ragged lengths may never come again.
 
-    args: its arguments in the order of the schema. moved: (position there, in what is given) of each tensor; the
-    arguments may be given, too. same: what is given is the arguments.
+    args: its arguments in the order of the schema. moved: (position there, in what is given) of each tensor. wrt: the
+    positions of the differentiable ones. same: what is given is the arguments.
+
+    Attributes:
+        tensors: from what is given, those that the arguments are made of, each once: all that autograd is shown, since
+            it takes 0.2 us for anything else.
+        wrt: the place among those of each differentiable argument, or None.
     """
 
-    __slots__ = ("_moved", "_record", "_same", "_seen", "again", "impl", "places", "rest", "tensors")
+    __slots__ = ("_moved", "_recent", "_record", "_rest", "_seen", "_times", "again", "impl", "same", "tensors", "wrt")
 
-    def __init__(self, impl: Impl, args: Sequence, moved: Sequence[tuple[int, int]], same: bool) -> None:
-        self.impl, self._moved, self._same = impl, moved, same
+    def __init__(
+        self, impl: Impl, args: Sequence, moved: Sequence[tuple[int, int]], wrt: Sequence[int], same: bool
+    ) -> None:
+        self.impl, self.same = impl, same
         self._record, self._seen = recorders.get(impl.backend), False
-        self.rest = [None if isinstance(a, Tensor) else a for a in args]  # never written to
-        self.places = [i for i, _ in moved]
+        self._recent, self._times = (), 0
+        self._rest = [None if isinstance(a, Tensor) else a for a in args]  # never written to
         sources = sorted({j for _, j in moved})
+        self._moved = [(i, sources.index(j)) for i, j in moved]
+        places = dict(self._moved)
+        self.wrt = [places.get(i) for i in wrt]
         self.tensors: Callable[[Sequence], tuple[Tensor, ...]] = (
             operator.itemgetter(*sources) if len(sources) > 1 else lambda given: tuple([given[j] for j in sources])
         )
-        self.again: Callable[[tuple[Tensor, ...]], Any] | None = None
+        self.again: Callable[[Sequence[Tensor]], Any] | None = None
 
-    def arguments(self, given: Sequence) -> Sequence:
+    def remember(self, calls: list[tuple], given: Sequence, settings: tuple, grad: bool) -> None:
+        """Puts this call among the first that are compared with the next one.
+
+        Other tensors may have its facts: with a gradient to get where grad is False, or under autocast. Built twice
+        at most, since that takes 3 us.
+        """
+        if self._times < 2:
+            how = _facts.as_recent(given, *settings)
+            if how is not None:
+                self._recent = (*how, self, grad)
+                self._times += 1
+        if self._recent:
+            calls[:] = [self._recent, *(c for c in calls if c is not self._recent)][:RECENT]
+
+    def arguments(self, tensors: Sequence[Tensor]) -> list:
         """The arguments in the order of the schema."""
-        if self._same:
-            return given
-        args = self.rest.copy()
-        for i, j in self._moved:
-            args[i] = given[j]
+        args = self._rest.copy()
+        for i, k in self._moved:
+            args[i] = tensors[k]
         return args
 
-    def forward(self, given: Sequence) -> Any:
+    def forward(self, tensors: Sequence[Tensor], args: Sequence | None = None) -> Any:
+        """args: the arguments, where the caller has them."""
         record = self._record  # another thread may be recording, too
         if self.again is not None:
-            outputs = self.again(self.tensors(given))
+            outputs = self.again(tensors)
             if outputs is not None:
                 return outputs
         elif record is not None and self._seen:
-            given = apart(given)
-            outputs, self.again = record(self.impl.forward, self.arguments(given), self.tensors(given))
+            tensors = apart(tensors)
+            outputs, self.again = record(self.impl.forward, self.arguments(tensors), tensors)
             self._record = None
             return outputs
         self._seen = True
-        return self.impl.forward(*self.arguments(given))
+        return self.impl.forward(*(self.arguments(tensors) if args is None else args))
 
 
-def as_it_is(impl: Impl, args: Sequence) -> Known:
+def as_it_is(impl: Impl, args: Sequence, wrt: Sequence[int]) -> Known:
     """A call of which nothing is kept."""
-    known = Known(impl, args, [(i, i) for i, a in enumerate(args) if isinstance(a, Tensor)], True)
+    known = Known(impl, args, [(i, i) for i, a in enumerate(args) if isinstance(a, Tensor)], wrt, True)
     known._record = None
     return known

@@ -103,6 +103,7 @@ class Op:
         )
         self._check = check or _as_given
         self._known: dict[tuple, Any] = _facts.memory()
+        self._recent: list[tuple] = _facts.recents()
         self._validate: Any = validate
         self._fake = fake
         self._grad_like = grad_like
@@ -127,31 +128,43 @@ class Op:
         """given: the arguments in the order of the schema, as `check` takes them."""
         if torch.compiler.is_compiling() or _explain.probe.calls is not None or _watched():
             return self._call(backend, self._check(*given))
-        try:
-            grad = torch.is_grad_enabled() and self._differentiates(given)
-        except AttributeError:  # no tensor: what the check says
+        settings = (backend or registry.wanted(), torch.is_grad_enabled(), _allows_tf32())
+        call = _facts.recent(self._recent, given, *settings) or self._find(backend, given, settings)
+        if call is None:
             return self._call(backend, self._check(*given))
+        known, grad = call[3], call[4]
+        tensors = known.tensors(given)
+        args = given if known.same else None
+        if self._looks(given):
+            args = args or known.arguments(tensors)
+            self._validate(*args)
+        if grad:
+            return self._function.apply(known, *tensors)
+        if known.again is not None:
+            outputs = known.again(tensors)
+            if outputs is not None:
+                return outputs
+        return known.forward(tensors, args)
+
+    def _find(self, backend: str | None, given: tuple, settings: tuple) -> tuple | None:
+        """(..., known, whether autograd is to see it), or None for a call that needs every step every time."""
+        try:
+            grad = settings[1] and self._differentiates(given)
+        except AttributeError:  # no tensor: what the check says
+            return None
         facts = _facts.facts(given)
         if facts is None:
-            return self._call(backend, self._check(*given))
-        key = (facts, backend or registry.wanted(), grad, _allows_tf32())
+            return None
+        key = (facts, *settings, grad)
         try:
             known = self._known.get(key)
         except TypeError:  # a tuple that holds a list
-            return self._call(backend, self._check(*given))
+            return None
         if known is None:
             known = self._learn(key, backend, given)
-        if known is _STEP_BY_STEP:
-            return self._call(backend, self._check(*given))
-        if self._looks(given):
-            self._validate(*known.arguments(given))
-        if grad:
-            return self._function.apply(known, *known.arguments(given))
-        if known.again is not None:
-            outputs = known.again(known.tensors(given))
-            if outputs is not None:
-                return outputs
-        return known.forward(given)
+        elif known is not _STEP_BY_STEP:
+            known.remember(self._recent, given, settings, grad)
+        return None if known is _STEP_BY_STEP else (None, None, None, known, grad)
 
     def _looks(self, args: Sequence) -> bool:
         """Whether to look into the index tensors of args."""
@@ -167,7 +180,7 @@ class Op:
         alone = _known.apart(given, grad=True)
         args = self._check(*alone)
         impl = registry.select(self.name, args, backend)
-        known: Any = None if impl.backend == "reference" else _known.learn(impl, alone, args)
+        known: Any = None if impl.backend == "reference" else _known.learn(impl, alone, args, self._wrt)
         if len(self._known) >= _facts.MOST:
             self._known.clear()
         self._known[key] = known = known or _STEP_BY_STEP
@@ -188,7 +201,8 @@ class Op:
         if self._looks(args):
             self._validate(*args)
         if impl.backend != "reference" and torch.is_grad_enabled() and self._differentiates(args):
-            return self._function.apply(_known.as_it_is(impl, args), *args)
+            known = _known.as_it_is(impl, args, self._wrt)
+            return self._function.apply(known, *known.tensors(args))
         return impl.forward(*args)
 
     def _refuse_tangents(self, args: Sequence) -> None:
@@ -246,12 +260,8 @@ class Op:
         *args, ctx.backend = inputs
         outputs = output if isinstance(output, tuple) else (output,)
         places = [i for i in self._tensors if args[i] is not None]
-        self._save(ctx, places, [None if i in places else a for i, a in enumerate(args)], args, outputs)
-
-    def _save(self, ctx, places: list[int], rest: list, args: Sequence, outputs: tuple) -> None:
-        """places: of the tensors in args; rest: args without them."""
         ctx.set_materialize_grads(False)
-        ctx.places, ctx.rest = places, rest
+        ctx.places, ctx.rest = places, [None if i in places else a for i, a in enumerate(args)]
         ctx.save_for_backward(*[args[i] for i in places], *[outputs[i] for i in self.saves])
 
     def _restore(self, ctx) -> list:
@@ -284,21 +294,30 @@ class Op:
 
         class Eager(torch.autograd.Function):
             @staticmethod
-            def forward(ctx, known, *args):
-                output = known.forward(args)
-                ctx.impl = known.impl
-                op._save(ctx, known.places, known.rest, args, output if isinstance(output, tuple) else (output,))
+            def forward(ctx, known, *tensors):
+                output = known.forward(tensors)
+                ctx.known = known
+                ctx.set_materialize_grads(False)
+                outputs = output if isinstance(output, tuple) else (output,)
+                ctx.save_for_backward(*tensors, *[outputs[i] for i in op.saves])
                 return output
 
             @staticmethod
             def backward(ctx, *grads):
-                needs = [ctx.needs_input_grad[i + 1] for i in op._wrt]
-                args = op._restore(ctx)
+                known, saved = ctx.known, ctx.saved_tensors
+                needs = [k is not None and ctx.needs_input_grad[k + 1] for k in known.wrt]
+                count = len(saved) - len(op.saves)
+                args = (*known.arguments(saved), *saved[count:])
                 if torch.is_grad_enabled():  # create_graph: the op whose own autograd raises
-                    given = op._torch_backward(*grads, *args, needs, ctx.impl.backend)
+                    given = op._torch_backward(*grads, *args, needs, known.impl.backend)
                 else:
-                    given = ctx.impl.backward(*grads, *args, needs)
-                return (None, *op._place(given, needs))
+                    given = known.impl.backward(*grads, *args, needs)
+                out: list = [None] * (count + 1)
+                given = given if isinstance(given, (tuple, list)) else (given,)
+                for k, grad, need in zip(known.wrt, given, needs, strict=True):
+                    if need:
+                        out[k + 1] = grad
+                return tuple(out)
 
         Eager.__name__ = Eager.__qualname__ = f"{self.name}_eager"
         return Eager

@@ -84,13 +84,14 @@ def _move(kernel, tokens, y, grid, patch, channels, order):
         items += (tokens_at, y_at, batch, t, h, w, stride_b, stride_n)
         tokens_at += t * h * w * stride_n * itemsize
         y_at += t * h * w * K * itemsize
-    kernel(items, channels, tuple(patch), inside(channels, patch, order), itemsize, torch.get_num_threads())
+    kernel(items, channels, tuple(patch), inside(channels, *patch, order), itemsize, torch.get_num_threads())
 
 
 def unpatchify3d(tokens, grid, patch, channels, order):
-    shape = (tokens.numel(),)
+    shape: tuple[int, ...] = (tokens.numel(),)
     if tokens.dim() == 3:
-        shape = (tokens.shape[0], channels, *(n * p for n, p in zip(grid, patch, strict=True)))
+        (t, h, w), (pt, ph, pw) = grid, patch
+        shape = (tokens.shape[0], channels, t * pt, h * ph, w * pw)
     y = torch.empty(shape, dtype=tokens.dtype)
     _move(_cpu.unpatchify3d_forward, tokens, y, grid, patch, channels, order)
     return y

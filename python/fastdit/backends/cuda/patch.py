@@ -77,7 +77,7 @@ def patch_embed3d_backward(grad, x, weight, bias, pos, grids, needs):
 
 def _move(tokens, video, grid, patch, channels, order, back) -> None:
     arguments = (
-        items(video, channels, patch, grid, tokens), tuple(patch), inside(channels, patch, order), channels,
+        items(video, channels, patch, grid, tokens), tuple(patch), inside(channels, *patch, order), channels,
         tokens.element_size(), back,
     )  # fmt: skip
     op, ends = "unpatchify3d_backward" if back else "unpatchify3d", ((tokens,), (video,))
