@@ -27,7 +27,7 @@ def _dkdv_default(arch: int, itemsize: int, channels: int, mask: str) -> Config:
     if channels > 128:
         return Config((32, 32) if itemsize == 2 else (16, 16), 8, 1)
     if itemsize == 4:
-        return Config((32, 32), 4 if mask == "window" and channels <= 64 else 8, 1)
+        return Config((32, 32), 4 if mask == "window" and (channels <= 64 or arch < 90) else 8, 1)
     if 90 <= arch < 120:
         if mask == "window" and channels > 64:
             return Config((32, 128), 8, 3) if arch < 100 else Config((32, 64), 8, 2)
@@ -46,7 +46,8 @@ def _dq_default(arch: int, itemsize: int, channels: int, mask: str) -> Config:
     if channels > 128:
         return Config((32, 32) if itemsize == 2 else (16, 16), 8, 1)
     if itemsize == 4:
-        return Config((32, 32), 8, 1)
+        tight = arch < 90 and channels <= 80 and (channels > 64 or mask == "window")
+        return Config((32, 32), 4 if tight else 8, 1)
     if 90 <= arch < 120:
         wide = arch < 100 and channels <= 64
         return Config((128, 128) if wide else (128, 64), 8, 3 if arch < 100 else 2)
@@ -100,7 +101,7 @@ def _rows(do, dlse, o, lse, align):
     launch(
         attention_rows, (grid, 1, 1), (o.contiguous(), do, lse.contiguous(), dlse, rows),
         (tokens, lse.numel(), *of_do, *of_dlse),
-        (heads, channels, _ROWS, max(power(channels), 16), align), 4, 1,
+        (heads, channels, _ROWS, max(power(channels), 16), align), 8 if o.element_size() == 4 else 4, 1,
     )  # fmt: skip
     return rows
 

@@ -120,10 +120,10 @@ def constants(facts: Facts, config: Config, together: bool) -> tuple[tuple, int]
     return (BT, HB, head_of(facts), QS, KS, Law(facts.norm, facts.hidden, facts.native)), groups
 
 
-def configuration(kernel: str, q, facts: Facts, default=tile) -> Config:
+def configuration(kernel: str, q, facts: Facts, default=lambda arch, *key: tile(*key)) -> Config:
     halves = facts.layout != "interleaved" and bool(facts.sections)
     key = (facts.dtype, facts.D, facts.Hq, facts.Hk, facts.hidden, halves)
-    return choose(kernel, q, key, lambda arch: default(*key))
+    return choose(kernel, q, key, lambda arch: default(arch, *key))
 
 
 def one_side(facts: Facts) -> Facts:
