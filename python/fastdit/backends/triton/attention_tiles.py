@@ -46,7 +46,7 @@ tunable(
 def _lines(arch, itemsize, width, few):
     if itemsize == 4:
         if width <= 96:
-            return Config((64, 16 if width == 80 else 32, 0), 8, 2)  # of two pieces, 64 + 16
+            return Config((32 if width == 80 else 64, 32, 0), 8, 2)  # of two pieces, 64 + 16
         return Config((32, 16, 0), 8, 2 if width <= 128 else 1)
     if width > 256:
         return Config((64, 32 if 90 <= arch < 120 else 16, 0), 8, 2)
