@@ -14,7 +14,9 @@ import dataclasses
 import importlib
 import itertools
 import multiprocessing
+import pickle
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.runtime.cache import get_cache_manager
 
 from .. import ops
 from ..backends import registry
@@ -273,9 +276,19 @@ def compiled(build: Build) -> sass.Usage | str:
     source = triton.compiler.ASTSource(kernel, dict(build.signature), dict(build.constants), aligned)
     try:
         made = triton.compile(source, target=GPUTarget("cuda", build.arch, 32), options=dict(build.options))
-        return sass.usage(made.asm["cubin"], made.asm["ptx"], build.arch, made.metadata.shared)
+        return _usage(made, build.arch)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+
+
+def _usage(made: Any, arch: int) -> sass.Usage:
+    """Read off the cubin once: disassembling takes longer than finding the build, so it lies beside it in the cache."""
+    cache, name = get_cache_manager(made.metadata.hash), f"usage-{sass.VERSION}.pickle"
+    if found := cache.get_file(name):
+        return pickle.loads(Path(found).read_bytes())
+    usage = sass.usage(made.asm["cubin"], made.asm["ptx"], arch, made.metadata.shared)
+    cache.put(pickle.dumps(usage), name)
+    return usage
 
 
 def build_all(reports: list[Report], jobs: int, advance: Any = lambda: None) -> None:
