@@ -9,6 +9,7 @@ import pytest
 import torch
 from attention_laws import BASELINE, bounds
 from hypothesis import Phase, given, settings, strategies as st
+from torch.torch_version import TorchVersion
 
 from fastdit import ops
 from fastdit.reference import attention as reference
@@ -249,6 +250,17 @@ def test_boxes_over_many_tiles(capability, specialised, frames, monkeypatch):
         kwargs = dict(cu_seqlens_q=cu, max_seqlen_q=33, frame_tokens=frames)
         check("attention_varlen", (q[0], k[0], v[0]), kwargs, config, torch.float16)
     assert len(made) == 3
+
+
+@pytest.mark.parametrize(("version", "cards"), [("3.6.0", (90, 100)), ("3.7.1", (90, 100, 120))])
+def test_boxes_where_they_are_one_instruction(version, cards, monkeypatch):
+    monkeypatch.setattr(adapter, "VERSION", TorchVersion(version))
+    q = torch.empty(1, 4096, 1, 64, dtype=torch.bfloat16)
+    found = []
+    for card in (0, 80, 90, 100, 120):
+        with another_card(card):
+            found += [card] if adapter._boxed(q, q, q, adapter.TMA_PAIRS) else []
+    assert tuple(found) == cards
 
 
 # ---- what must not be read, and what must not matter --------------------------------------------------------------

@@ -23,10 +23,12 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.torch_version import TorchVersion
 from triton.runtime import _allocation, driver
 
 from .. import _facts
 
+VERSION = TorchVersion(triton.__version__)
 INTERPRET: bool = triton.knobs.runtime.interpret
 _C: Any = torch._C
 _runtime: Any = triton.knobs.runtime
@@ -192,7 +194,7 @@ def _runner(made: Any) -> Callable[..., None]:
     launcher, function, packed = made.run, made.function, made.packed_metadata
     scratch = launcher.global_scratch_size if hasattr(launcher, "global_scratch_size") else None
     plain = scratch == 0 and launcher.profile_scratch_size == 0 and type(launcher).__name__ == "CudaLauncher"
-    if plain and triton.__version__.startswith(("3.6.", "3.7.")):
+    if plain and VERSION.startswith(("3.6.", "3.7.")):
         start, cooperative, pdl = launcher.launch, launcher.launch_cooperative_grid, launcher.launch_pdl
         if hasattr(launcher, "arg_annotations"):  # 3.7
             notes, signature = launcher.arg_annotations, launcher.kernel_signature

@@ -15,7 +15,7 @@ from ...kernels.attention_window import attention_window_forward
 from .._facts import kept
 from .._tensors import contiguous, empty
 from ..registry import Impl, register as _register
-from ._launch import Launch, arch, dot_precision, unfit
+from ._launch import VERSION, Launch, arch, dot_precision, unfit
 from ._tiles import alignment
 from .attention_backward import attention_backward, attention_varlen_backward
 from .attention_merge import merge_attention, merge_attention_backward
@@ -39,6 +39,11 @@ FULL = 128
 
 
 # ---- TMA ----------------------------------------------------------------------------------------------------
+def _has_boxes(card: int) -> bool:
+    """Triton 3.6 names a box's place in a cluster, which sm_120 has not: each box becomes a test and a call."""
+    return 90 <= card < 120 or (card >= 120 and VERSION >= (3, 7))
+
+
 def _aligned(k, v) -> bool:
     """Whether boxes may start where k and v do."""
     return (k.data_ptr() | v.data_ptr()) & 15 == 0
@@ -46,7 +51,7 @@ def _aligned(k, v) -> bool:
 
 def _boxed(q, k, v, pairs: int) -> bool:
     """Whether tiles of keys come as TMA boxes: 16-byte aligned strides, none of them 0."""
-    if pairs < TMA_PAIRS or q.element_size() != 2 or arch(q) < 90:
+    if pairs < TMA_PAIRS or q.element_size() != 2 or not _has_boxes(arch(q)):
         return False
     return k.numel() > 0 and all(s > 0 and s * 2 % 16 == 0 for t in (k, v) for s in t.stride()[:-1])
 

@@ -27,10 +27,10 @@ def _dkdv_default(arch: int, itemsize: int, channels: int, mask: str) -> Config:
     if channels > 128:
         return Config((32, 32) if itemsize == 2 else (16, 16), 8, 1)
     if itemsize == 4:
-        return Config((32, 32), 4 if mask == "window" and (channels <= 64 or arch < 90) else 8, 1)
+        return Config((32, 32), 4 if mask == "window" and (channels > 64) == (arch < 90) else 8, 1)
     if 90 <= arch < 120:
-        if mask == "window" and channels > 64:
-            return Config((32, 128), 8, 3) if arch < 100 else Config((32, 64), 8, 2)
+        if mask == "window" and (channels > 64 or arch >= 100):
+            return Config((32, 128), 8, 3) if arch < 100 else Config((32, 64 if channels > 64 else 128), 8, 2)
         wide = arch < 100 and channels <= 64 and mask == "none"
         return Config((128, 128) if wide else (64, 128), 8, 3 if arch < 100 else 2)
     if channels > 96:
@@ -47,7 +47,8 @@ def _dq_default(arch: int, itemsize: int, channels: int, mask: str) -> Config:
         return Config((32, 32) if itemsize == 2 else (16, 16), 8, 1)
     if itemsize == 4:
         tight = arch < 90 and channels <= 80 and (channels > 64 or mask == "window")
-        return Config((32, 32), 4 if tight else 8, 1)
+        ahead = mask == "window" and channels > 80 if arch >= 120 else channels <= 64 and arch >= 100
+        return Config((32, 32), 4 if tight else 8, 2 if ahead else 1)
     if 90 <= arch < 120:
         wide = arch < 100 and channels <= 64
         return Config((128, 128) if wide else (128, 64), 8, 3 if arch < 100 else 2)

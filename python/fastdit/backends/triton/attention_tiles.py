@@ -46,7 +46,8 @@ tunable(
 def _lines(arch, itemsize, width, few):
     if itemsize == 4:
         if width <= 96:
-            return Config((32 if width == 80 else 64, 32, 0), 8, 2)  # of two pieces, 64 + 16
+            two = width == 80  # pieces, 64 + 16
+            return Config((32 if two else 64, 32, 0), 8, 1 if two and arch >= 120 else 2)
         return Config((32, 16, 0), 8, 2 if width <= 128 else 1)
     if width > 256:
         return Config((64, 32 if 90 <= arch < 120 else 16, 0), 8, 2)
@@ -57,7 +58,7 @@ def _lines(arch, itemsize, width, few):
     if arch >= 120:
         return Config((128, 32 if width > 64 else 64, 0), 8, 2)
     if arch >= 100:
-        return Config((128, 64, 1 if width > 64 else 0), 8, 2)
+        return Config((128, 64, 1 if width > 64 else 0), 8, 3 if width == 80 else 2)
     return Config((128, 128, 0), 8, 2) if arch >= 90 else Config((128, 64, 0), 8, 3)
 
 

@@ -33,7 +33,8 @@ def _default(dtype: torch.dtype, C: int, N: int, arch: int) -> Config:
         return Config((32, 64 if N > 32 else 32, n0, n1), 4, 2)
     n0, n1 = conv.split(C)
     m = 32 if N <= 32 and arch < 90 else 128 if -(-N // 128) * 128 == -(-N // 64) * 64 else 64
-    return Config((64 if arch >= 90 else 32, m, n0, n1), 8 if m * (n0 + n1) > 64 * 96 else 4, 3)
+    positions = 32 if arch < 90 or (arch >= 120 and m == 128) else 64
+    return Config((positions, m, n0, n1), 8 if m * (n0 + n1) > 64 * 96 else 4, 3)
 
 
 def weight_gradient(grad, x, cache, weight, stride, dilation, start, time_first: bool, space: int) -> Tensor:

@@ -36,6 +36,8 @@ def _default(channels: int, itemsize: int, held: int, arch: int) -> Config:
     """held: rows that a lane keeps in registers; loads on their way take the rest of them."""
     config = fitting(channels, itemsize, (240 if itemsize == 2 else 200) // held, 2)
     if itemsize == 4 and arch >= 120:  # 99 KB of shared memory hold no third stage of 5,120 channels
+        if config.blocks[:2] == (256, 2) and channels % 512 == 0:
+            config = config._replace(blocks=(512, 1, 2))
         return config._replace(stages=2)
     if itemsize == 4 and arch == 100 and held > 7 and config.blocks[:2] == (512, 1):
         return Config((1024, 1, 2), 8, 2)  # ptxas gives 4 warps of such a row 128 registers, and spills

@@ -41,7 +41,7 @@ def _embed_default(K: int, wide: bool):
         # rows of K values that are no multiple of 16 bytes come one by one, each with an address of its own
         for columns, stages in ((128, 3), (128, 2), (64, 3))[0 if K % 8 == 0 else 2 :]:
             if 2 * held * step(K, wide) * (128 + stages * columns) <= _SHARED.get(arch, 65_536) - 4096:
-                return Config((128, columns), 8, stages)
+                return Config((128 if arch != 100 or K % 8 == 0 else 64, columns), 8, stages)
         return Config((128, 64), 8, 2)
 
     return default

@@ -38,7 +38,7 @@ def _dx_default(K: int, wide: bool):
 
 
 def _dw_default(wide: bool):
-    return lambda arch: Config((32, 64), 4, 2) if wide else Config((64, 128 if arch != 100 else 64), 8, 3)
+    return lambda arch: Config((32, 64), 4, 2) if wide else Config((64, 128 if arch < 100 else 64), 8, 3)
 
 
 def patch_embed3d_backward(grad, x, weight, bias, pos, grids, needs):

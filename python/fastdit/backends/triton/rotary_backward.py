@@ -37,7 +37,7 @@ def _tile(arch, dtype, D, Hq, Hk, hidden, halves) -> Config:
     """The forward's; a row that stays in registers with its gradient and its sums takes more threads."""
     if not hidden:
         found = tile(dtype, D, Hq, Hk, False, halves, 32)
-        tight = arch >= 100 and not halves and dtype != torch.float32  # 8 bytes spilled at 72 to 96 registers
+        tight = arch >= 90 and not halves and dtype != torch.float32  # 4 or 8 bytes spilled at 72 to 96 registers
         return found._replace(warps=min(2 * found.warps, 16)) if tight else found
     (BT, HB, most), warps, stages = tile(dtype, D, Hq, Hk, True, halves)
     heads = max(Hq, Hk)
