@@ -1,5 +1,6 @@
 """attention: the laws that are its own, and every check of its input."""
 
+import itertools
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import fastdit
 from fastdit import ops
+from fastdit.ops import attention_check
 from fastdit.reference import attention as reference
 from fastdit.testing import close, contract
 from fastdit.testing.workloads import Maker, attention as workloads
@@ -322,6 +324,21 @@ def test_bad_input_varlen(case):
     with pytest.raises(error, match=match) as caught:
         ops.attention_varlen(**{**good, **kwargs})
     assert str(caught.value).startswith("attention_varlen: ") and "got" in str(caught.value)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_the_quick_look_agrees_with_the_one_that_tells(step):
+    values = (-(2**31), -1, 0, 1, 2, 4, 2**31 - 1)
+    for bounds in [(0,), (1,), (-1,), *itertools.product(values, repeat=3)]:
+        cu = torch.tensor(bounds, dtype=torch.int32).repeat_interleave(step)[::step]
+        for longest, rows in itertools.product((0, 1, 2, 4), (0, 2, 4)):
+            try:
+                attention_check._validate_bounds("cu_seqlens_q", cu, longest, rows)
+            except ValueError:
+                fits = False
+            else:
+                fits = True
+            assert attention_check._fine(cu, longest, rows) is fits, (bounds, longest, rows)
 
 
 LSE = torch.randn(B, H, N)

@@ -5,6 +5,7 @@ Everything else is the path that a GPU takes, in the interpreter's process with 
 """
 
 import functools
+import itertools
 import threading
 from types import SimpleNamespace
 
@@ -284,21 +285,60 @@ class Driver:
         return found
 
 
+def _forward(op, args, kwargs):
+    """The tensors that a call reads and those that it makes."""
+    with torch.no_grad():
+        outputs = getattr(ops, op)(*args, **kwargs, backend="triton")
+    return _tensors(args, kwargs), _tensors(outputs)
+
+
+def _backward(op, args, kwargs):
+    """The same of its backward; every second incoming gradient lies in a larger tensor."""
+    leaves = []
+
+    def leaf(t):
+        if not isinstance(t, torch.Tensor) or not t.is_floating_point():
+            return t
+        leaves.append(t.detach().requires_grad_())
+        return leaves[-1]
+
+    args, kwargs = tuple(map(leaf, args)), {k: v if k in ("axes", "pos") else leaf(v) for k, v in kwargs.items()}
+    outputs = _tensors(getattr(ops, op)(*args, **kwargs, backend="triton"))
+    outputs = [o for o in outputs if o.requires_grad]
+    grads = [_padded(o) if i % 2 and o.dim() else torch.empty_like(o) for i, o in enumerate(outputs)]
+    made = torch.autograd.grad(outputs, leaves, grads, allow_unused=True) if outputs else ()
+    return [*_tensors(args, kwargs), *outputs, *grads], _tensors(made)
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """What is allocated, so that no output lies where a temporary tensor lay."""
+    made = []
+    names = "empty", "empty_like", "zeros", "zeros_like", "new_empty", "new_empty_strided", "contiguous", "reshape"
+    for place, name in itertools.product((torch, torch.Tensor), names):
+        if hasattr(place, name):
+            make = getattr(place, name)
+            monkeypatch.setattr(place, name, lambda *a, make=make, **k: made.append(make(*a, **k)) or made[-1])
+    return made
+
+
 @pytest.mark.parametrize("again", [_record.again, _record._again], ids=["compiled", "python"])
+@pytest.mark.parametrize("run", [_forward, _backward], ids=["forward", "backward"])
 @pytest.mark.parametrize("op", sorted({s.op for s in TRITON}))
-def test_plans_are_never_mistaken(gpu, monkeypatch, op, again):
+def test_plans_are_never_mistaken(gpu, monkeypatch, held, op, run, again):
     """Whatever was called before, a call launches what it launches first of all, on its own tensors."""
     monkeypatch.setattr(_record, "again", again)
     driver, calls = Driver(gpu, monkeypatch), list(_calls(op))
 
     def launches(args, kwargs):
         try:
-            with torch.no_grad():
-                outputs = getattr(ops, op)(*args, **kwargs, backend="triton")
+            inputs, outputs = run(op, args, kwargs)
         except (ValueError, TypeError, registry.NoBackend) as error:
             driver.heard.clear()
             return str(error)
-        return driver.told(_tensors(args, kwargs), _tensors(outputs))
+        told = driver.told(inputs, outputs)
+        held.clear()
+        return told
 
     first = []
     for _, args, kwargs in calls:

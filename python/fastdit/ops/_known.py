@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -45,17 +46,22 @@ class Known:
         wrt: the place among those of each differentiable argument, or None.
     """
 
-    __slots__ = ("_moved", "_recent", "_record", "_rest", "_seen", "_times", "again", "impl", "same", "tensors", "wrt")
+    __slots__ = (
+        "_count", "_gradients", "_moved", "_recent", "_record", "_recorder", "_rest", "_seen", "_times",
+        "again", "impl", "same", "tensors", "wrt",
+    )  # fmt: skip
 
     def __init__(
         self, impl: Impl, args: Sequence, moved: Sequence[tuple[int, int]], wrt: Sequence[int], same: bool
     ) -> None:
         self.impl, self.same = impl, same
-        self._record, self._seen = recorders.get(impl.backend), False
+        self._recorder = self._record = recorders.get(impl.backend)
+        self._seen, self._gradients = False, list[tuple]()
         self._recent, self._times = (), 0
         self._rest = [None if isinstance(a, Tensor) else a for a in args]  # never written to
         sources = sorted({j for _, j in moved})
         self._moved = [(i, sources.index(j)) for i, j in moved]
+        self._count = len(sources)
         places = dict(self._moved)
         self.wrt = [places.get(i) for i in wrt]
         self.tensors: Callable[[Sequence], tuple[Tensor, ...]] = (
@@ -99,9 +105,64 @@ class Known:
         self._seen = True
         return self.impl.forward(*(self.arguments(tensors) if args is None else args))
 
+    def backward(self, grads: Sequence[Tensor | None], saved: Sequence[Tensor], needs: Sequence[bool]) -> Sequence:
+        """A gradient for each differentiable argument, None where needs is False. saved: `tensors`, then outputs."""
+        if self._recorder is None:
+            return self.gradient(grads, saved, needs)
+        given = (tuple(needs), *grads, *saved)
+        call = _facts.recent(self._gradients, given)
+        if call is not None:
+            return call[3].again(given)
+        how = _facts.as_recent(given)
+        if how is not None:
+            self._gradients[:] = [(*how, _Gradient(self, given, len(grads))), *self._gradients][:RECENT]
+        return self.gradient(grads, saved, needs)
+
+    def gradient(self, grads: Sequence[Tensor | None], saved: Sequence[Tensor], needs: Sequence[bool]) -> Sequence:
+        """`backward`, step by step."""
+        return self.impl.backward(*grads, *self.arguments(saved), *saved[self._count :], list(needs))
+
+
+class _Gradient:
+    """A backward of one call with certain facts: (needs, the incoming `grads` gradients, what was saved). Like the
+    forward it is recorded when it comes a second time."""
+
+    __slots__ = ("_grads", "_known", "_list", "_places", "_record", "_spread")
+
+    def __init__(self, known: Known, given: Sequence, grads: int) -> None:
+        self._known, self._grads, self._record = known, grads, known._recorder
+        self._places = [i for i, a in enumerate(given) if isinstance(a, Tensor)]
+        self._list: Callable[[Sequence[Tensor]], Any] | None = None
+        self._spread: list[int | None] = []  # which of the list's results each gradient is
+
+    def again(self, given: Sequence) -> Sequence:
+        if self._list is not None:
+            made = self._list(tuple([given[i] for i in self._places]))
+            if made is not None:
+                return [None if k is None else made[k] for k in self._spread]
+        record, self._record = self._record, None
+        # of two tensors in one place an adapter may take a way that others with these facts have not
+        if record is None or len({given[i].data_ptr() for i in self._places}) < len(self._places):
+            return self._run(given)
+        found: list = []
+
+        def backward(*given: Any) -> tuple:
+            found[:] = self._run(given)
+            return tuple(g for g in found if g is not None)
+
+        given = apart(given)
+        _, self._list = record(backward, given, [given[i] for i in self._places])
+        count = itertools.count()
+        self._spread = [None if g is None else next(count) for g in found]
+        return found
+
+    def _run(self, given: Sequence) -> Sequence:
+        last = 1 + self._grads
+        return self._known.gradient(given[1:last], given[last:], given[0])
+
 
 def as_it_is(impl: Impl, args: Sequence, wrt: Sequence[int]) -> Known:
     """A call of which nothing is kept."""
     known = Known(impl, args, [(i, i) for i, a in enumerate(args) if isinstance(a, Tensor)], wrt, True)
-    known._record = None
+    known._record = known._recorder = None
     return known

@@ -307,11 +307,11 @@ class Op:
                 known, saved = ctx.known, ctx.saved_tensors
                 needs = [k is not None and ctx.needs_input_grad[k + 1] for k in known.wrt]
                 count = len(saved) - len(op.saves)
-                args = (*known.arguments(saved), *saved[count:])
                 if torch.is_grad_enabled():  # create_graph: the op whose own autograd raises
+                    args = (*known.arguments(saved), *saved[count:])
                     given = op._torch_backward(*grads, *args, needs, known.impl.backend)
                 else:
-                    given = known.impl.backward(*grads, *args, needs)
+                    given = known.backward(grads, saved, needs)
                 out: list = [None] * (count + 1)
                 given = given if isinstance(given, (tuple, list)) else (given,)
                 for k, grad, need in zip(known.wrt, given, needs, strict=True):
