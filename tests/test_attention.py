@@ -326,11 +326,10 @@ def test_bad_input_varlen(case):
     assert str(caught.value).startswith("attention_varlen: ") and "got" in str(caught.value)
 
 
-@pytest.mark.parametrize("step", [1, 2])
-def test_the_quick_look_agrees_with_the_one_that_tells(step):
+def test_the_quick_look_agrees_with_the_one_that_tells():
     values = (-(2**31), -1, 0, 1, 2, 4, 2**31 - 1)
     for bounds in [(0,), (1,), (-1,), *itertools.product(values, repeat=3)]:
-        cu = torch.tensor(bounds, dtype=torch.int32).repeat_interleave(step)[::step]
+        cu = torch.tensor(bounds, dtype=torch.int32)
         for longest, rows in itertools.product((0, 1, 2, 4), (0, 2, 4)):
             try:
                 attention_check._validate_bounds("cu_seqlens_q", cu, longest, rows)

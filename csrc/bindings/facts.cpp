@@ -140,10 +140,26 @@ PyObject* facts_types(PyObject*, PyObject* args) {
   Py_RETURN_NONE;
 }
 
+// any_of(questions): whether one of these callables, a tuple, gives something true.
+PyObject* any_of(PyObject*, PyObject* questions) {
+  if (!PyTuple_Check(questions)) {
+    PyErr_SetString(PyExc_TypeError, "any_of: expected a tuple of callables");
+    return nullptr;
+  }
+  int found = 0;
+  for (Py_ssize_t i = 0; found == 0 && i < PyTuple_GET_SIZE(questions); ++i) {
+    PyObject* answer = PyObject_CallNoArgs(PyTuple_GET_ITEM(questions, i));
+    found = answer ? PyObject_IsTrue(answer) : -1;
+    Py_XDECREF(answer);
+  }
+  return found < 0 ? nullptr : PyBool_FromLong(found);
+}
+
 PyMethodDef methods[] = {
     {"facts", facts, METH_O, "facts(args) -> tuple, or None where facts of an argument cannot be kept"},
     {"recent", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(recent)), METH_FASTCALL,
      "recent(calls, given, *settings) -> the one of calls with these facts, or None"},
+    {"any_of", any_of, METH_O, "any_of(questions) -> whether one of these callables gives something true"},
     {"facts_types", facts_types, METH_VARARGS, "facts_types(Tensor, Parameter, Size), once, before facts"},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -403,18 +403,21 @@ inline void team(int threads, F&& fn) {
   });
 }
 
-// 64-byte aligned scratch, freed at scope exit.
+// 64-byte aligned scratch with 64 bytes behind it, freed at scope exit. aligned_alloc never takes what malloc keeps at
+// hand: the five of an attention cost 0.3 us.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count)
-      : data_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64))) {}
-  ~Scratch() { std::free(data_); }
+  explicit Scratch(int64_t count) : memory_(std::malloc(count * sizeof(T) + 128)) {
+    data_ = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_) + 63) / 64 * 64);
+  }
+  ~Scratch() { std::free(memory_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* get() const { return data_; }
 
  private:
+  void* memory_;
   T* data_;
 };
 

@@ -4,19 +4,19 @@ using namespace fastdit;
 
 namespace {
 
-// row_bounds_hold(address of int32, count, step, longest, rows): whether the bounds begin at 0, none lies below the one
+// row_bounds_hold(address of int32, count, longest, rows): whether the bounds begin at 0, none lies below the one
 // before or more than `longest` above it, and the last is at most `rows`. As lean as facts.cpp: every call asks.
 PyObject* row_bounds_hold(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  long long values[5];
-  for (int i = 0; i < 5; ++i) {
-    values[i] = given == 5 ? PyLong_AsLongLong(args[i]) : -1;
+  long long values[4];
+  for (int i = 0; i < 4; ++i) {
+    values[i] = given == 4 ? PyLong_AsLongLong(args[i]) : -1;
     if (PyErr_Occurred()) return nullptr;
   }
-  const auto [address, count, step, longest, rows] = values;
+  const auto [address, count, longest, rows] = values;
   const int32_t* bounds = reinterpret_cast<const int32_t*>(address);
-  bool hold = count >= 1 && bounds[0] == 0 && bounds[(count - 1) * step] <= rows;
+  bool hold = count >= 1 && bounds[0] == 0 && bounds[count - 1] <= rows;
   for (long long i = 1; hold && i < count; ++i) {
-    const int64_t length = int64_t{bounds[i * step]} - bounds[(i - 1) * step];
+    const int64_t length = int64_t{bounds[i]} - bounds[i - 1];
     hold = length >= 0 && length <= longest;
   }
   return PyBool_FromLong(hold);
@@ -24,7 +24,7 @@ PyObject* row_bounds_hold(PyObject*, PyObject* const* args, Py_ssize_t given) {
 
 PyMethodDef methods[] = {
     {"row_bounds_hold", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(row_bounds_hold)), METH_FASTCALL,
-     "row_bounds_hold(address, count, step, longest, rows) -> whether cu_seqlens fits them"},
+     "row_bounds_hold(address, count, longest, rows) -> whether cu_seqlens fits them"},
     {nullptr, nullptr, 0, nullptr},
 };
 

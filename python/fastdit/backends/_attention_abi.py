@@ -47,7 +47,7 @@ def packed(q, k, v, o, lse, cu_q, cu_k, frame_tokens_of, grids, frame_tokens, wi
     return (
         q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), lse.data_ptr(),
         q.shape, k.shape, q.stride(), k.stride(), v.stride(),
-        cu_q.shape[0] - 1, cu_q.data_ptr(), cu_k.data_ptr(), 0, pointer(frame_tokens_of), frame_tokens, windowed,
+        cu_q.numel() - 1, cu_q.data_ptr(), cu_k.data_ptr(), 0, pointer(frame_tokens_of), frame_tokens, windowed,
         scale, DTYPE[q.dtype], torch.get_num_threads(),
     )  # fmt: skip
 

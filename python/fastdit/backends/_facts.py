@@ -50,10 +50,14 @@ except ImportError:  # the CPU backend tells why
 
     def recent(calls: list[tuple], given: tuple, *settings: Any) -> tuple | None:
         return None
+
+    def any_of(questions: tuple[Callable[[], Any], ...]) -> bool:
+        return any(question() for question in questions)
 else:
     _cpu.facts_types(Tensor, torch.nn.Parameter, torch.Size)
     facts = _cpu.facts  # the same in half the time
     recent = _cpu.recent
+    any_of = _cpu.any_of
 
 
 def memory() -> dict[tuple, Any]:

@@ -127,7 +127,7 @@ def aot(
 
     A row is red, and the exit status 1, for spills or a stack, for a GEMM-shaped kernel without tensor cores (wgmma on
     sm_90), for scalar 2-byte accesses in a memory-bound kernel, for more shared memory than a block can have, and for a
-    build that fails. A second run finds the builds in Triton's cache (TRITON_CACHE_DIR) and takes seconds.
+    build that fails. A second run finds the builds in Triton's cache (TRITON_CACHE_DIR) and takes two minutes.
 
     Examples: `fastdit aot --filter norm_modulate --arch 90 --dtype bf16`, `fastdit aot --json build/aot.json`
     """

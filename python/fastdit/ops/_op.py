@@ -32,6 +32,10 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), str, float, int, boo
 _C: Any = torch._C
 _allows_tf32 = _C._get_cublas_allow_tf32  # some kernels' dots follow it
 _forward_ad: Any = torch.autograd.forward_ad
+_WATCHERS = (
+    _C._len_torch_dispatch_stack, _C._is_torch_function_mode_enabled, _C._functorch.peek_interpreter_stack,
+    _C._get_tracing_state, torch.autograd._profiler_enabled,
+)  # fmt: skip
 _STEP_BY_STEP = object()  # of a call that is known to need every step every time
 
 
@@ -41,14 +45,7 @@ def _contiguous(t: Tensor) -> Tensor:
 
 def _watched() -> bool:
     """True when more than autograd may be watching what happens to tensors."""
-    return bool(
-        _C._len_torch_dispatch_stack()
-        or _C._is_torch_function_mode_enabled()
-        or _C._functorch.peek_interpreter_stack() is not None
-        or _forward_ad._current_level >= 0
-        or _C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
-    )
+    return _facts.any_of(_WATCHERS) or _forward_ad._current_level >= 0
 
 
 def _ordinary(args: Sequence) -> bool:
@@ -135,7 +132,7 @@ class Op:
         known, grad = call[3], call[4]
         tensors = known.tensors(given)
         args = given if known.same else None
-        if self._looks(given):
+        if self._validate is not None and (given[0].is_cpu or CHECK_INDICES):
             args = args or known.arguments(tensors)
             self._validate(*args)
         if grad:

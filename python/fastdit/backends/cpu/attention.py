@@ -32,8 +32,13 @@ def attention_varlen(
     tokens, heads, _ = q.shape
     o, lse = empty(q), torch.empty((heads, tokens), dtype=_lse_dtype(q))
     if tokens and heads:
-        cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-        frame_tokens_of, grids = contiguous(frame_tokens_of), contiguous(grids)
+        cu_q = cu_k = cu_seqlens_q.contiguous()
+        if cu_seqlens_k is not cu_seqlens_q:
+            cu_k = cu_seqlens_k.contiguous()
+        if frame_tokens_of is not None:
+            frame_tokens_of = frame_tokens_of.contiguous()
+        if grids is not None:
+            grids = grids.contiguous()
         _cpu.attention_forward(
             packed(q, k, v, o, lse, cu_q, cu_k, frame_tokens_of, grids, frame_tokens, window, window_stride, scale)
         )
