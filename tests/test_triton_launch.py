@@ -378,6 +378,53 @@ def test_every_op_is_recorded(gpu, monkeypatch, op):
         getattr(ops, op)(*args, **kwargs, backend="triton")
 
 
+@pytest.mark.parametrize("op", sorted(set(FIRST) - {"causal_conv3d", "next_cache", "qk_norm_rope"}))
+def test_every_backward_is_recorded(gpu, monkeypatch, op):
+    """Of the three left out the first two compute with torch, and so do the gradients of the last one's tables."""
+    args, kwargs = FIRST[op].make(Maker(torch.bfloat16))
+    for _ in range(2):
+        _backward(op, args, kwargs)
+    monkeypatch.setattr(_launch.Launch, "__call__", None)
+    _backward(op, args, kwargs)
+
+
+def test_a_backward_of_the_same_graph_runs_again(gpu, monkeypatch):
+    """With other gradients, with none for one output, and from tensors that came back with other strides."""
+    driver, q = Driver(gpu, monkeypatch), torch.randn(1, 6, 2, 32, requires_grad=True)
+    k, v = torch.randn(2, 1, 6, 2, 32)
+
+    def transposed(t):
+        return t if t.dim() != 4 else t.transpose(1, 2).contiguous().transpose(1, 2)
+
+    told = []
+    for pack in (lambda t: t, transposed):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            o, lse = ops.attention(q, k, v, return_lse=True, backend="triton")
+        for inputs in ([o, lse], [o], [lse]):
+            heard = []
+            for _ in range(4):
+                driver.heard.clear()
+                grads = [torch.randn_like(t) for t in inputs]
+                (dq,) = torch.autograd.grad(inputs, [q], grads, retain_graph=True)
+                heard.append(driver.told([q, k, v, lse, *grads], [dq]))
+            assert heard[0] == heard[1] == heard[2] == heard[3]
+            told.append(heard[0])
+    assert len(set(map(str, told))) == len(told)  # else the variants would prove nothing
+
+
+def test_two_gradients_in_one_place_are_not_recorded(gpu, monkeypatch):
+    """What an adapter does with one tensor twice is no way for two of them."""
+    x, y, gate = torch.randn(1, 6, 8), torch.randn(1, 6, 8), torch.randn(1, 8)
+    recorded = []
+    monkeypatch.setitem(registry.recorders, "triton", lambda *a: recorded.append(a) or _record.record(*a))
+    for _ in range(4):
+        leaves = [t.requires_grad_() for t in (x, y, gate)]
+        outputs = ops.gate_residual_norm_modulate(*leaves, backend="triton")
+        grad = torch.randn_like(x)
+        torch.autograd.grad(outputs, leaves, [grad, grad.view(1, 6, 8)])
+    assert len(recorded) == 1  # the forward
+
+
 def test_a_profiler_sees_what_was_recorded(gpu, monkeypatch):
     driver, call, first = _recorded(gpu, monkeypatch)
     builds = len(driver.kernels)
