@@ -34,7 +34,8 @@ def _launcher(start, scratch=0):
     made.launch, made.num_ctas, made.launch_cooperative_grid, made.launch_pdl = start, 1, False, True
     made.global_scratch_size, made.global_scratch_align = scratch, 128
     made.profile_scratch_size, made.profile_scratch_align = 0, 1
-    made.arg_annotations, made.kernel_signature = ["annotations"], b"signature"
+    if _launch.VERSION >= (3, 7):
+        made.arg_annotations, made.kernel_signature = ["annotations"], b"signature"
     return made
 
 
