@@ -270,7 +270,7 @@ class Driver:
         return made
 
     def start(self, *call):
-        arguments = call[-1] if isinstance(call[-1], tuple) else call[12:]  # Triton 3.7, 3.6
+        arguments = call[-1] if _launch.VERSION >= (3, 7) else call[13:]
         self.heard.append((call[:3], call[4], arguments))
 
     def told(self, inputs, outputs):
