@@ -133,27 +133,31 @@ class _Gradient:
         self._known, self._grads, self._record = known, grads, known._recorder
         self._places = [i for i, a in enumerate(given) if isinstance(a, Tensor)]
         self._list: Callable[[Sequence[Tensor]], Any] | None = None
-        self._spread: list[int | None] = []  # which of the list's results each gradient is
+        self._spread: list[
+            int | None
+        ] = []  # of each gradient: which of the list's results, or ~(place of what is given)
 
     def again(self, given: Sequence) -> Sequence:
         if self._list is not None:
             made = self._list(tuple([given[i] for i in self._places]))
             if made is not None:
-                return [None if k is None else made[k] for k in self._spread]
+                return [None if k is None else made[k] if k >= 0 else given[~k] for k in self._spread]
         record, self._record = self._record, None
         # of two tensors in one place an adapter may take a way that others with these facts have not
         if record is None or len({given[i].data_ptr() for i in self._places}) < len(self._places):
             return self._run(given)
+        given = apart(given)
+        passed = {id(given[i]): ~i for i in self._places}  # a residual's gradient is the incoming one
         found: list = []
 
         def backward(*given: Any) -> tuple:
             found[:] = self._run(given)
-            return tuple(g for g in found if g is not None)
+            return tuple(g for g in found if g is not None and id(g) not in passed)
 
-        given = apart(given)
-        _, self._list = record(backward, given, [given[i] for i in self._places])
+        _, again = record(backward, given, [given[i] for i in self._places])
         count = itertools.count()
-        self._spread = [None if g is None else next(count) for g in found]
+        self._spread = [None if g is None else passed[id(g)] if id(g) in passed else next(count) for g in found]
+        self._list = again  # last: another thread may be looking
         return found
 
     def _run(self, given: Sequence) -> Sequence:
