@@ -326,8 +326,9 @@ def test_bad_input_varlen(case):
     assert str(caught.value).startswith("attention_varlen: ") and "got" in str(caught.value)
 
 
-def test_the_quick_look_agrees_with_the_one_that_tells():
-    values = (-(2**31), -1, 0, 1, 2, 4, 2**31 - 1)
+@pytest.mark.parametrize("apart", [False, True], ids=["self", "cross"])
+def test_the_quick_look_agrees_with_the_one_that_tells(apart):
+    values, good = (-(2**31), -1, 0, 1, 2, 4, 2**31 - 1), torch.tensor([0, 1], dtype=torch.int32)
     for bounds in [(0,), (1,), (-1,), *itertools.product(values, repeat=3)]:
         cu = torch.tensor(bounds, dtype=torch.int32)
         for longest, rows in itertools.product((0, 1, 2, 4), (0, 2, 4)):
@@ -337,7 +338,12 @@ def test_the_quick_look_agrees_with_the_one_that_tells():
                 fits = False
             else:
                 fits = True
-            assert attention_check._fine(cu, longest, rows) is fits, (bounds, longest, rows)
+            x, y = torch.empty(rows, 1, 8), torch.empty(1, 1, 8)
+            given = (y, x, good, cu, 1, longest) if apart else (x, x, cu, cu, longest, longest)
+            assert attention_check._hold(*given) is fits, (bounds, longest, rows)
+            assert (
+                not attention_check._hold(x, x, torch.stack([cu, cu], 1)[:, 0], cu, longest, longest) or cu.numel() == 1
+            )
 
 
 LSE = torch.randn(B, H, N)

@@ -92,6 +92,8 @@ class Known:
 
     def forward(self, tensors: Sequence[Tensor], args: Sequence | None = None) -> Any:
         """args: the arguments, where the caller has them."""
+        if self._recorder is None:
+            return self.impl.forward(*(self.arguments(tensors) if args is None else args))
         record = self._record  # another thread may be recording, too
         if self.again is not None:
             outputs = self.again(tensors)
@@ -133,9 +135,8 @@ class _Gradient:
         self._known, self._grads, self._record = known, grads, known._recorder
         self._places = [i for i, a in enumerate(given) if isinstance(a, Tensor)]
         self._list: Callable[[Sequence[Tensor]], Any] | None = None
-        self._spread: list[
-            int | None
-        ] = []  # of each gradient: which of the list's results, or ~(place of what is given)
+        # of each gradient: which of the list's results it is, or ~(its place in what is given)
+        self._spread: list[int | None] = []
 
     def again(self, given: Sequence) -> Sequence:
         if self._list is not None:

@@ -174,7 +174,8 @@ def attention(
         backward, O(N*D) per thread beside it; no N x M tensor on kernels. Bitwise repeatable on the CPU in any case.
     Source: arXiv 2205.14135 (FlashAttention); csrc/cpu/attention*.cpp. Replaces F.scaled_dot_product_attention.
     """
-    q, k, v = check.autocast(q, k, v)
+    if check.any_autocast():
+        q, k, v = check.autocast(q, k, v)
     frames_of, frames = (frame_tokens, None) if isinstance(frame_tokens, Tensor) else (None, frame_tokens)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     o, lse = _attention(backend, q, k, v, kv_len, frames_of, frames, scale, return_lse, deterministic)
@@ -220,7 +221,8 @@ def attention_varlen(
         lets a block of queries share one window, 1.3 to 3 times as much with stride 1.
     Source: NaViT arXiv 2307.06304 (packing); NATTEN arXiv 2504.16922 (window, stride); csrc/cpu/attention.cpp.
     """
-    q, k, v = check.autocast(q, k, v)
+    if check.any_autocast():
+        q, k, v = check.autocast(q, k, v)
     frames_of, frames = (frame_tokens, None) if isinstance(frame_tokens, Tensor) else (None, frame_tokens)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     o, lse = _attention_varlen(

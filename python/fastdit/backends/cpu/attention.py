@@ -11,14 +11,11 @@ from ..registry import Impl, register as _register
 from ._abi import on_cpu
 
 
-def _lse_dtype(q):
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
 # ---- dense and packed -------------------------------------------------------------------------------------
 def attention(q, k, v, kv_len, frame_tokens_of, frame_tokens, scale, return_lse, deterministic):
     batch, tokens, heads, _ = q.shape
-    o, lse = empty(q), torch.empty((batch, heads, tokens), dtype=_lse_dtype(q))
+    o = empty(q)
+    lse = torch.empty((batch, heads, tokens), dtype=torch.float64 if q.dtype is torch.float64 else torch.float32)
     if batch and tokens and heads:
         kv_len, frame_tokens_of = contiguous(kv_len), contiguous(frame_tokens_of)
         _cpu.attention_forward(dense(q, k, v, o, lse, kv_len, frame_tokens_of, frame_tokens, scale))
@@ -30,7 +27,8 @@ def attention_varlen(
     window, window_stride, scale, return_lse, deterministic,
 ):  # fmt: skip
     tokens, heads, _ = q.shape
-    o, lse = empty(q), torch.empty((heads, tokens), dtype=_lse_dtype(q))
+    o = empty(q)
+    lse = torch.empty((heads, tokens), dtype=torch.float64 if q.dtype is torch.float64 else torch.float32)
     if tokens and heads:
         cu_q = cu_k = cu_seqlens_q.contiguous()
         if cu_seqlens_k is not cu_seqlens_q:

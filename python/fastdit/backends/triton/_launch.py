@@ -28,7 +28,7 @@ from triton.runtime import _allocation, driver
 
 from .. import _facts
 
-VERSION = TorchVersion(triton.__version__)
+VERSION: Any = TorchVersion(triton.__version__)
 INTERPRET: bool = triton.knobs.runtime.interpret
 _C: Any = torch._C
 _runtime: Any = triton.knobs.runtime
