@@ -1,8 +1,9 @@
 #include "fastdit/isa.h"
 
 #include <pthread.h>
-#include <unistd.h>
 
+#include <cinttypes>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -49,6 +50,20 @@ Isa& slot() {
   return isa;
 }
 
+// Not sysconf's: on AMD glibc multiplies what one group of cores shares by a number of groups that a guest may not have
+// (320 MB for 32).
+int64_t& cache_slot() {
+  static int64_t size = [] {
+    int64_t kib = 0;
+    if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+      if (std::fscanf(file, "%" SCNd64 "K", &kib) != 1) kib = 0;
+      std::fclose(file);
+    }
+    return kib > 0 ? kib << 10 : int64_t{32} << 20;
+  }();
+  return size;
+}
+
 }  // namespace
 
 Isa best_isa() {
@@ -59,12 +74,7 @@ Isa current_isa() { return slot(); }
 void set_isa(const char* name) { slot() = parse(name); }
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 bool in_forked_child() { return forked; }
-int64_t last_level_cache() {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-  static const int64_t size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  if (size > 0) return size;
-#endif
-  return int64_t{32} << 20;
-}
+int64_t last_level_cache() { return cache_slot(); }
+void set_last_level_cache(int64_t bytes) { cache_slot() = bytes; }
 
 }  // namespace fastdit

@@ -20,24 +20,25 @@ struct Forward : Row<T, TR, native> {
 
   // adaLN-Zero, free of branches. Pointers and tables are locals: as members they would be loaded after every store.
   template <int count, bool streamed>
-  FASTDIT_INLINE void modulate(T* out, int64_t ahead) {
+  FASTDIT_INLINE void modulate(T* out, const TR* const* next) {
     V center[count], factor[count];
-    const TR* from[count];
-    for (int k = 0; k < count; ++k) center[k] = splat(mean[k]), factor[k] = splat(root[k]), from[k] = value[k];
+    const TR *from[count], *later[count];
+    for (int k = 0; k < count; ++k)
+      center[k] = splat(mean[k]), factor[k] = splat(root[k]), from[k] = value[k], later[k] = next ? next[k] : nullptr;
     const S *one_scale = scale.values, *one_shift = shift.values;
     const int64_t width = C;
     const auto run = [&](auto prefetches) {
       L::sweep(width, [&](int64_t c, auto step) {
         const Pair<V> s = at(one_scale, c), b = at(one_shift, c);
         for (int k = 0; k < count; ++k) {
-          if constexpr (prefetches) L::ahead(from[k] + (c + ahead));
+          if constexpr (prefetches) L::ahead(later[k] + c);
           const Pair<V> r = L::get(from[k] + c, step);
           const Pair<V> x{rounded((r.a - center[k]) * factor[k]), rounded((r.b - center[k]) * factor[k])};
           L::put(out + k * width + c, Pair<V>{rounded(x.a * s.a) + b.a, rounded(x.b * s.b) + b.b}, step, streamed);
         }
       });
     };
-    if (ahead)
+    if (next)
       run(std::true_type{});
     else
       run(std::false_type{});
@@ -50,14 +51,19 @@ struct Forward : Row<T, TR, native> {
     const bool has_weight = p.weight.data || p.weight_offset != 0, has_bias = p.bias.data;
     const bool has_scale = p.scale.data, has_shift = p.shift.data;
     const bool rms = p.norm == Norm::rms;
-    // How far away the lines of the next rows are, where y is read here for the first time. Measured: fp32 rows gain
-    // from asking for them only where outputs are streamed.
-    const int64_t ahead = !p.residual && (sizeof(T) == 2 || stream) ? count * p.y_stride_n : 0;
+    // Rows whose lines are asked for meanwhile. Measured: fp32 rows without a residual gain only where outputs are
+    // streamed.
+    const TR* rows[count];
+    const TR* const* const next = p.residual || sizeof(T) == 2 || stream ? rows : nullptr;
+    for (int k = 0; k < count; ++k)
+      rows[k] = !p.residual                    ? value[k] + count * p.y_stride_n
+                : i + k + kRows < this->tokens ? this->residual(i + k + kRows)
+                                               : value[k];
     if (!has_weight && !has_bias && has_scale && has_shift) {  // adaLN-Zero: the hot case, free of branches
       if (stream)
-        modulate<count, true>(out, ahead);
+        modulate<count, true>(out, next);
       else
-        modulate<count, false>(out, ahead);
+        modulate<count, false>(out, next);
       return;
     }
     for (int k = 0; k < count; ++k) {
@@ -73,7 +79,7 @@ struct Forward : Row<T, TR, native> {
         return x;
       };
       L::sweep(C, [&](int64_t c, auto step) {
-        if (ahead) L::ahead(value[k] + c + ahead);
+        if (next) L::ahead(next[k] + c);
         const Pair<V> r = L::get(value[k] + c, step);
         const int64_t d = c + L::w;
         const Pair<V> h{element(r.a, affine + c, offset + c, scale.values + c, shift.values + c),
@@ -85,8 +91,15 @@ struct Forward : Row<T, TR, native> {
 
   template <int count>
   FASTDIT_INLINE void tokens_from(int64_t i) {
-    this->template read<count>(i);
-    if (p.norm != Norm::none) norm_modulate<count>(i);
+    if (p.norm == Norm::none) return this->template read<count>(i);
+    if (stream) {
+      this->template read<count>(i);
+    } else {
+      T* rows[count];
+      for (int k = 0; k < count; ++k) rows[k] = static_cast<T*>(p.h) + (i + k) * C;
+      this->template read<count>(i, Claim<T>{rows});
+    }
+    norm_modulate<count>(i);
   }
 };
 
@@ -100,6 +113,7 @@ void run(const ModulationParams& p) {
     // channels.
     const bool groups = sizeof(T) == 2 || 3 * p.C * int64_t{sizeof(T)} > (p.residual ? 12 : 32) * 1024;
     Forward<T, TR, native> row(p, Row<T, TR, native>::streams(p, p.r, p.h), groups);
+    row.spread = p.norm != Norm::none;
     for (int64_t i = begin; i < end;) {
       const int count = row.open(i, end);
       count == 1 ? row.template tokens_from<1>(i) : row.template tokens_from<kRows>(i);

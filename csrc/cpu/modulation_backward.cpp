@@ -152,10 +152,12 @@ struct Backward : Row<T, TR, false> {
     S *const d_shift = sinks.shift.at, *const d_scale = sinks.scale.at, *const scale_row = scale.values;
     S *const d_weight = sinks.weight.at, *const d_bias = sinks.bias.at;
     V sum_g[count] = {}, sum_gn[count] = {}, center[count], factor[count];
+    const bool claims = !stream && q.d_residual;
     const T* dh[count];
-    const TR* from[count];
+    const TR *from[count], *written[count];  // written: by outputs()
     for (int k = 0; k < count; ++k) {
       dh[k] = grad_h(i + k), from[k] = value[k];
+      written[k] = claims ? static_cast<const TR*>(q.d_residual) + (i + k) * C : nullptr;
       center[k] = splat(mean[k]), factor[k] = splat(root[k]);
     }
     L::sweep(C, [&](int64_t c, auto step) {
@@ -168,6 +170,7 @@ struct Backward : Row<T, TR, false> {
       if (weighted) w = at(affine, c);
       if (biased) b = at(offset, c);
       for (int k = 0; k < count; ++k) {
+        if (claims) L::ahead(written[k] + c);
         Pair<V> g = L::get(dh[k] + c, step);
         const Pair<V> r = L::get(from[k] + c, step);
         const Pair<V> x{(r.a - center[k]) * factor[k], (r.b - center[k]) * factor[k]};
@@ -252,8 +255,8 @@ struct Backward : Row<T, TR, false> {
           v = L::get(dh[k] + c, step);
           if (scaled || weighted) v = times(v, one);
           const Pair<V> r = L::get(from[k] + c, step);
-          v = {(v.a - level[k]) * factor[k] - (r.a - center[k]) * slope[k],
-               (v.b - level[k]) * factor[k] - (r.b - center[k]) * slope[k]};
+          v = {multiply_add((v.a - level[k]) * factor[k], center[k] - r.a, slope[k]),
+               multiply_add((v.b - level[k]) * factor[k], center[k] - r.b, slope[k])};
         }
         if (has_dr) {
           L::ahead(next_dr[k] + c);
@@ -276,7 +279,7 @@ struct Backward : Row<T, TR, false> {
         if (to_post) posts = plus(posts, times(v, unit));
         if (post_weighted) v = times(v, pw);
         if (post_norm) {
-          sum_dy[k] += v.a * unit.a + v.b * unit.b;  // zero beyond the row: y is
+          sum_dy[k] = multiply_add(multiply_add(sum_dy[k], v.a, unit.a), v.b, unit.b);  // zero beyond the row: y is
           keep(d.get(), c, v);
         } else if (has_dy) {
           L::put(dy[k] + c, v, step, streamed);
@@ -299,7 +302,13 @@ struct Backward : Row<T, TR, false> {
   // The tokens i .. i + count - 1.
   template <int count>
   void group(int64_t i, const Sinks<S>& sinks) {
-    this->template read<count>(i);
+    if (stream || !q.d_y) {
+      this->template read<count>(i);
+    } else {
+      T* rows[count];
+      for (int k = 0; k < count; ++k) rows[k] = static_cast<T*>(q.d_y) + (i + k) * C;
+      this->template read<count>(i, Claim<T>{rows});
+    }
     Means means[count];
     if (q.grad_h) {
       const bool vectors = p.weight.data || p.weight_offset != 0 || p.bias.data;

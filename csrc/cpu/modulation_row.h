@@ -169,8 +169,9 @@ struct Row {
 
   const ModulationParams& p;
   int64_t C, padded, tokens;
-  bool stream;  // outputs larger than the caches bypass them
+  bool stream;  // outputs that the caches do not hold bypass them
   bool grouped;
+  bool spread = false;  // who reads the rows asks for the residual's next lines later
   Scratch<S> memory;
   Scratch<TR> stored;           // r of the group
   const TR* value[kRows] = {};  // what the norm reads: r as stored, or y where there is no residual
@@ -210,7 +211,7 @@ struct Row {
       return reinterpret_cast<uintptr_t>(out) % 64 == 0 && p.C * item % 64 == 0;
     };
     const int64_t bytes = p.B * p.N * p.C * ((r ? sizeof(TR) : 0) + (h ? sizeof(T) : 0));
-    return aligned(r, sizeof(TR)) && aligned(h, sizeof(T)) && bytes > last_level_cache();
+    return aligned(r, sizeof(TR)) && aligned(h, sizeof(T)) && bytes > last_level_cache() / 2;
   }
   static auto round_scalar(S x) {
     if constexpr (native)
@@ -252,8 +253,8 @@ struct Row {
   }
 
   // value[k] = y, or residual + act(gate) * [rms](y) rounded as stored in r, of `count` tokens from i; their moments.
-  template <int count>
-  FASTDIT_INLINE void read(int64_t i) {
+  template <int count, class Claims = NoClaim>
+  FASTDIT_INLINE void read(int64_t i, Claims claim = {}) {
     for (int k = 0; k < count; ++k) {
       const T* from = y(i + k);
       if (p.residual)
@@ -263,7 +264,7 @@ struct Row {
     }
     if (p.norm == Norm::none) return;
     S square[count];
-    moments<count>(value, C, p.norm == Norm::layer, mean, square);
+    moments<count>(value, C, p.norm == Norm::layer, mean, square, claim);
     for (int k = 0; k < count; ++k) root[k] = inverse_root(square[k] + static_cast<S>(p.eps));
   }
 
@@ -280,7 +281,7 @@ struct Row {
     const auto sweep = [&](auto&& element, auto stores, auto streamed, auto keeps) {
       L::sweep(width, [&](int64_t c, auto step) {
         L::ahead(next_y + c);
-        L::ahead(next_res + c);
+        if (!spread) L::ahead(next_res + c);
         const Pair<V> v = element(c, L::get(from + c, step)), r = L::get(res + c, step);
         const Pair<V> sum{r.a + v.a, r.b + v.b};
         if constexpr (stores) L::put(out + c, sum, step, streamed);

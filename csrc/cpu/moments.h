@@ -39,22 +39,39 @@ constexpr bool same = false;
 template <class A>
 constexpr bool same<A, A> = true;
 
+// Of rows that will be written after the moments: their lines are on the way to the caches while sums run, which wait
+// for nothing else.
+template <class H>
+struct Claim {
+  H* const* rows;
+  FASTDIT_INLINE void operator()(int k, int64_t c, int n) const {
+    constexpr int line = 64 / sizeof(H);
+    for (int i = 0; i < n; i += line) __builtin_prefetch(rows[k] + c + i, 0, 2);
+  }
+};
+struct NoClaim {
+  FASTDIT_INLINE void operator()(int, int64_t, int) const {}
+};
+
 // Sums of x - pivot and of its square over a row, for rows of any type.
-template <int count, class P, class S>
-FASTDIT_INLINE void sums_about(const P* const* rows, const S* pivot, int64_t C, S* total, S* square) {
+template <int count, class P, class S, class Claims = NoClaim>
+FASTDIT_INLINE void sums_about(const P* const* rows, const S* pivot, int64_t C, S* total, S* square,
+                               Claims claim = {}) {
   using V = typename simd<S>::V;
   constexpr int w = simd<S>::width, chains = 4;  // of every count: a row's bits do not depend on its group
   V t[count * chains] = {}, q[count * chains] = {}, about[count];
   const P* from[count];
   for (int k = 0; k < count; ++k) about[k] = splat(pivot[k]), from[k] = rows[k];
   int64_t c = 0;
-  for (; c + chains * w <= C; c += chains * w)
+  for (; c + chains * w <= C; c += chains * w) {
+    for (int k = 0; k < count; ++k) claim(k, c, chains * w);
     for (int j = 0; j < chains; ++j)
       for (int k = 0; k < count; ++k) {
         const V u = load(from[k] + c + j * w) - about[k];
         t[j * count + k] += u;
         q[j * count + k] += u * u;
       }
+  }
   for (int k = 0; k < count; ++k) {
     for (int64_t i = c; i + w <= C; i += w) {
       const V u = load(from[k] + i) - about[k];
@@ -81,8 +98,8 @@ FASTDIT_INLINE void sums_about(const P* const* rows, const S* pivot, int64_t C, 
 
 #if defined(__AVX512BF16__)
 // The same about 0: exact products, summed in fp32.
-template <int count>
-FASTDIT_INLINE void sums_of_bf16(const bf16* const* rows, int64_t C, float* total, float* square) {
+template <int count, class Claims>
+FASTDIT_INLINE void sums_of_bf16(const bf16* const* rows, int64_t C, float* total, float* square, Claims claim) {
   const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
   __m512 t[count] = {}, q[count] = {};
   const auto take = [&](int k, __m512bh u) {
@@ -93,7 +110,7 @@ FASTDIT_INLINE void sums_of_bf16(const bf16* const* rows, int64_t C, float* tota
   for (int k = 0; k < count; ++k) from[k] = rows[k];
   int64_t c = 0;
   for (; c + 32 <= C; c += 32)
-    for (int k = 0; k < count; ++k) take(k, load_raw<__m512bh>(from[k] + c));
+    for (int k = 0; k < count; ++k) claim(k, c, 32), take(k, load_raw<__m512bh>(from[k] + c));
   if (c < C) {
     const __mmask32 some = (__mmask32{1} << (C - c)) - 1;
     for (int k = 0; k < count; ++k) take(k, (__m512bh)_mm512_maskz_loadu_epi16(some, from[k] + c));
@@ -123,27 +140,27 @@ FASTDIT_INLINE S near_mean(const P* row, int64_t C) {
 
 // Mean (0 unless centred) and mean square about it, of `count` rows. One reading takes both about a value near the
 // mean; what cancels in their difference is bounded, and a row where it is more is read again.
-template <int count, class P, class S = typename simd<P>::S>
-FASTDIT_INLINE void moments(const P* const* rows, int64_t C, bool centred, S* mean, S* square) {
+template <int count, class P, class S = typename simd<P>::S, class Claims = NoClaim>
+FASTDIT_INLINE void moments(const P* const* rows, int64_t C, bool centred, S* mean, S* square, Claims claim = {}) {
   const S scale = S(1) / static_cast<S>(C);
   S pivot[count] = {}, total[count];
   S most = 4;  // (mean - pivot)^2 / variance: two bits of fp32 and of fp64
 #if defined(__AVX512BF16__)
   if constexpr (same<P, bf16>) {
     most = 64;  // six bits, far below what bf16 rounds away
-    sums_of_bf16<count>(rows, C, total, square);
+    sums_of_bf16<count>(rows, C, total, square, claim);
   } else
 #endif
   {
     if (centred)
-      for (int k = 0; k < count; ++k) pivot[k] = near_mean(rows[k], C);
-    sums_about<count>(rows, pivot, C, total, square);
+      for (int k = 0; k < count; ++k) pivot[k] = unfused(near_mean(rows[k], C));
+    sums_about<count>(rows, pivot, C, total, square, claim);
   }
   const auto settle = [&](int k) {  // sums about pivot -> moments; how far the mean is from it
     if (!centred) total[k] = 0;
-    const S away = total[k] * scale;
+    const S away = unfused(total[k] * scale);
     mean[k] = pivot[k] + away;
-    square[k] = (square[k] - away * total[k]) * scale;  // of two products a compiler fuses now one, now the other
+    square[k] = unfused((square[k] - away * total[k]) * scale);  // one product to fuse: of two, now one, now the other
     return away;
   };
   for (int k = 0; k < count; ++k) {

@@ -131,6 +131,17 @@ FASTDIT_INLINE void store_raw(P* p, V v) {
 FASTDIT_INLINE vf splat(float x) { return x - vf{}; }
 FASTDIT_INLINE vd splat(double x) { return x - vd{}; }
 
+// x, rounded: a compiler may fuse a product with the sum that it goes to in one copy of a loop and not in another.
+template <class S>
+FASTDIT_INLINE S unfused(S x) {
+#if defined(__x86_64__)
+  __asm__("" : "+x"(x));
+#else
+  __asm__("" : "+m"(x));
+#endif
+  return x;
+}
+
 // acc + a * b, rounded once where the ISA can: written as a sum it is rounded twice at -O1.
 FASTDIT_INLINE vf multiply_add(vf acc, vf a, vf b) {
 #if defined(__AVX512F__)
@@ -141,7 +152,15 @@ FASTDIT_INLINE vf multiply_add(vf acc, vf a, vf b) {
   return acc + a * b;
 #endif
 }
-FASTDIT_INLINE vd multiply_add(vd acc, vd a, vd b) { return acc + a * b; }
+FASTDIT_INLINE vd multiply_add(vd acc, vd a, vd b) {
+#if defined(__AVX512F__)
+  return (vd)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)acc);
+#elif defined(__FMA__)
+  return (vd)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)acc);
+#else
+  return acc + a * b;
+#endif
+}
 
 FASTDIT_INLINE vf load(const float* p) { return load_raw<vf>(p); }
 FASTDIT_INLINE vd load(const double* p) { return load_raw<vd>(p); }

@@ -11,8 +11,10 @@ Isa best_isa();                  // what this machine has
 Isa current_isa();               // best_isa(), or what FASTDIT_CPU_ISA / set_isa asked for
 void set_isa(const char* name);  // throws std::invalid_argument with the reason
 const char* isa_name(Isa isa);
-bool in_forked_child();      // after fork() OpenMP pools are gone: run on one thread
-int64_t last_level_cache();  // bytes
+bool in_forked_child();  // after fork() OpenMP pools are gone: run on one thread
+// Bytes of the last cache: outputs larger than half of it bypass it. Tests set it, to 0 for outputs of any size.
+int64_t last_level_cache();
+void set_last_level_cache(int64_t bytes);
 
 }  // namespace fastdit
 
