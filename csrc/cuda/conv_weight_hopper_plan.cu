@@ -14,7 +14,7 @@ int64_t count(int64_t n, int64_t of) { return (n + of - 1) / of; }
 
 // Fewest clocks for a shape, by a model: of a rectangle the larger of the matrix unit's (a product takes N / 2), shared
 // memory's (128 bytes a clock, both operands and what the copies write) and L2's (24 bytes a clock where all
-// multiprocessors ask); then the rounds of the device, and the parts as they are written and read again.
+// multiprocessors ask); then the rounds of the device, and the parts: written, read again, added one after the other.
 void fit(const ConvParams& p, const Shape& shape, int processors, Choice& best) {
   const int64_t kh = p.kernel[1];
   if (kh % shape.taps) return;
@@ -25,7 +25,7 @@ void fit(const ConvParams& p, const Shape& shape, int processors, Choice& best) 
   const int64_t room = kSharedBytes - 1024 - 2 * kMostStages * 8;
   const int64_t tiles_n = count(p.cout, 2 * shape.tiles * kChannels), tiles_c = count(p.cin, shape.channels);
   const int64_t groups = kh / shape.taps, blocks = tiles_n * tiles_c * groups * p.kernel[0] * p.kernel[2];
-  const int64_t weights = p.cout * p.cin * p.kernel[0] * kh * p.kernel[2] * 4;
+  const int64_t taps = p.kernel[0] * kh * p.kernel[2], weights = p.cout * p.cin * taps * 4;
   // a frame of all tiles of Cout and C: 64-row products, channels that are read
   const int64_t rows = count(p.cout, kChannels) * tiles_c;
   const int64_t read_n = p.cout * tiles_c,
@@ -44,10 +44,12 @@ void fit(const ConvParams& p, const Shape& shape, int processors, Choice& best) 
       const int64_t l2 = pixels * (read_n * lines + read_c * patch_lines) * 2 / 24;
       const int64_t wait = (stages < 3 ? 800 : 60) * w * h * tiles_n * tiles_c;  // until a stage has come again
       const int64_t frame = (std::max({matrix, banks, l2}) + wait) * groups * p.kernel[0] * p.kernel[2];
-      const int64_t most = std::max<int64_t>(1, std::min<int64_t>(sets / 2, 4 * processors / blocks));
-      for (int64_t parts = 1; parts <= most; ++parts) {
+      const int64_t most = std::max<int64_t>(1, sets / 2);
+      for (int full = 1; full <= 4; ++full) {  // rounds of the device
+        const int64_t parts = std::clamp<int64_t>(full * processors / blocks, 1, most);
         const int64_t rounds = count(blocks * parts, processors);
-        const int64_t clocks = rounds * (count(frame * p.n * p.to, blocks * parts) + 4000) + parts * weights * 2 / 1500;
+        const int64_t clocks =
+            rounds * (count(frame * p.n * p.to, blocks * parts) + 4000) + parts * (weights * 2 / 1500 + taps * 150);
         if (best.clocks && clocks >= best.clocks) continue;
         best.shape = shape, best.clocks = clocks;
         best.plan = {columns,
