@@ -71,6 +71,7 @@ CASES = {
     "cache": ((64, 3, 4, 16), _sample(16, 24, (3, 3, 3), (2, 4, 13), cache=2, batch=2)),
     "short-cache": ((64, 3, 5, 16), _sample(8, 40, (3, 3, 3), (3, 5, 5), cache=1)),
     "first": ((64, 3, 5, 16), _sample(24, 8, (3, 3, 3), (2, 5, 7), time_pad="first")),
+    "last": ((64, 3, 5, 16), _sample(24, 8, (3, 3, 1), (2, 5, 7), time_pad="first", padding=(2, 2, 1, 1, 0, 0))),
     "first-cache": ((64, 1, 5, 16), _sample(24, 8, (3, 1, 3), (3, 5, 7), cache=1, time_pad="first")),
     "time": ((64, 1, 1, 32), _sample(56, 200, (3, 1, 1), (3, 5, 6), cache=2)),
     "time-192": ((192, 1, 1, 16), _sample(192, 64, (3, 1, 1), (2, 3, 4))),

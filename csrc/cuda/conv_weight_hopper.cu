@@ -281,14 +281,12 @@ void start(ConvParams p, const Plan& plan, float* to, int parts, Stream stream, 
                    Swizzle::b128},
                   op, of);
   };
-  Maps maps;
+  Maps maps{};
   maps.g = video(p.y, p.cout, p.wo, p.ho, p.to, p.y_stride, plan.lines);
-  for (int i = 0; i < kMostColumns; ++i) {
-    const int w = min(i, static_cast<int>(p.kernel[2]) - 1);
-    const int end = max(end_of(p, w), 1);
+  for (int i = 0; i < p.kernel[2]; ++i) {
+    const int end = max(end_of(p, i), 1);
     maps.x[i] = video(p.x, p.cin, end, p.h, p.t, p.x_stride, plan.patch_lines);
-    maps.cache[i] =
-        p.cache_t ? video(p.cache, p.cin, end, p.h, p.cache_t, p.cache_stride, plan.patch_lines) : maps.x[i];
+    if (p.cache_t) maps.cache[i] = video(p.cache, p.cin, end, p.h, p.cache_t, p.cache_stride, plan.patch_lines);
   }
   constexpr int SPANS = Block<T, CHANNELS, TAPS, TILES>::SPANS;
   const size_t shared =
