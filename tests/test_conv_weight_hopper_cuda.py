@@ -86,6 +86,7 @@ CASES = {
     "no-padding": ((64, 3, 7, 32), _sample(16, 24, (1, 3, 3), (1, 9, 20), **_BARE)),
     "five-lines": ((64, 1, 5, 32), _sample(16, 24, (1, 5, 2), (1, 5, 17))),
     "six-lines": ((64, 3, 9, 16), _sample(16, 24, (1, 6, 1), (1, 8, 17))),
+    "wide": ((64, 3, 3, 48), _sample(16, 24, (1, 3, 3), (1, 3, 327))),
     "column": ((64, 3, 10, 16), _sample(16, 24, (1, 3, 3), (1, 19, 1))),
     "ncdhw": ((64, 3, 5, 16), _sample(16, 24, (2, 3, 3), (2, 5, 9), cache=1, last=False)),
 }  # fmt: skip
@@ -187,6 +188,12 @@ def test_missing_frames_are_not_multiplied():
     grad[0, 3, 0, 2, 2] = float("inf")
     found = _gradient(x, weight, grad, backend="cuda")
     assert not found[:, :, :2].any() and not found[3, :, 2].isfinite().all() and found[4].isfinite().all()
+
+
+@pytest.mark.big
+@pytest.mark.skipif(DEVICE == "cuda", reason="reserved, untouched memory is the CPU's")
+def test_offsets_beyond_32_bits():
+    laws.offsets_beyond_32_bits("cuda", BF16)
 
 
 # ---- what it serves ---------------------------------------------------------------------------------------
