@@ -1,6 +1,7 @@
 """conv's Hopper kernel (csrc/cuda/conv_hopper.cu), in the block simulator or on a card of sm_90.
 
-What it shares with the kernels for every card is in test_conv_cuda.py; the weight's gradient is theirs.
+What it shares with the kernels for every card is in test_conv_cuda.py, the gradient of the weight in
+test_conv_weight_hopper_cuda.py.
 """
 
 import re

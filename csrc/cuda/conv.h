@@ -27,6 +27,15 @@ ConvTile conv_hopper_tile(const ConvParams& p, const ConvTaps& taps, int device)
 int conv_weight_grad_parts(const ConvWeightGradParams& q, int device);
 // q.d_weight: the parts. q.d_bias and q.weight_dtype are not read; x, cache and grad as in conv_forward.
 void conv_weight_grad(const ConvWeightGradParams& q, int parts, Stream stream, const char* op);
+// For sm_90a (conv_weight_hopper.cu): 16 bits, no stride in space, zeros where taps leave a frame, Cout and C multiples
+// of 8, at most 8 columns in the kernel.
+int conv_weight_grad_hopper_parts(const ConvWeightGradParams& q, int device);
+void conv_weight_grad_hopper(const ConvWeightGradParams& q, int parts, Stream stream, const char* op);
+// The tile that it takes: of C; taps of a block; lines and columns of pixels; stages; blocks of a part, and parts.
+struct ConvWeightTile {
+  int cin, taps, lines, columns, stages, blocks, parts;
+};
+ConvWeightTile conv_weight_hopper_tile(const ConvWeightGradParams& q, int device);
 
 // to[n, c, tap] = the sum over `parts` of from[part, n, c, tap], in their order.
 struct WeightMove {

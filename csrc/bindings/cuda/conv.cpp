@@ -48,6 +48,21 @@ void forward(const py::tuple& where, const std::string& op, const py::tuple& sha
   kernel(p, w, s, op.c_str());
 }
 
+// of conv_weight_grad or conv_weight_grad_hopper
+template <int (*count)(const ConvWeightGradParams&, int)>
+int parts(int device, const py::tuple& shared, const py::tuple& grad) {
+  return count(weight_gradient_parameters(shared, grad), device);
+}
+template <void (*kernel)(const ConvWeightGradParams&, int, Stream, const char*)>
+void weight_gradient(const py::tuple& where, const std::string& op, const py::tuple& shared, const py::tuple& grad,
+                     int64_t to, int parts) {
+  ConvWeightGradParams q = weight_gradient_parameters(shared, grad);
+  q.d_weight = ptr<void>(to);
+  const Stream s = stream(where);
+  py::gil_scoped_release release;
+  kernel(q, parts, s, op.c_str());
+}
+
 }  // namespace
 
 void bind_conv(py::module_& m) {
@@ -62,23 +77,18 @@ void bind_conv(py::module_& m) {
         return py::make_tuple(t.cout, t.frames, t.lines, t.columns, t.shared, t.tiles);
       },
       "Of conv_forward_hopper: Cout, frames, lines and columns of a tile, taps that share a patch, tiles.");
+  m.def("conv_weight_grad_parts", &parts<conv_weight_grad_parts>, "In how many parts conv_weight_grad sums.");
+  m.def("conv_weight_grad_hopper_parts", &parts<conv_weight_grad_hopper_parts>, "The same on sm_90.");
+  m.def("conv_weight_grad", &weight_gradient<conv_weight_grad>,
+        "to: (parts, Cout, taps, C) fp32, whose sum is the gradient of the weight.");
+  m.def("conv_weight_grad_hopper", &weight_gradient<conv_weight_grad_hopper>, "The same on sm_90; see cuda/conv.h.");
   m.def(
-      "conv_weight_grad_parts",
+      "conv_weight_hopper_tile",
       [](int device, const py::tuple& shared, const py::tuple& grad) {
-        return conv_weight_grad_parts(weight_gradient_parameters(shared, grad), device);
+        const ConvWeightTile t = conv_weight_hopper_tile(weight_gradient_parameters(shared, grad), device);
+        return py::make_tuple(t.cin, t.taps, t.lines, t.columns, t.stages, t.blocks, t.parts);
       },
-      "In how many parts conv_weight_grad sums.");
-  m.def(
-      "conv_weight_grad",
-      [](const py::tuple& where, const std::string& op, const py::tuple& shared, const py::tuple& grad, int64_t to,
-         int parts) {
-        ConvWeightGradParams q = weight_gradient_parameters(shared, grad);
-        q.d_weight = ptr<void>(to);
-        const Stream s = stream(where);
-        py::gil_scoped_release release;
-        conv_weight_grad(q, parts, s, op.c_str());
-      },
-      "to: (parts, Cout, taps, C) fp32, whose sum is the gradient of the weight.");
+      "Of conv_weight_grad_hopper: C and taps of a tile, lines and columns of its pixels, stages, blocks, parts.");
   m.def(
       "conv_move_weight",
       [](const py::tuple& where, const std::string& op, const py::tuple& from, const py::tuple& to, int64_t parts,
