@@ -69,6 +69,9 @@ class Consumer {
   using Of = Shape<D>;
   using Met = typename Of::Met;
   static constexpr int kSteps = kMet / 16;
+  // Registers hold the products of a brick side by side: dv runs while ds is made, the part beside dk. At D = 128 the
+  // other warpgroup's products run meanwhile.
+  static constexpr bool early = D < 128;
   const AttentionGradParams& p_;
   const Cut& cut_;
   typename Of::Shared& shared_;
@@ -114,15 +117,18 @@ class Consumer {
     for (int d = 0; d < D; d += 16) product<T>(dp_, v + Of::Own::channels_step(d), d_o + Met::channels_step(d), d > 0);
     product_commit();
   }
-  // Issues dv += p do and dk += ds q.
-  __device__ __forceinline__ void multiply_sums() {
-    const uint64_t q = q_met(slot()).by_k(), d_o = do_met(slot()).by_k();
+  // Issues dv += p do, dk += ds q.
+  __device__ __forceinline__ void multiply_values() {
+    const uint64_t d_o = do_met(slot()).by_k();
     product_fence();
 #pragma unroll
     for (int k = 0; k < kMet; k += 16) product<T, true>(dv_, p_fragments_[k / 16], d_o + Met::rows_step(k));
+  }
+  __device__ __forceinline__ void multiply_keys() {
+    const uint64_t q = q_met(slot()).by_k();
+    product_fence();
 #pragma unroll
     for (int k = 0; k < kMet; k += 16) product<T, true>(dk_, ds_fragments_[k / 16], q + Met::rows_step(k));
-    product_commit();
   }
   __device__ __forceinline__ void sums_are_there() {
     product_values(dk_);
@@ -161,8 +167,8 @@ class Consumer {
             }
         });
   }
-  // dp becomes ds, and both are rounded.
-  __device__ __forceinline__ void round(int stage) {
+  // dp becomes ds.
+  __device__ __forceinline__ void differ(int stage) {
     const int first = opaque(lane_ % 4 * 2);
     const float (&delta)[kMet] = shared_.facts[stage][1];
 #pragma unroll
@@ -174,11 +180,10 @@ class Consumer {
           const int i = 4 * n + 2 * half + e;
           dp_[i] = s_[i] * (dp_[i] - delta[8 * n + first + e]);
         }
+  }
+  static __device__ __forceinline__ void round(uint32_t (&to)[kSteps][4], const float (&from)[kMet / 2]) {
 #pragma unroll
-    for (int i = 0; i < kMet / 4; ++i) {
-      p_fragments_[i / 4][i % 4] = pair<T>(s_[2 * i], s_[2 * i + 1]);
-      ds_fragments_[i / 4][i % 4] = pair<T>(dp_[2 * i], dp_[2 * i + 1]);
-    }
+    for (int i = 0; i < kMet / 4; ++i) to[i / 4][i % 4] = pair<T>(from[2 * i], from[2 * i + 1]);
   }
   // ds to shared memory, once the brick before has been used; 0 for keys that nobody sees: theirs may be anything.
   __device__ __forceinline__ void publish(int parity) {
@@ -253,23 +258,45 @@ class Consumer {
       product_wait<1>();
       product_values(s_);
       weigh(slot());
-      product_wait<0>();
-      product_values(dp_);
-      round(slot());
-      if (with_queries) publish(left & 1);
-      multiply_sums();
-      product_wait<0>();
-      sums_are_there();
-      release();
-      if (with_queries && (left & 1) == group_) {
-        float part[D / 2];
-        barrier_wait(&shared_.ds_full, left & 1);
-        multiply_part(part);
+      if constexpr (early) {
+        round(p_fragments_, s_);
+        multiply_values();
+        product_commit();
+        product_wait<1>();
+      } else {
         product_wait<0>();
-        product_values(part);
-        arrive(&shared_.ds_free);
-        stage(part, left & 1);
       }
+      product_values(dp_);
+      differ(slot());
+      if constexpr (!early) round(p_fragments_, s_);
+      round(ds_fragments_, dp_);
+      if (with_queries) publish(left & 1);
+      if constexpr (!early) multiply_values();
+      multiply_keys();
+      product_commit();
+      if (!with_queries || (left & 1) != group_) {
+        product_wait<0>();
+        sums_are_there();
+        release();
+        continue;
+      }
+      float part[D / 2];
+      if constexpr (!early) {
+        product_wait<0>();
+        sums_are_there();
+        release();
+      }
+      barrier_wait(&shared_.ds_full, left & 1);
+      multiply_part(part);
+      if constexpr (early) {
+        product_wait<1>();
+        sums_are_there();
+        release();
+      }
+      product_wait<0>();
+      product_values(part);
+      arrive(&shared_.ds_free);
+      stage(part, left & 1);
     }
     if (group_ == 0)
       named_barrier<kRead>(128);
