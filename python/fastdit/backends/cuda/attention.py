@@ -3,8 +3,8 @@
 Launches: 1 forward, 3 backward; packed, one more for each plan of tiles (1 and 2). Deterministic in any case. Tensors
 are read where they lie; those whose rows do not stand on 16 bytes are copied first. On sm_90 products run on wgmma
 (attention_hopper.cu, attention_backward_*hopper.cu), save where `_wgmma_refusal` says why not; else on mma.sync. There
-the backward is one pass over the keys where that pays (`_two_passes`); its launches are statistics, zeroed counters, the
-pass, and dq from its sums.
+the backward is one pass over the keys where that pays (`_two_passes`): statistics, zeroed counters, the pass, dq from
+its sums.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ HOPPER_KEYS, HOPPER_OWN, HOPPER_MET = 128, 128, 64  # kHopperKeys, kHopperGradOw
 HOPPER_ACROSS = 8  # what a brick has along w at least
 CHANNELS = 128
 # The one-pass backward by count, in clocks of a processor (docs/cuda.md): saved per channel, brick of queries and tile
-# of keys; spent per channel and brick on the sums of dq, until the next block may add to a brick, for two more launches.
-SAVED, ROUNDED, TURN, LAUNCHES = 5, 27, 3000, 8000
+# of keys; spent per channel and brick on the sums of dq, until the next block may add to a brick, for one more launch.
+SAVED, ROUNDED, TURN, LAUNCH = 5, 27, 3000, 4000
 L2 = 24 << 20  # bytes of q, do and dq that stay there while blocks work on them
 
 
@@ -96,9 +96,9 @@ def _two_passes(call) -> str | None:
     met = tiles / 2 if call.framed else tiles
     saved = samples * call.q.shape[-2] * bricks / processors * _width(call) * (SAVED * met - ROUNDED)
     waits = min(tiles, -(-processors // _together(call)))  # blocks that begin at the same brick
-    if saved > TURN * (waits - 1) + LAUNCHES:
+    if saved > TURN * (waits - 1) + LAUNCH:
         return None
-    return f"{bricks} bricks of queries by {tiles} tiles of keys are too few for blocks that wait for one another"
+    return f"turns of blocks cost more than they save; got {bricks} x {tiles} bricks of queries and tiles of keys"
 
 
 def _line(tokens: int) -> tuple[int, int, int]:
@@ -208,8 +208,8 @@ def _one_pass(call, op, shared, given, do, rows, grads) -> None:
 
 
 def _backward(Call, do, dlse, q, k, v, *rest):
-    """Beside the gradients 8 bytes a query row are allocated, for its statistics; in one pass also 4 a value of dq, with
-    heads as wide as they are run and the tokens of a segment a multiple of 64."""
+    """Beside the gradients 8 bytes a query row are allocated, for its statistics; in one pass also 4 a value of dq, of
+    heads as wide as they are run and segments of a multiple of 64 tokens."""
     *facts, o, lse, needs = rest
     dq, dk, dv = grads = [empty(t) if need else None for t, need in zip((q, k, v), needs, strict=True)]
     if q.numel() == 0 or k.numel() == 0 or (do is None and dlse is None):
