@@ -9,6 +9,7 @@ import pytest
 import torch
 from attention_laws import BASELINE, dense, segments
 from cuda_place import DEVICE, HERE, both, machine, on_card, pytestmark, same_bits_on_every_schedule  # noqa: F401
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 import fastdit
 from fastdit import ops
@@ -94,6 +95,14 @@ def test_heads_in_turn(together, monkeypatch):
     expected = gradients("attention_varlen", args, kwargs)
     monkeypatch.setattr(adapter, "_together", lambda call: together)
     close.assert_all_bitwise(gradients("attention_varlen", args, kwargs), expected)
+
+
+@pytest.mark.full
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_fuzz(data):
+    what, make = laws.drawn(data.draw, st.integers(1, 16).map((8).__mul__), sides=(9, 9), more=90, frames=60)
+    holds("attention_varlen", torch.bfloat16, make, what)
 
 
 def test_windows_take_two_passes(one_pass):
