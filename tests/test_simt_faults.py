@@ -36,6 +36,12 @@ EXPECTED = {
     "bulk never announced": "deadlock",
     "mbarrier not known": "no barrier since thread 0 initialised|no mbarrier was initialised",
     "mbarrier not fenced": "without fence.mbarrier_init",
+    "turn not waited for": "race: addition of global memory .* another block of the launch has written",
+    "turn given before the store is complete": "race: addition of global memory .* another block .* has written",
+    "turn of a later block": "deadlock: warp 0 waits at .*ld.acquire at line .* another block to be 1, which is 0",
+    "bulk store of values not fenced": "asynchronous read of shared memory .* without a fence.proxy.async",
+    "bulk store after a turn not fenced": "without fence.proxy.async.global",
+    "bulk store overwritten before it has read": "race: write of shared memory .* bulk stores of thread 0 has read",
 }
 SOUND = [name for name in sim.faults() if name.startswith("sound/")]
 each_schedule = pytest.mark.parametrize("schedule", simt.SCHEDULES)

@@ -103,6 +103,7 @@ __device__ __forceinline__ Point brick_corner(int number, int h, int w, Brick b)
 // One thread finds it out, all read it in shared memory.
 struct Work {
   int batch, head, kv_head, real;  // real: not the rows behind the last segment
+  int segment;                     // or sample
   int64_t q_row, k_row;            // of the segment's first tokens, in the tensor (packed) or the sample
   Line line;
   int T, H, W;   // the segment's grid; a line's is 1 x 1 x tokens
@@ -149,6 +150,7 @@ __device__ __forceinline__ int place(const AttentionParams& p, const Cut& cut, b
     queries = static_cast<int>(p.q_len), all = static_cast<int>(p.k_len);
     valid = p.kv_len ? max(min(p.kv_len[segment], all), 0) : all;
   }
+  w.segment = segment;
   int64_t frame = p.frame_tokens;
   if (p.frame_tokens_of) frame = w.real ? p.frame_tokens_of[segment] : 1;
   w.line = {queries, valid, all - queries, frame ? frame_length(frame, all) : 0};

@@ -119,6 +119,12 @@ __device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t b
                "l"(from), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
+// From shared memory; each is complete, and seen by its thread, after store_wait.
+__device__ __forceinline__ void bulk_store(float* to, const float* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
+               "r"(bytes)
+               : "memory");
+}
 __device__ __forceinline__ void bulk_add(float* to, const float* from, uint32_t bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
                "r"(shared_address(from)), "r"(bytes)
@@ -129,8 +135,29 @@ template <int groups>
 __device__ __forceinline__ void store_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(groups) : "memory");
 }
+// What was stored may be overwritten; it need not have arrived.
+template <int groups>
+__device__ __forceinline__ void store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(groups) : "memory");
+}
 // Every thread that wrote shared memory, before the barrier after which wgmma or a bulk store reads it.
 __device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Between a wait for another block's bulk stores and those of this thread to the same place.
+__device__ __forceinline__ void proxy_fence_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// ---- turns of blocks --------------------------------------------------------------------------------------
+// A counter in global memory. Who raises it releases what it knows of (its own bulk stores: after store_wait); who
+// waits for a value acquires that.
+__device__ __forceinline__ void counter_raise(int* counter) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+}
+__device__ __forceinline__ void counter_wait(const int* counter, int value) {
+  int now;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+  } while (now != value);
+}
 
 #else  // ---- the simulator ----------------------------------------------------------------------------------
 
@@ -189,13 +216,24 @@ inline void barrier_wait(uint64_t* barrier, int parity, FASTDIT_CALLED) {
 inline void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   async()->bulk_load(to, from, bytes, barrier);
 }
-inline void bulk_add(float* to, const float* from, uint32_t bytes) { async()->bulk_add(to, from, bytes); }
+inline void bulk_store(float* to, const float* from, uint32_t bytes) { async()->bulk_store(to, from, bytes, false); }
+inline void bulk_add(float* to, const float* from, uint32_t bytes) { async()->bulk_store(to, from, bytes, true); }
 inline void store_commit() { async()->store_commit(); }
 template <int groups>
 void store_wait() {
-  async()->store_wait(groups);
+  async()->store_wait(groups, false);
+}
+template <int groups>
+void store_wait_read() {
+  async()->store_wait(groups, true);
 }
 inline void proxy_fence() { async()->proxy_fence(); }
+inline void proxy_fence_global() { async()->proxy_fence_global(); }
+
+inline void counter_raise(int* counter) { simt::entered(simt::counters())->raise(counter); }
+inline void counter_wait(const int* counter, int value, FASTDIT_CALLED) {
+  simt::entered(simt::counters())->wait(counter, value, FASTDIT_SITE("ld.acquire"));
+}
 
 #endif
 

@@ -260,54 +260,71 @@ void Async::tensor_load(void* to, const TensorMap& map, const int* at, uint64_t*
   issue(std::move(copy), barrier(address, "cp.async.bulk.tensor"));
 }
 
-void Async::tensor_store(const TensorMap& map, const int* at, const void* from) {
+// The running thread, about to store.
+Async::PerThread& Async::storing() {
   Machine& m = machine();
   PerThread& mine = threads_[m.self().index];
-  if (mine.store_agent < 0) mine.store_agent = m.add_agent("bulk stores of thread", m.self().index);
+  if (mine.store_agent < 0) {
+    mine.store_agent = m.add_agent("bulk stores of thread", m.self().index);
+    mine.source_agent = m.add_agent("reads for bulk stores of thread", m.self().index);
+  }
+  if (!mine.global_fenced) m.fault("bulk store after a wait for another block, without fence.proxy.async.global");
+  return mine;
+}
+
+void Async::tensor_store(const TensorMap& map, const int* at, const void* from) {
+  Machine& m = machine();
+  PerThread& mine = storing();
   Copy copy;
   copy.clock = ++mine.store_clock;
-  const Agent agent{mine.store_agent, copy.clock};
   for (const Copy::Chunk& c : tile(map, at, static_cast<char*>(const_cast<void*>(from)))) {
-    memory().access_async(c.to, c.bytes, Access::read, m.self(), agent);
+    memory().access_async(c.to, c.bytes, Access::read, m.self(), {mine.source_agent, copy.clock});
     if (!c.from) continue;
     char* to = const_cast<char*>(c.from);
-    memory().access_async(to, c.bytes, Access::write, m.self(), agent);
+    memory().access_async(to, c.bytes, Access::write, m.self(), {mine.store_agent, copy.clock});
     copy.chunks.push_back({to, c.to, c.bytes});
   }
   if (m.schedule() == Schedule::eager) perform(copy), copy.chunks.clear();
   mine.stores.back().copies.push_back(std::move(copy));
 }
 
-void Async::bulk_add(float* to, const float* from, uint32_t bytes) {
+void Async::bulk_store(float* to, const float* from, uint32_t bytes, bool add) {
   Machine& m = machine();
-  PerThread& mine = threads_[m.self().index];
-  if (mine.store_agent < 0) mine.store_agent = m.add_agent("bulk stores of thread", m.self().index);
+  PerThread& mine = storing();
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16)
-    m.fault("cp.reduce.async.bulk of %u bytes: addresses and size must be multiples of 16", bytes);
+    m.fault("cp.async.bulk or cp.reduce.async.bulk of %u bytes: addresses and size must be multiples of 16", bytes);
+  if (!memory().is_shared(from))
+    m.fault("bulk store of %p, which is not shared memory", static_cast<const void*>(from));
   Copy copy;
-  copy.clock = ++mine.store_clock, copy.add = true;
-  const Agent agent{mine.store_agent, copy.clock};
-  memory().access_async(from, bytes, Access::read, m.self(), agent);
-  memory().access_async(to, bytes, Access::atomic, m.self(), agent);
+  copy.clock = ++mine.store_clock, copy.add = add;
+  memory().access_async(from, bytes, Access::read, m.self(), {mine.source_agent, copy.clock});
+  memory().access_async(to, bytes, add ? Access::add : Access::write, m.self(), {mine.store_agent, copy.clock});
   copy.chunks.push_back({reinterpret_cast<char*>(to), reinterpret_cast<const char*>(from), bytes});
   if (m.schedule() == Schedule::eager) perform(copy), copy.chunks.clear();
   mine.stores.back().copies.push_back(std::move(copy));
 }
 
-void Async::store_commit() { threads_[machine().self().index].stores.emplace_back(); }
+void Async::store_commit() {
+  PerThread& mine = threads_[machine().self().index];
+  mine.stores.back().clock = mine.store_clock;
+  mine.stores.emplace_back();
+}
 
-void Async::store_wait(int groups) {
+void Async::store_wait(int groups, bool read_only) {
   Machine& m = machine();
   PerThread& mine = threads_[m.self().index];
   const int last = static_cast<int>(mine.stores.size()) - 1 - groups;
   for (int g = 0; g < last; ++g) {
-    for (Copy& c : mine.stores[g].copies) {
-      perform(c);
-      m.learn(m.self(), mine.store_agent, c.clock);
-    }
-    mine.stores[g].copies.clear();
+    Group& group = mine.stores[g];
+    for (Copy& c : group.copies) perform(c);
+    group.copies.clear();
+    if (!group.clock) continue;
+    m.learn(m.self(), mine.source_agent, group.clock);
+    if (!read_only) m.learn(m.self(), mine.store_agent, group.clock);
   }
 }
+
+void Async::proxy_fence_global() { threads_[machine().self().index].global_fenced = true; }
 
 void Async::proxy_fence() {
   Thread& t = machine().self();

@@ -90,10 +90,12 @@ class Async {
   void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier);
   void tensor_load(void* to, const TensorMap& map, const int* at, uint64_t* barrier);
   void tensor_store(const TensorMap& map, const int* at, const void* from);
-  void bulk_add(float* to, const float* from, uint32_t bytes);
+  void bulk_store(float* to, const float* from, uint32_t bytes, bool add);
   void store_commit();
-  void store_wait(int groups);
+  void store_wait(int groups, bool read_only);  // read_only: the source alone
   void proxy_fence();
+  void must_fence(const Thread& t) { threads_[t.index].global_fenced = false; }  // after an acquire
+  void proxy_fence_global();
 
   // ---- wgmma ---------------------------------------------------------------------------------------------
   void product_fence();
@@ -104,12 +106,13 @@ class Async {
  private:
   struct Group {  // cp.async or bulk stores of a thread
     std::vector<Copy> copies;
+    uint32_t clock = 0;  // of the last store
   };
   struct PerThread {
     std::vector<Group> loads{1}, stores{1};
-    int store_agent = -1;
+    int store_agent = -1, source_agent = -1;  // what stores write, and what they read
     uint32_t store_clock = 0;
-    bool product_fenced = false;
+    bool product_fenced = false, global_fenced = true;
     int products = 0, committed = 0, groups = 0;
   };
   struct Warpgroup {
@@ -124,6 +127,7 @@ class Async {
   void land(Copy& copy);
   void settle(Barrier& b);
   void perform(Copy& copy);
+  PerThread& storing();
   std::vector<Copy::Chunk> tile(const TensorMap& map, const int* at, char* shared);
   void check_operands(const Product& p, int agent, uint32_t clock);
   void execute(Warpgroup& w, Product& p);

@@ -143,9 +143,48 @@ __global__ void bulk(float* to, const float* from, Bulk how) {
   to[threadIdx.x] = values[threadIdx.x];
 }
 
-struct Buffers {
-  alignas(16) float from[4 * kThreads], to[4 * kThreads];
+// ---- turns of blocks --------------------------------------------------------------------------------------------
+// Blocks add 256 bytes to two places, in the order of their tickets.
+struct Turns {
+  bool waits = true, complete = true, fenced = true, fenced_global = true, read = true;
+  int late = 0;  // turns that a block waits too long
 };
+__global__ void turns(float* to, int* counters, Turns how) {
+  FASTDIT_SHARED_ALIGNED(float[kThreads], values, 128);
+  FASTDIT_SHARED(int, ticket);
+  if (threadIdx.x == 0) ticket = atomicAdd(counters, 1);
+  __syncthreads();
+  for (int i = 0; i < 2; ++i) {
+    values[threadIdx.x] = ticket + i;
+    if (how.fenced) cuda::proxy_fence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      if (how.waits) cuda::counter_wait(counters + 1 + i, ticket + how.late);
+      if (how.fenced_global) cuda::proxy_fence_global();
+      if (ticket == 0)
+        cuda::bulk_store(to + i * kThreads, values, sizeof values);
+      else
+        cuda::bulk_add(to + i * kThreads, values, sizeof values);
+      cuda::store_commit();
+      if (how.read) cuda::store_wait_read<0>();
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      if (how.complete) cuda::store_wait<0>();
+      cuda::counter_raise(counters + 1 + i);
+    }
+  }
+  if (threadIdx.x == 0) cuda::store_wait<0>();
+}
+
+struct Buffers {
+  alignas(16) float from[4 * kThreads], to[4 * kThreads], gap[4];
+  int counters[4];
+};
+constexpr int kCounters = 4 * kThreads + 4;  // values after `to`
+void take_turns(float* to, Turns how = {}) {
+  cuda::launch(turns, dim3(3), dim3(kThreads), 0, {}, "fault", "", to, reinterpret_cast<int*>(to + kCounters), how);
+}
 
 template <class... P, class... A>
 void start(void (*kernel)(P...), A... arguments) {
@@ -170,6 +209,13 @@ const std::map<std::string, Run> kFaults = {
     FASTDIT_FAULT("sound/counted", start(counted<true>, to + 4 * kThreads - 1)),
     FASTDIT_FAULT("sound/cp.async", start(copied<true, true>, to, from)),
     FASTDIT_FAULT("sound/bulk", start(bulk, to, from, Bulk{})),
+    FASTDIT_FAULT("sound/turns", take_turns(to)),
+    FASTDIT_FAULT("turn not waited for", take_turns(to, {.waits = false})),
+    FASTDIT_FAULT("turn given before the store is complete", take_turns(to, {.complete = false})),
+    FASTDIT_FAULT("turn of a later block", take_turns(to, {.late = 1})),
+    FASTDIT_FAULT("bulk store of values not fenced", take_turns(to, {.fenced = false})),
+    FASTDIT_FAULT("bulk store after a turn not fenced", take_turns(to, {.fenced_global = false})),
+    FASTDIT_FAULT("bulk store overwritten before it has read", take_turns(to, {.read = false})),
     FASTDIT_FAULT("global past the end", start(copy_rows, to + 4 * kThreads - 60, from, 64)),
     FASTDIT_FAULT("global before the beginning", start(copy_rows, to, from - 1, 64)),
     FASTDIT_FAULT("misaligned", start(misaligned, to, from)),
@@ -216,6 +262,7 @@ void run_fault(const std::string& name) {
   const std::vector<int64_t> sizes{4 * kThreads}, strides{1};
   memory().allow(reinterpret_cast<uintptr_t>(buffers.from), 4, sizes, strides, true, false);
   memory().allow(reinterpret_cast<uintptr_t>(buffers.to), 4, sizes, strides, name == "sound/counted", true);
+  memory().allow(reinterpret_cast<uintptr_t>(buffers.counters), 4, {4}, strides, true, true);
   found->second(buffers.to, buffers.from);
 }
 

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "async.h"
+#include "counters.h"
 #include "memory.h"
 
 namespace fastdit::simt {
@@ -52,6 +53,7 @@ void Machine::launch(const Launch& launch) {
     throw std::runtime_error(std::string(launch.name) + ": invalid configuration argument");
   stacks_.reserve(threads);
   first_serial = block_serial + 1;
+  counters().begin_launch();
   for (uint64_t i = 0; i < blocks; ++i) {
     uint64_t b = schedule_ == Schedule::lazy ? blocks - 1 - i : i;
     if (schedule_ == Schedule::random) b = (i * 2654435761u + 7) % blocks;  // the factor is prime: a permutation
@@ -75,6 +77,7 @@ void Machine::run_block() {
   at_block_barrier_ = 0, live_ = threads;
   memory().begin_block(current.dynamic_shared);
   async->begin_block();
+  counters().begin_block();
   for (uint64_t& word : ready_) word = 0;
   for (int i = 0; i < threads; ++i) {
     Thread& t = thread[i];
@@ -206,7 +209,7 @@ void Machine::deadlock() {
     for (int lane = 0; lane < kWarp && static_cast<int>(w) * kWarp + lane < threads; ++lane) {
       const Thread& t = thread[w * kWarp + lane];
       if (t.exited) continue;
-      const std::string at = std::string(t.waits.operation) + " at line " + std::to_string(t.waits.line);
+      const std::string at = std::string(t.waits.operation) + " at line " + std::to_string(t.waits.line) + t.waits_for;
       if (line.find(at) == std::string::npos) line += (line.empty() ? "" : ", ") + at;
     }
     if (!line.empty()) text += " warp " + std::to_string(w) + " waits at " + line + ";";

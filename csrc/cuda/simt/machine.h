@@ -3,7 +3,7 @@
 // Happens-before is kept as vector clocks. An agent is a thread of the block or something that works beside them (the
 // bulk copies of an mbarrier, the matrix unit of a warpgroup). Each has a clock; a thread knows (agent, clock) when a
 // chain of barriers leads there. After a barrier of the whole block everybody knows the same: `Clocks::base`; what a
-// thread learned since stands in a vector of its own. Blocks of one launch never know of each other.
+// thread learned since stands in a vector of its own. Blocks of one launch know of each other by counters (counters.h).
 #pragma once
 
 #include <cstdarg>
@@ -46,6 +46,7 @@ struct Thread {
   char *stack = nullptr, *stack_end = nullptr;
   bool exited = false;
   Site waits{};  // what it waits at, while it does
+  std::string waits_for;
 
   uint32_t clock = 1;
   bool fresh = true;             // knows `base` and nothing since

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <new>
 
+#include "counters.h"
+
 // The bounds of this module in memory: constants that a kernel reads lie inside.
 extern "C" char __ehdr_start __attribute__((visibility("hidden")));
 extern "C" char _end __attribute__((visibility("hidden")));
@@ -119,7 +121,7 @@ Cell* Memory::cell(uintptr_t address) {
 }
 
 static const char* name(Access kind) {
-  return kind == Access::read ? "read" : kind == Access::write ? "write" : "atomic";
+  return kind == Access::read ? "read" : kind == Access::write ? "write" : kind == Access::add ? "addition" : "atomic";
 }
 
 void Memory::race(const Cell&, const void* p, const char* now, const char* then, int other, uint32_t block) {
@@ -149,8 +151,9 @@ void Memory::check(Cell& c, const void* p, Access kind, const Thread& t, const A
   if (c.write_block >= m.first_serial && !(atomic && (c.flags & Cell::by_atomic))) {
     const bool same = c.write_block == m.block_serial;
     // two pieces of work of one agent are in order; another agent's must be known to the thread that issues
-    const bool ordered = same && ((agent && agent->number == c.writer) || (own && c.writer == t.index) ||
-                                  m.known(t, c.writer, c.write_clock));
+    const bool ordered = same ? (agent && agent->number == c.writer) || (own && c.writer == t.index) ||
+                                    m.known(t, c.writer, c.write_clock)
+                              : counters().known(t, c.write_block, c.writer, c.write_clock);
     if (!ordered) race(c, p, name(kind), "written", c.writer, c.write_block);
     if (same && agent && is_shared(p) && !(c.flags & Cell::by_async) && !fenced(t, c.writer, c.write_clock))
       m.fault(
@@ -161,8 +164,9 @@ void Memory::check(Cell& c, const void* p, Access kind, const Thread& t, const A
     for (const Cell::Reader& r : c.reader) {
       if (r.block < m.first_serial) continue;
       const bool mine = agent ? r.agent == agent->number : r.agent == t.index;
-      if (r.block != m.block_serial || !(mine || m.known(t, r.agent, r.clock)))
-        race(c, p, name(kind), "read", r.agent, r.block);
+      const bool ordered = r.block == m.block_serial ? mine || m.known(t, r.agent, r.clock)
+                                                     : counters().known(t, r.block, r.agent, r.clock);
+      if (!ordered) race(c, p, name(kind), "read", r.agent, r.block);
     }
   }
   const int who = agent ? agent->number : t.index;

@@ -10,7 +10,7 @@
 
 namespace fastdit::simt {
 
-enum class Access { read, write, atomic };
+enum class Access { read, write, atomic, add };  // add: to what is there, in an order that must be known
 
 struct Cell {
   enum : uint16_t {

@@ -48,6 +48,16 @@ def capability(x: Tensor) -> int:
     return _of_device(x.get_device()) if x.is_cuda else 80
 
 
+@functools.cache
+def _processors_of(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def processors(x: Tensor) -> int:
+    """Multiprocessors of the card that x is on; in the simulator those of an H100."""
+    return _processors_of(x.get_device()) if x.is_cuda else 132
+
+
 def launch(
     entry: str, op: str, x: Tensor, arguments: tuple, reads: Iterable[Tensor | None], writes: Iterable[Tensor | None]
 ) -> None:
