@@ -39,7 +39,7 @@ EXPECTED = {
     "peer's mbarrier not known": "no mbarrier was initialised .* of a peer|no barrier since thread 0 .*initialised",
     "peer's mbarrier not fenced": "without fence.mbarrier_init",
     "peer's bytes not expected": "race|never written|is under way|beyond the pending count|deadlock",
-    "the same half twice": "race|never written|is under way",
+    "the same half twice": "race: write .* a peer.s bulk copies|race: write .* bulk copies of mbarrier|is under way",
     "copied for itself alone": "deadlock: warp 0 waits at mbarrier.try_wait",
     "not released at the peer": "race|is under way|ends while bulk copies",
     "released at the peer too early": "race",

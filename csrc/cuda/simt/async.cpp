@@ -25,8 +25,9 @@ void Async::block_ends(int rank, const Vector& knows) {
   const auto known = [&](size_t agent, uint32_t clock) { return agent < knows.size() && clock <= knows[agent]; };
   for (const auto& b : barriers_) {
     if (b->block != rank) continue;
-    if (!known(b->agent, b->copies))
-      m.fault("block %d of the cluster ends while bulk copies into its shared memory are under way", rank);
+    for (int peer = 0; peer < kMaxPeers; ++peer)
+      if (b->copies[peer] && !known(b->agent[peer], b->copies[peer]))
+        m.fault("block %d of the cluster ends while bulk copies into its shared memory are under way", rank);
     for (size_t t = 0; t < b->remote.size(); ++t)
       if (!known(t, b->remote[t]))
         m.fault("block %d of the cluster ends, and nothing says that %s has signalled its mbarrier", rank,
@@ -112,7 +113,7 @@ void Async::barrier_init(uint64_t* address, int count) {
   auto b = std::make_unique<Barrier>();
   b->place = address, b->block = m.self().block, b->expected = b->pending = count;
   b->made_by = m.self().index, b->made_at = m.self().clock;
-  b->agent = m.add_agent("bulk copies of mbarrier", static_cast<int>(barriers_.size()));
+  b->agent[b->block] = m.add_agent("bulk copies of mbarrier", static_cast<int>(barriers_.size()));
   barriers_.push_back(std::move(b));
 }
 
@@ -193,8 +194,10 @@ uint32_t swizzled(uint32_t a, Swizzle mode) {
 void Async::issue(Copy copy, Barrier& b) {
   Machine& m = machine();
   if (!b.fenced) m.fault("bulk copy on an mbarrier without fence.mbarrier_init after its initialisation");
-  copy.barrier = &b, copy.clock = ++b.copies;
-  const Agent agent{b.agent, copy.clock};
+  const int from = m.self().block;
+  if (b.agent[from] < 0) b.agent[from] = m.add_agent("a peer's bulk copies to block", b.block);
+  copy.barrier = &b, copy.agent = b.agent[from], copy.clock = ++b.copies[from];
+  const Agent agent{copy.agent, copy.clock};
   for (const Copy::Chunk& c : copy.chunks) {
     if (c.from) memory().access_async(c.from, c.bytes, Access::read, m.self(), agent);
     memory().access_async(c.to, c.bytes, Access::write, m.self(), agent);
@@ -222,9 +225,9 @@ void Async::perform(Copy& copy) {
 void Async::land(Copy& copy) {
   Barrier& b = *copy.barrier;
   perform(copy);
-  for (const Copy::Chunk& c : copy.chunks) memory().land(c.to, c.bytes, {b.agent, copy.clock}, true);
+  for (const Copy::Chunk& c : copy.chunks) memory().land(c.to, c.bytes, {copy.agent, copy.clock}, true);
   if (b.joined.size() < static_cast<size_t>(machine().agents())) b.joined.resize(machine().agents(), 0);
-  b.joined[b.agent] = std::max(b.joined[b.agent], copy.clock);
+  b.joined[copy.agent] = std::max(b.joined[copy.agent], copy.clock);
   b.bytes -= copy.bytes;
   settle(b);
 }

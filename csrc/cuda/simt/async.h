@@ -35,8 +35,10 @@ struct Barrier {
   int64_t bytes = 0;  // still to come; negative when they came before they were announced
   uint64_t phase = 0;
   bool fenced = false;
-  int made_by, agent;
-  uint32_t made_at, copies = 0;
+  int made_by;
+  uint32_t made_at;
+  int agent[kMaxPeers] = {-1, -1};  // of the copies that each block of the cluster announces on it
+  uint32_t copies[kMaxPeers] = {};
   Vector joined, done;
   std::vector<int> waiting;
   Vector remote;  // arrivals from other blocks of the cluster: a clock per thread
@@ -52,6 +54,7 @@ struct Copy {
   std::vector<Chunk> chunks;
   Barrier* barrier = nullptr;  // of a load
   int64_t bytes = 0;
+  int agent = -1;
   uint32_t clock = 0;
   bool add = false;  // fp32 reduction to global memory
 };
