@@ -42,15 +42,15 @@ HopperChoice choose(const ConvParams& p, int given, int N, int MI, int processor
         plan.tiles_n = static_cast<int>(n), plan.bias = bias;
         const int64_t k16 = taps * ((p.cin + 15) / 16), bytes = taps * chunks * (patch / shared + weights);
         const int64_t matrix = k16 * MI * N, banks = k16 * MI * (32 + N / 2) + bytes / 128;
-        const auto read = [&](int64_t weights) {  // zeros are not
-          return taps * (patch / shared + weights) * p.cin / kChannels;
+        const auto read = [&](int64_t filters) {  // zeros are not
+          return taps * (patch / shared + filters) * p.cin / kChannels;
         };
         for (int peers : {2, 1}) {
           if (given ? peers != given : peers > 1 && (w * h < 2 || all < processors)) continue;
           const int64_t places = count(w * h, peers), tiles = places * t * n * p.n;
           const int64_t at_once = std::max(processors / peers, 1);
           const int64_t rate = 24 * processors / (std::min(tiles, at_once) * peers);
-          const int64_t l2 = std::max(read(weights) / 64, read(weights / peers) / std::max<int64_t>(rate, 1));
+          const int64_t l2 = std::max(read(weights) / 64, read(weights / peers) / rate);
           const int64_t clocks = count(tiles, at_once) * (std::max({matrix, banks, l2}) + 2000);
           if (best.clocks && clocks >= best.clocks) continue;
           plan.peers = peers, plan.places = static_cast<int>(places), plan.tiles = static_cast<int>(tiles);
