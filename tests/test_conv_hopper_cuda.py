@@ -241,3 +241,15 @@ def test_what_wgmma_serves(reason, tiles):
         said = fastdit.explain("causal_conv3d", x, weight, **kwargs, backend="cuda")
     assert (tiles == [None]) == bool(reason)
     assert re.search(f"mma.sync: wgmma.*{reason}" if reason else "forward on wgmma", said)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what the simulator is asked")
+def test_the_module_is_asked_once(monkeypatch):
+    """Whether it has kernels of sm_90a; it stays what it is."""
+    asked, simulator = [], _launch.simulator
+    monkeypatch.setattr(_launch, "simulator", lambda entry, *rest: asked.append(entry) or simulator(entry, *rest))
+    _launch.hopper_built.cache_clear()
+    (x, weight), kwargs = TILES["time"][1].make(Maker(torch.bfloat16, DEVICE))
+    for _ in range(3):
+        ops.causal_conv3d(x, weight, **kwargs, backend="cuda")
+    assert asked.count("hopper_built") == 1 and asked.count("conv_forward_hopper") == 3
