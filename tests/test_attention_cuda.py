@@ -277,7 +277,7 @@ def test_explain(monkeypatch):
         assert path(q, q, q).startswith("wgmma, backward in two passes: ")
         text = "mma.sync: wgmma reads tensors whose rows are all there; got k of [2, 2, 1, 64], (0, 64, 64, 1)"
         assert path(q, q[:1].expand_as(q), q) == text
-        monkeypatch.setattr(_launch, "ask", lambda *_: False)
+        monkeypatch.setattr(_launch, "hopper_built", lambda _: False)
         assert path(q, q, q) == "mma.sync: wgmma needs machine code for sm_90a; FASTDIT_CUDA_ARCHS lacks it"
 
 

@@ -104,6 +104,19 @@ def test_tensor_copy(mode, corner):
     assert torch.equal(out, expected.flatten())
 
 
+def test_a_dim_of_one_has_no_stride():
+    """Whatever its tensor says: here one that the copy engine refuses."""
+    sim.schedule("eager")
+    x, out = torch.arange(100, dtype=torch.int16), torch.full((2, 64), -1, dtype=torch.int16)
+    sim.forget()
+    sim.allow(x.data_ptr(), 2, [100], [1], True, False)
+    sim.allow(out.data_ptr(), 2, [128], [1], False, True)
+    sim.run_tile(x.data_ptr(), out.data_ptr(), 1, 100, 2, 0, 64, 0, False)
+    expected = torch.zeros_like(out)
+    expected[0, :36] = x[64:]
+    assert torch.equal(out, expected)
+
+
 @each_schedule
 def test_tensor_store(schedule):
     """A box goes back where it came from, and what lies outside the tensor is left out."""

@@ -112,6 +112,29 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
       : "memory");
 }
 
+// ---- clusters (sm_90): blocks side by side ------------------------------------------------------------------
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// Every thread of every block, whoever has not ended. After it peers know of initialised mbarriers, given their fence;
+// before a block's end: what its peers signal or copy into its shared memory must have happened.
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+// What stands at the same place in block `rank`, for barrier_arrive_at().
+__device__ __forceinline__ uint32_t peer_address(const void* p, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
+  return address;
+}
+// Orders reads that have their values before what the peer's copies write. Writes to shared memory it does not hand
+// over: its scope is the block, since a release to the cluster is a fence of all memory.
+__device__ __forceinline__ void barrier_arrive_at(uint32_t peer) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(peer) : "memory");
+}
+
 // ---- bulk copies (sm_90) ----------------------------------------------------------------------------------
 __device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
@@ -212,6 +235,13 @@ inline void barrier_arrive_expect(uint64_t* barrier, int bytes) { async()->barri
 inline void barrier_wait(uint64_t* barrier, int parity, FASTDIT_CALLED) {
   async()->barrier_wait(barrier, parity, FASTDIT_SITE("mbarrier.try_wait"));
 }
+
+inline int cluster_rank() { return simt::entered(simt::machine())->self().block; }
+inline void cluster_barrier(FASTDIT_CALLED) {
+  simt::entered(simt::machine())->cluster_barrier(FASTDIT_SITE("barrier.cluster"));
+}
+inline uint32_t peer_address(const void* p, int rank) { return simt::entered(simt::memory())->peer_address(p, rank); }
+inline void barrier_arrive_at(uint32_t peer) { async()->barrier_arrive_at(peer); }
 
 inline void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   async()->bulk_load(to, from, bytes, barrier);

@@ -1,8 +1,8 @@
 // Counters in global memory, by which the blocks of a launch take turns: a block releases what it has done when it
 // raises one, and who waits for that value knows of it.
 //
-// Blocks run one after the other, so a wait is over at once or never: what it waits for must have been done by a block
-// that ran before. A block knows of others through its counters alone.
+// Blocks run one after the other (those of a cluster beside each other), so a wait is over at once or never: what it
+// waits for must have been done by a block that ran before. A block knows of others through its counters alone.
 #pragma once
 
 #include <unordered_map>

@@ -21,8 +21,8 @@ Memory& memory() {
 
 void raw_copy(void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
 
-Memory::Memory() : shared_cells_(kArena / kCell) {
-  void* found = mmap(nullptr, kArena, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+Memory::Memory() : shared_cells_(kMaxPeers * kArena / kCell) {
+  void* found = mmap(nullptr, kMaxPeers * kArena, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (found == MAP_FAILED) throw std::bad_alloc();
   shared_ = static_cast<char*>(found);
 }
@@ -68,56 +68,70 @@ void Memory::allow(uintptr_t address, int itemsize, const std::vector<int64_t>& 
 }
 
 // ---- shared memory --------------------------------------------------------------------------------------
-void Memory::begin_block(size_t dynamic_bytes) {
-  std::fill(shared_cells_.begin(), shared_cells_.begin() + (shared_used_ + kCell - 1) / kCell, Cell{});
+void Memory::begin_block(size_t dynamic_bytes, int blocks) {
+  for (int b = 0; b < blocks_; ++b)
+    std::fill_n(shared_cells_.begin() + b * (kArena / kCell), (shared_used_ + kCell - 1) / kCell, Cell{});
   statics_.clear();
-  shared_used_ = 0, dynamic_ = nullptr, dynamic_bytes_ = dynamic_bytes;
+  shared_used_ = 0, dynamic_align_ = 0, dynamic_bytes_ = dynamic_bytes, blocks_ = blocks;
+}
+
+char* Memory::own(size_t offset) { return shared_ + machine().self().block * kArena + offset; }
+
+void Memory::allow_shared(size_t from) {
+  for (int b = 0; b < blocks_; ++b)
+    for (size_t i = from / kCell; i < (shared_used_ + kCell - 1) / kCell; ++i)
+      shared_cells_[b * (kArena / kCell) + i].flags = Cell::readable | Cell::writable;
 }
 
 static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 char* Memory::shared_static(const void* key, size_t bytes, size_t align) {
   for (const Static& s : statics_)
-    if (s.key == key) return s.at;
+    if (s.key == key) return own(s.at);
   // sixteen bytes between variables belong to nobody
   const size_t at = round_up(shared_used_ + (shared_used_ ? 16 : 0), align < 16 ? 16 : align);
   if (at + bytes > kSharedBlock) machine().fault("shared memory: more than %zu bytes", kSharedBlock);
   shared_used_ = at + bytes;
-  for (size_t i = at / kCell; i < (shared_used_ + kCell - 1) / kCell; ++i)
-    shared_cells_[i].flags = Cell::readable | Cell::writable;
-  statics_.push_back({key, shared_ + at});
-  return shared_ + at;
+  allow_shared(at);
+  statics_.push_back({key, at});
+  return own(at);
 }
 
 char* Memory::shared_dynamic(size_t align) {
-  if (dynamic_) {
+  if (dynamic_align_) {
     if (align != dynamic_align_) machine().fault("dynamic shared memory is declared with two alignments");
-    return dynamic_;
+    return own(dynamic_);
   }
   size_t at = round_up(shared_used_ + 16, align);
   if (at % (2 * align) == 0) at += align;
   if (at + dynamic_bytes_ > kArena) machine().fault("shared memory: more than %zu bytes", kSharedBlock);
   shared_used_ = at + dynamic_bytes_;
-  for (size_t i = at / kCell; i < (shared_used_ + kCell - 1) / kCell; ++i)
-    shared_cells_[i].flags = Cell::readable | Cell::writable;
-  dynamic_ = shared_ + at, dynamic_align_ = align;
-  return dynamic_;
+  allow_shared(at);
+  dynamic_ = at, dynamic_align_ = align;
+  return own(at);
 }
 
 uint32_t Memory::shared_address(const void* p) {
   if (!is_shared(p)) machine().fault("a shared address is asked of a pointer that is not shared");
-  return static_cast<uint32_t>(static_cast<const char*>(p) - shared_);
+  return static_cast<uint32_t>(static_cast<const char*>(p) - shared_ - block_of(p) * kArena);
+}
+
+uint32_t Memory::peer_address(const void* p, int rank) {
+  if (rank < 0 || rank >= blocks_) machine().fault("mapa: block %d of a cluster of %d", rank, blocks_);
+  return static_cast<uint32_t>(rank + 1) << kRankBit | shared_address(p);
 }
 
 char* Memory::from_shared_address(uint32_t address, size_t bytes) {
-  if (address + bytes > kArena) machine().fault("shared address 0x%x lies outside of shared memory", address);
-  return shared_ + address;
+  const size_t rank = address >> kRankBit, offset = address & ((1u << kRankBit) - 1);
+  if (offset + bytes > kArena || rank > static_cast<size_t>(blocks_))
+    machine().fault("shared address 0x%x lies outside of shared memory", address);
+  return rank ? shared_ + (rank - 1) * kArena + offset : own(offset);
 }
 
 // ---- accesses -------------------------------------------------------------------------------------------
 Cell* Memory::cell(uintptr_t address) {
   const size_t offset = address - reinterpret_cast<uintptr_t>(shared_);
-  return offset < kArena ? &shared_cells_[offset / kCell] : global_cell(address);
+  return offset < kMaxPeers * kArena ? &shared_cells_[offset / kCell] : global_cell(address);
 }
 
 static const char* name(Access kind) {
@@ -219,6 +233,9 @@ void Memory::access(const void* p, size_t bytes, Access kind) {
   }
   if ((bytes & (bytes - 1)) == 0 && bytes <= 16 && address % bytes)
     m.fault("misaligned %s of %zu bytes of %s memory at %p", name(kind), bytes, space(p), p);
+  if (is_shared(p) && block_of(p) != t.block)
+    m.fault("%s of %zu bytes at %p, in the shared memory of another block, whose address mapa gives", name(kind), bytes,
+            p);
   cells(p, bytes, kind);
   for (uintptr_t a = address & ~(kCell - 1); a < address + bytes; a += kCell)
     check(*cell(a), reinterpret_cast<const void*>(a), kind, t, nullptr);
