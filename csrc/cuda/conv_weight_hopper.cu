@@ -16,6 +16,7 @@
 // every time.
 #include "conv_weight_hopper.cuh"
 #include "mma.h"
+#include "ring.h"
 #include "tensor_map.h"
 #include "wgmma.h"
 
@@ -36,13 +37,6 @@ __host__ __device__ inline int end_of(const ConvParams& p, int w) {
   const int shift = w * static_cast<int>(p.dilation[2]) - static_cast<int>(p.pad_w);
   return min(static_cast<int>(p.w), static_cast<int>(p.wo) + shift);
 }
-
-struct Ring {
-  int at = 0, round = 0;
-  __device__ __forceinline__ void advance(int size) {
-    if (++at == size) at = 0, round ^= 1;
-  }
-};
 
 template <class T, int CHANNELS, int TAPS, int TILES>
 struct Block {
@@ -109,7 +103,7 @@ struct Block {
     const int shift_w = tap_w * static_cast<int>(p.dilation[2]) - static_cast<int>(p.pad_w);
     const int cached = static_cast<int>(p.cache_t), last = cached + static_cast<int>(p.t) - 1;
     const bool none = end_of(p, tap_w) <= 0;  // of x: then all of a box lies outside
-    Ring ring;
+    RingPlace<> ring;
 #pragma unroll 1
     for (int s = begin; s < end; ++s) {
       int rest = s;
@@ -123,20 +117,20 @@ struct Block {
       const bool old = frame < cached;
       const TensorMap& x = old ? maps.cache[tap_w] : maps.x[tap_w];
 
-      barrier_wait(empty(ring.at), ring.round ^ 1);
-      barrier_arrive_expect(full(ring.at), live * g_bytes + SPANS * x_bytes);
+      barrier_wait(empty(ring.stage), ring.phase ^ 1);
+      barrier_arrive_expect(full(ring.stage), live * g_bytes + SPANS * x_bytes);
 #pragma unroll 1
       for (int i = 0; i < live; ++i) {
         const int corner[5] = {n0 + i * kChannels, w, h, t, b};
-        tensor_load(grads(ring.at, i), maps.g, corner, full(ring.at));
+        tensor_load(grads(ring.stage, i), maps.g, corner, full(ring.stage));
       }
 #pragma unroll 1
       for (int i = 0; i < SPANS; ++i) {
         const int corner[5] = {c0 + i * kChannels, none ? 1 : w + shift_w, h + shift_h, old ? frame : frame - cached,
                                b};
-        tensor_load(inputs(ring.at) + i * x_bytes, x, corner, full(ring.at));
+        tensor_load(inputs(ring.stage) + i * x_bytes, x, corner, full(ring.stage));
       }
-      ring.advance(plan.stages);
+      ring.next(plan.stages);
     }
   }
 
@@ -169,20 +163,20 @@ struct Block {
       for (int j = 0; j < PRODUCTS; ++j)
 #pragma unroll
         for (int k = 0; k < N / 2; ++k) sum[i][j][k] = 0;
-    Ring ring;
+    RingPlace<> ring;
     int read = -1;  // stage of the products under way
 #pragma unroll 1
     for (int s = begin; s < end; ++s) {
       const int line = s / plan.tiles_w % plan.tiles_h * plan.lines;
       int left = min(plan.lines, static_cast<int>(p.ho) - line) * plan.columns / kStep;
-      uint64_t g = matrix(grads(ring.at, group), 16, 1024, 1);
-      uint64_t x = matrix(inputs(ring.at), MERGED ? shift : x_bytes, 1024, 1);
+      uint64_t g = matrix(grads(ring.stage, group), 16, 1024, 1);
+      uint64_t x = matrix(inputs(ring.stage), MERGED ? shift : x_bytes, 1024, 1);
       const auto release = [&] {  // one group under way: the stage before is read
         product_wait<1>();
         if (read >= 0 && lane == 0) barrier_arrive(empty(read));
         read = -1;
       };
-      barrier_wait(full(ring.at), ring.round);
+      barrier_wait(full(ring.stage), ring.phase);
 #pragma unroll 1
       for (; left >= kChunk; left -= kChunk) {
         multiply<kChunk>(sum, g, x, shift);
@@ -195,8 +189,8 @@ struct Block {
         release();
         g += kStep * kSpan >> 4, x += kStep * kSpan >> 4;
       }
-      read = ring.at;
-      ring.advance(plan.stages);
+      read = ring.stage;
+      ring.next(plan.stages);
     }
     product_wait<0>();
 #pragma unroll
@@ -209,12 +203,12 @@ struct Block {
   }
   // A warpgroup without a row of its own lets the stages pass.
   __device__ __forceinline__ void idle() const {
-    Ring ring;
+    RingPlace<> ring;
 #pragma unroll 1
     for (int s = begin; s < end; ++s) {
-      barrier_wait(full(ring.at), ring.round);
-      if (threadIdx.x % 32 == 0) barrier_arrive(empty(ring.at));
-      ring.advance(plan.stages);
+      barrier_wait(full(ring.stage), ring.phase);
+      if (threadIdx.x % 32 == 0) barrier_arrive(empty(ring.stage));
+      ring.next(plan.stages);
     }
   }
 
