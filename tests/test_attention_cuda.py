@@ -84,6 +84,12 @@ def test_grouped_heads_and_scales_on_wgmma(scale, dtype):
         holds("attention", dtype, dense(70, 133, 2, 1, 64, scale=scale))
 
 
+def test_lse_of_large_scores(card):
+    """What fp32 rounds of the scale and of a running maximum stays out of lse; several tiles of keys."""
+    sample = Sample("attention", "large", dense(70, 300, 4, 2, 64, scale=0.4), baseline=BASELINE["attention"])
+    contract.forward(sample, torch.bfloat16, *HERE)
+
+
 @pytest.mark.parametrize("frames", [1, 7, 50])
 def test_frames(frames, card):
     holds("attention_varlen", torch.bfloat16, laws.framed(frames, return_lse=True))

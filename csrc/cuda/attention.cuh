@@ -24,6 +24,21 @@ namespace fastdit::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
+// The forward's exponentials are powers of two, of q . k by `factor`, > 0. fp32 rounds that factor, and lse would be as
+// much off as the scores are large: what stands in this base goes back by kLn2 + `rest`.
+struct Base {
+  float factor, rest;
+};
+inline Base base_of(const AttentionParams& p) {
+  const double scale = std::abs(p.scale), factor = scale * 1.4426950408889634;
+  const float rounded = factor > 1e-30 ? static_cast<float>(factor) : 1e-30f;  // of scale 0: no score survives it
+  return {rounded, static_cast<float>(scale / rounded - kLn2)};
+}
+// top: maximum of the scores in the base; sum: of the exponentials under it, 0 in a row without keys.
+__device__ __forceinline__ float lse_of(float top, float sum, const Base& base) {
+  return sum == 0 ? -INFINITY : fmaf(top, kLn2, fmaf(top, base.rest, logf(sum)));
+}
+
 __device__ __forceinline__ int pieces(int n, int size) { return (n + size - 1) / size; }
 
 // ---- lines ------------------------------------------------------------------------------------------------
