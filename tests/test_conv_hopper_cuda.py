@@ -103,8 +103,16 @@ TILES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("peers", [1, 2])
-@pytest.mark.parametrize("name", TILES)
+CLUSTERED = ("192", "128-ragged", "96-half-a-chunk", "time")  # every width of weights; their other paths: PEERS
+
+
+@pytest.mark.parametrize(
+    "name, peers",
+    [
+        *((name, 1) for name in TILES), *((name, 2) for name in CLUSTERED),
+        *(pytest.param(name, 2, marks=pytest.mark.full) for name in TILES if name not in CLUSTERED),
+    ],
+)  # fmt: skip
 def test_tiles(name, peers, tiles):
     """Each kernel and kind of tile, ragged in every dimension; the input's gradient takes it too."""
     expected, sample = TILES[name]
