@@ -84,6 +84,12 @@ def test_grouped_heads_and_scales_on_wgmma(scale, dtype):
         holds("attention", dtype, dense(70, 133, 2, 1, 64, scale=scale))
 
 
+def test_lse_of_large_scores(card):
+    """What fp32 rounds of the scale and of a running maximum stays out of lse; several tiles of keys."""
+    sample = Sample("attention", "large", dense(70, 300, 4, 2, 64, scale=0.4), baseline=BASELINE["attention"])
+    contract.forward(sample, torch.bfloat16, *HERE)
+
+
 @pytest.mark.parametrize("frames", [1, 7, 50])
 def test_frames(frames, card):
     holds("attention_varlen", torch.bfloat16, laws.framed(frames, return_lse=True))
@@ -274,10 +280,10 @@ def test_explain(monkeypatch):
     with simt.as_card(86):
         assert path(q, q, q) == "mma.sync: wgmma needs sm_90; got sm_86"
     with simt.as_card(90):
-        assert path(q, q, q) == "wgmma"
+        assert path(q, q, q).startswith("wgmma, backward in two passes: ")
         text = "mma.sync: wgmma reads tensors whose rows are all there; got k of [2, 2, 1, 64], (0, 64, 64, 1)"
         assert path(q, q[:1].expand_as(q), q) == text
-        monkeypatch.setattr(_launch, "ask", lambda *_: False)
+        monkeypatch.setattr(_launch, "hopper_built", lambda _: False)
         assert path(q, q, q) == "mma.sync: wgmma needs machine code for sm_90a; FASTDIT_CUDA_ARCHS lacks it"
 
 

@@ -1,6 +1,7 @@
 """conv's Hopper kernel (csrc/cuda/conv_hopper.cu), in the block simulator or on a card of sm_90.
 
-What it shares with the kernels for every card is in test_conv_cuda.py; the weight's gradient is theirs.
+What it shares with the kernels for every card is in test_conv_cuda.py, the gradient of the weight in
+test_conv_weight_hopper_cuda.py.
 """
 
 import re
@@ -9,12 +10,12 @@ import conv_laws as laws
 import pytest
 import torch
 from conv_laws import LAST, each_format
-from cuda_place import DEVICE, HERE, both, machine, on_card, pytestmark, same_bits_on_every_schedule  # noqa: F401
+from cuda_place import DEVICE, HERE, both, machine, on_card, pytestmark, same_bits_on_every_schedule, where  # noqa: F401
 
 import fastdit
 from fastdit import ops
 from fastdit.backends.cuda import _launch, conv as adapter
-from fastdit.testing import contract, simt
+from fastdit.testing import close, contract, simt
 from fastdit.testing.poison import poisoned
 from fastdit.testing.workloads import Maker, Sample, samples
 
@@ -41,15 +42,22 @@ def test_samples(sample, dtype):
 
 
 # ---- tiles ------------------------------------------------------------------------------------------------
+class Tiles(list):
+    """Of each convolution launched: None on mma.sync, else (Cout, frames, lines, columns, shared taps, tiles, blocks of
+    a cluster)."""
+
+    peers = 0  # blocks of a cluster from now on; 0: as the model picks
+
+
 @pytest.fixture
 def tiles(monkeypatch):
-    """Of each convolution launched: None on mma.sync, else (Cout, frames, lines, columns, shared taps, tiles)."""
-    found = []
+    found = Tiles()
 
     def launch(entry, op, x, arguments, *rest):
         if entry == "conv_forward_hopper":
             shared, taps, _, _, y = arguments
-            found.append(_launch.ask("conv_hopper_tile", x, shared, taps, y))
+            found.append(_launch.ask("conv_hopper_tile", x, shared, taps, y, found.peers))
+            arguments = (*arguments, found.peers)
         elif entry == "conv_forward":
             found.append(None)
         _launch.launch(entry, op, x, arguments, *rest)
@@ -58,10 +66,10 @@ def tiles(monkeypatch):
     return found
 
 
-def _video(C, Cout, kernel, size, cache=0, residual=False, last=True, **kwargs) -> Sample:
+def _video(C, Cout, kernel, size, cache=0, residual=False, last=True, batch=1, **kwargs) -> Sample:
     def make(m: Maker):
         layout = LAST if last else torch.contiguous_format
-        video = lambda channels, *size: m.randn(1, channels, *size).to(memory_format=layout)  # noqa: E731
+        video = lambda channels, *size: m.randn(batch, channels, *size).to(memory_format=layout)  # noqa: E731
         given = dict(kwargs, bias=m.randn(Cout))
         if cache:
             given["cache"] = video(C, cache, *size[1:])
@@ -78,7 +86,8 @@ def _spread(lines: int) -> dict:
 
 
 _HALF = dict(stride=(2, 1, 1), padding=(1, 0, 0, 0, 0, 0))
-# name: ((Cout, frames, lines, columns, shared taps) of the forward on a device of four processors, sample)
+# name: ((Cout, frames, lines, columns, shared taps) of the forward on a device of four processors, without clusters;
+# sample)
 TILES = {
     "192": ((192, 1, 1, 256, 1), _video(40, 192, (1, 1, 1), (1, 16, 60), residual=True)),
     "128-ragged": ((128, 1, 1, 256, 1), _video(40, 122, (1, 1, 1), (4, 15, 16), residual=True)),
@@ -94,30 +103,101 @@ TILES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TILES)
-def test_tiles(name, tiles):
+CLUSTERED = ("192", "128-ragged", "96-half-a-chunk", "time")  # every width of weights; their other paths: PEERS
+
+
+@pytest.mark.parametrize(
+    "name, peers",
+    [
+        *((name, 1) for name in TILES), *((name, 2) for name in CLUSTERED),
+        *(pytest.param(name, 2, marks=pytest.mark.full) for name in TILES if name not in CLUSTERED),
+    ],
+)  # fmt: skip
+def test_tiles(name, peers, tiles):
     """Each kernel and kind of tile, ragged in every dimension; the input's gradient takes it too."""
     expected, sample = TILES[name]
+    tiles.peers = peers
     dtype = torch.float16 if name == "time" else torch.bfloat16
     contract.forward(sample, dtype, *HERE)
     assert len(tiles) == 1
-    if DEVICE == "cpu":
+    if DEVICE == "cpu" and peers == 1:
         assert tiles[0][:5] == expected
     contract.backward(sample, dtype, *HERE)
-    assert None not in tiles and len(tiles) >= 3
+    assert None not in tiles and len(tiles) >= 3 and {tile[6] for tile in tiles} == {peers}
 
 
+@pytest.mark.parametrize("peers", [1, 2])
 @pytest.mark.parametrize("name", ["rings", "many-rounds", "192"])
-def test_schedules(name):
+def test_schedules(name, peers, tiles):
     """More steps than the rings hold, with a patch a tap, where only its own barrier guards it; several tiles a block,
     whose rings go on from one to the next."""
     (x, weight), kwargs = TILES[name][1].make(Maker(torch.bfloat16, DEVICE))
+    tiles.peers = peers
 
     def run():
         with poisoned():
             return [ops.causal_conv3d(x, weight, **kwargs, backend="cuda")]
 
     same_bits_on_every_schedule(run)
+
+
+# ---- clusters ---------------------------------------------------------------------------------------------
+# name: (tiles of a plane, slabs of Cout and groups of frames in a cluster of two, sample)
+PEERS = {
+    "even": ((6, 1, 2), _video(40, 48, (2, 1, 3), (2, 2, 280), cache=1)),
+    "odd": ((5, 1, 2), _video(40, 48, (3, 3, 1), (2, 3, 130), residual=True)),
+    "one": ((1, 1, 2), _video(160, 40, (3, 1, 1), (4, 6, 8))),
+    "slabs": ((5, 2, 1), _video(40, 200, (2, 1, 1), (2, 10, 60), cache=1, residual=True)),
+    "samples": ((5, 1, 1), _video(40, 48, (2, 1, 1), (2, 10, 60), batch=2)),
+    "repeated-frame": ((3, 1, 2), _video(40, 48, (3, 1, 1), (2, 2, 280), time_pad="first")),
+    "stride-in-time": ((2, 1, 3), _video(40, 48, (3, 1, 1), (6, 4, 80), **_HALF)),
+    "one-tap": ((5, 1, 1), _video(40, 96, (1, 1, 1), (1, 4, 300), residual=True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_clusters_do_not_change_a_bit(name, tiles):
+    """Of y and of the input's gradient, on every schedule. Rings go round many times; the last tile of an odd plane has
+    a neighbour without a pixel; frames that a tile does not meet are other ones in other groups."""
+    (x, weight), kwargs = PEERS[name][1].make(Maker(torch.bfloat16, DEVICE))
+
+    def run(peers):
+        tiles.peers = peers
+        given = x.detach().requires_grad_()
+        with poisoned():
+            y = ops.causal_conv3d(given, weight, **kwargs, backend="cuda")
+            return y, *torch.autograd.grad(y, given, torch.ones_like(y))
+
+    expected = run(1)
+    close.assert_all_bitwise(run(2), expected)
+    peers = [tile[6] for tile in tiles if tile]  # a gradient that repeats frames is not wgmma's
+    assert peers == sorted(peers) and 2 * sum(peers) == 3 * len(peers)
+    if DEVICE == "cpu":
+        cout, frames, *_, count, _ = tiles[len(tiles) // 2]
+        B, channels, T = expected[0].shape[:3]
+        slabs, groups = -(-channels // cout), -(-T // frames)
+        assert (count // (B * slabs * groups), slabs, groups) == PEERS[name][0]
+        for schedule, seed in (("lazy", 1), ("random", 1), ("random", 2)):
+            with where(schedule, seed):
+                close.assert_all_bitwise(run(2), expected)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a card has more processors")
+@pytest.mark.parametrize(
+    "name, peers", [("192", 2), ("many-rounds", 2), ("a-patch-a-tap", 1), ("frames-of-cache-and-x", 1)]
+)
+def test_who_shares_weights(name, peers, tiles):
+    """Not fewer tiles than processors, nor planes of one tile."""
+    (x, weight), kwargs = TILES[name][1].make(Maker(torch.bfloat16, DEVICE))
+    ops.causal_conv3d(x, weight, **kwargs, backend="cuda")
+    assert [tile[6] for tile in tiles] == [peers]
+
+
+def test_clusters_are_of_two(tiles):
+    (x, weight), kwargs = TILES["time"][1].make(Maker(torch.bfloat16, DEVICE))
+    tiles.peers = 3
+    with pytest.raises(ValueError, match="causal_conv3d: blocks that share weights; got 3, expected 1 or 2"):
+        ops.causal_conv3d(x, weight, **kwargs, backend="cuda")
 
 
 # ---- laws -------------------------------------------------------------------------------------------------
@@ -170,3 +250,15 @@ def test_what_wgmma_serves(reason, tiles):
         said = fastdit.explain("causal_conv3d", x, weight, **kwargs, backend="cuda")
     assert (tiles == [None]) == bool(reason)
     assert re.search(f"mma.sync: wgmma.*{reason}" if reason else "forward on wgmma", said)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what the simulator is asked")
+def test_the_module_is_asked_once(monkeypatch):
+    """Whether it has kernels of sm_90a; it stays what it is."""
+    asked, simulator = [], _launch.simulator
+    monkeypatch.setattr(_launch, "simulator", lambda entry, *rest: asked.append(entry) or simulator(entry, *rest))
+    _launch.hopper_built.cache_clear()
+    (x, weight), kwargs = TILES["time"][1].make(Maker(torch.bfloat16, DEVICE))
+    for _ in range(3):
+        ops.causal_conv3d(x, weight, **kwargs, backend="cuda")
+    assert asked.count("hopper_built") == 1 and asked.count("conv_forward_hopper") == 3

@@ -15,11 +15,12 @@ def gemm(kind: str, M: int, N: int, K: int) -> tuple[torch.Tensor, torch.Tensor]
     """(computed, expected) of a kernel of csrc/cuda/simt/tiles.cu."""
     a, b = torch.randn(M, K).bfloat16(), torch.randn(N, K).bfloat16()
     c = torch.full((M, N), float("nan"))
+    first = a.t().contiguous() if "both" in kind else a
     given = b.t().contiguous() if "/transposed" in kind else b
     sim.forget()
-    for t, filled in ((a, True), (given, True), (c, False)):
+    for t, filled in ((first, True), (given, True), (c, False)):
         sim.allow(t.data_ptr(), t.element_size(), list(t.shape), list(t.stride()), filled, not filled)
-    sim.run_gemm(kind, a.data_ptr(), given.data_ptr(), c.data_ptr(), M, N, K)
+    sim.run_gemm(kind, first.data_ptr(), given.data_ptr(), c.data_ptr(), M, N, K)
     return c, (a.double() @ b.double().t()).float()
 
 
@@ -34,7 +35,7 @@ def test_mma(kind, shape, schedule):
 
 @each_schedule
 @pytest.mark.parametrize("shape", [(64, 64, 64), (128, 64, 256), (72, 104, 200)], ids=str)
-@pytest.mark.parametrize("kind", ["wgmma", "wgmma/transposed", "wgmma/registers"])
+@pytest.mark.parametrize("kind", ["wgmma", "wgmma/transposed", "wgmma/transposed both", "wgmma/registers"])
 def test_wgmma(kind, shape, schedule):
     """Ragged shapes lean on the zero fill of tensor copies; 256 of K passes each stage twice."""
     sim.schedule(schedule)
@@ -101,6 +102,19 @@ def test_tensor_copy(mode, corner):
         for c in range(span // 16):
             expected[r, chunk(r, c)] = box[r, 8 * c : 8 * c + 8]
     assert torch.equal(out, expected.flatten())
+
+
+def test_a_dim_of_one_has_no_stride():
+    """Whatever its tensor says: here one that the copy engine refuses."""
+    sim.schedule("eager")
+    x, out = torch.arange(100, dtype=torch.int16), torch.full((2, 64), -1, dtype=torch.int16)
+    sim.forget()
+    sim.allow(x.data_ptr(), 2, [100], [1], True, False)
+    sim.allow(out.data_ptr(), 2, [128], [1], False, True)
+    sim.run_tile(x.data_ptr(), out.data_ptr(), 1, 100, 2, 0, 64, 0, False)
+    expected = torch.zeros_like(out)
+    expected[0, :36] = x[64:]
+    assert torch.equal(out, expected)
 
 
 @each_schedule

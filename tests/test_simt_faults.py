@@ -36,6 +36,22 @@ EXPECTED = {
     "bulk never announced": "deadlock",
     "mbarrier not known": "no barrier since thread 0 initialised|no mbarrier was initialised",
     "mbarrier not fenced": "without fence.mbarrier_init",
+    "turn not waited for": "race: addition of global memory .* another block of the launch has written",
+    "turn given before the store is complete": "race: addition of global memory .* another block .* has written",
+    "turn of a later block": "deadlock: warp 0 waits at .*ld.acquire at line .* another block to be 1, which is 0",
+    "bulk store of values not fenced": "asynchronous read of shared memory .* without a fence.proxy.async",
+    "bulk store after a turn not fenced": "without fence.proxy.async.global",
+    "bulk store overwritten before it has read": "race: write of shared memory .* bulk stores of thread 0 has read",
+    "peer's mbarrier not known": "no mbarrier was initialised .* of a peer|no barrier since thread 0 .*initialised",
+    "peer's mbarrier not fenced": "without fence.mbarrier_init",
+    "peer's bytes not expected": "race|never written|is under way|beyond the pending count|deadlock",
+    "the same half twice": "race: write .* a peer.s bulk copies|race: write .* bulk copies of mbarrier|is under way",
+    "copied for itself alone": "deadlock: warp 0 waits at mbarrier.try_wait",
+    "not released at the peer": "race|is under way|ends while bulk copies",
+    "released at the peer too early": "race",
+    "ends before the peer signals": "nothing says that thread . of block . of the cluster has signalled|has ended",
+    "ends before the peer's copy": "ends while bulk copies|has ended|has signalled",
+    "ends without its copy": "block 1 of the cluster ends while bulk copies",
 }
 SOUND = [name for name in sim.faults() if name.startswith("sound/")]
 each_schedule = pytest.mark.parametrize("schedule", simt.SCHEDULES)

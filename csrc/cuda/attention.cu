@@ -26,7 +26,7 @@ class Forward {
   Query* const queries_;
   const Tile<D> q_, k_, v_;
   const int thread_, warp_, lane_;
-  const float factor_;  // of the scores, > 0, log2(e) in it
+  const Base base_;  // of the exponentials
 
   float o_[kM][D / 8][4], s_[kM][kN][4];
   uint32_t weights_[kM][kN][2];    // the scores' exponentials, as fragments
@@ -92,13 +92,14 @@ class Forward {
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float top = top_[m][half];
+        float top = fmaxf(s_[m][0][2 * half], s_[m][0][2 * half + 1]);
 #pragma unroll
-        for (int n = 0; n < kN; ++n) top = fmaxf(top, fmaxf(s_[m][n][2 * half], s_[m][n][2 * half + 1]));
+        for (int n = 1; n < kN; ++n) top = fmaxf(top, fmaxf(s_[m][n][2 * half], s_[m][n][2 * half + 1]));
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-        const float zero = top == -INFINITY ? 0.0f : top * factor_;  // rows that see no key yet
-        const float fade = exp2_fast(top_[m][half] * factor_ - zero);
+        top = fmaxf(top_[m][half], top * base_.factor);
+        const float zero = top == -INFINITY ? 0.0f : top;  // rows that see no key yet
+        const float fade = exp2_fast(top_[m][half] - zero);
         top_[m][half] = top;
         float sum = 0;
 #pragma unroll
@@ -106,7 +107,7 @@ class Forward {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             float& x = s_[m][n][2 * half + e];
-            x = exp2_fast(x * factor_ - zero);
+            x = exp2_fast(fmaf(x, base_.factor, -zero));
             sum += x;
           }
 #pragma unroll
@@ -132,9 +133,7 @@ class Forward {
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
         const float share = sum == 0 ? 0.0f : 1.0f / sum;
         const int row = queries_[warp_ * kRows + 16 * m + 8 * half + lane / 4].row;
-        if (row >= 0 && lane % 4 == 0)
-          static_cast<float*>(p_.lse)[plane + row] =
-              sum == 0 ? -INFINITY : (top_[m][half] * factor_ + log2f(sum)) * kLn2;
+        if (row >= 0 && lane % 4 == 0) static_cast<float*>(p_.lse)[plane + row] = lse_of(top_[m][half], sum, base_);
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) {
           char* to = q_.at(warp_ * kRows + 16 * m + 8 * half + lane / 4, n) + lane % 4 * 4;
@@ -147,7 +146,7 @@ class Forward {
 
  public:
   __device__ __forceinline__ Forward(const AttentionParams& p, const Cut& cut, const Work& w, Query* queries,
-                                     char* tiles, float factor)
+                                     char* tiles, const Base& base)
       : p_(p),
         cut_(cut),
         w_(w),
@@ -158,7 +157,7 @@ class Forward {
         thread_(static_cast<int>(threadIdx.x)),
         warp_(thread_ / 32),
         lane_(thread_ % 32),
-        factor_(factor) {}
+        base_(base) {}
 
   static constexpr int bytes = Tile<D>::bytes(kAttentionQueries + 2 * kAttentionKeys);
 
@@ -202,12 +201,12 @@ class Forward {
 // Block b: tiles b % programs, + programs, ... of head b / programs.
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads, 2)
-    attention_forward_kernel(const AttentionParams p, const Cut cut, float factor) {
+    attention_forward_kernel(const AttentionParams p, const Cut cut, const Base base) {
   FASTDIT_SHARED_DYNAMIC(tiles, 128);
   FASTDIT_SHARED(Query[kAttentionQueries], queries);
   FASTDIT_SHARED(Work, work);
   const int programs = static_cast<int>(cut.programs), plane = static_cast<int>(blockIdx.x) / programs;
-  Forward<T, D> forward(p, cut, work, queries, tiles, factor);
+  Forward<T, D> forward(p, cut, work, queries, tiles, base);
   const int all = tiles_of(p, cut);
   for (int tile = static_cast<int>(blockIdx.x) % programs; tile < all; tile += programs) {
     if (threadIdx.x == 0) meet<false>(p, cut, plane, tile, work);
@@ -221,10 +220,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <class T, int D>
 void run(const AttentionParams& p, const Cut& cut, Stream stream, const char* op) {
-  // a scale of 0 becomes one that no score survives
-  const float factor = std::abs(static_cast<float>(p.scale)) * kLog2e;
   launch(attention_forward_kernel<T, D>, grid_of(p, cut, false, op), dim3(kThreads), Forward<T, D>::bytes, stream, op,
-         sizes(p), p, cut, factor > 0 ? factor : 1e-30f);
+         sizes(p), p, cut, base_of(p));
 }
 
 }  // namespace

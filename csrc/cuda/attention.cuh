@@ -24,6 +24,21 @@ namespace fastdit::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
+// The forward's exponentials are powers of two, of q . k by `factor`, > 0. fp32 rounds that factor, and lse would be as
+// much off as the scores are large: what stands in this base goes back by kLn2 + `rest`.
+struct Base {
+  float factor, rest;
+};
+inline Base base_of(const AttentionParams& p) {
+  const double scale = std::abs(p.scale), factor = scale * 1.4426950408889634;
+  const float rounded = factor > 1e-30 ? static_cast<float>(factor) : 1e-30f;  // of scale 0: no score survives it
+  return {rounded, static_cast<float>(scale / rounded - kLn2)};
+}
+// top: maximum of the scores in the base; sum: of the exponentials under it, 0 in a row without keys.
+__device__ __forceinline__ float lse_of(float top, float sum, const Base& base) {
+  return sum == 0 ? -INFINITY : fmaf(top, kLn2, fmaf(top, base.rest, logf(sum)));
+}
+
 __device__ __forceinline__ int pieces(int n, int size) { return (n + size - 1) / size; }
 
 // ---- lines ------------------------------------------------------------------------------------------------
@@ -103,6 +118,7 @@ __device__ __forceinline__ Point brick_corner(int number, int h, int w, Brick b)
 // One thread finds it out, all read it in shared memory.
 struct Work {
   int batch, head, kv_head, real;  // real: not the rows behind the last segment
+  int segment;                     // or sample
   int64_t q_row, k_row;            // of the segment's first tokens, in the tensor (packed) or the sample
   Line line;
   int T, H, W;   // the segment's grid; a line's is 1 x 1 x tokens
@@ -149,6 +165,7 @@ __device__ __forceinline__ int place(const AttentionParams& p, const Cut& cut, b
     queries = static_cast<int>(p.q_len), all = static_cast<int>(p.k_len);
     valid = p.kv_len ? max(min(p.kv_len[segment], all), 0) : all;
   }
+  w.segment = segment;
   int64_t frame = p.frame_tokens;
   if (p.frame_tokens_of) frame = w.real ? p.frame_tokens_of[segment] : 1;
   w.line = {queries, valid, all - queries, frame ? frame_length(frame, all) : 0};

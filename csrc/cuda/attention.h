@@ -52,6 +52,17 @@ void attention_backward_keys_hopper(const AttentionGradParams& p, const float* r
 void attention_backward_queries_hopper(const AttentionGradParams& p, const float* rows, const Cut& cut, Stream stream,
                                        const char* op);
 
+// The same in one pass, for lines (attention_backward_one_pass_hopper.cu): dq too is summed tile by tile of keys.
+struct OnePass {
+  // fp32 sums of a brick of 64 queries of one head, in the order of the matrix unit's registers: 64 D values, D as run
+  float* sums;        // (planes, slots, 64 D)
+  int32_t* counters;  // 0 before the call: the blocks that have begun, then (planes, slots) key tiles that were added
+  int64_t slots;      // of a plane: dense q_len / 64, rounded up; packed q_len / 64 + segments + 1
+  int64_t together;   // heads of keys whose tiles are handed out in turn
+};
+void attention_backward_one_pass_hopper(const AttentionGradParams& p, const float* rows, const Cut& cut,
+                                        const OnePass& one, Stream stream, const char* op);
+
 void merge_attention_forward(const MergeAttentionParams& p, Stream stream, const char* op);
 void merge_attention_backward(const MergeAttentionGradParams& p, Stream stream, const char* op);
 

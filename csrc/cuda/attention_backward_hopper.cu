@@ -16,13 +16,13 @@
 //
 // A consumer issues s and dp of the next brick with dx and dy of this one, and weighs the next while the sums run. With
 // keys and D above 64 registers do not hold both: there, the other warpgroup's products run meanwhile.
-#include "attention_hopper.cuh"
+#include "attention_backward_hopper.cuh"
 
 namespace fastdit::cuda {
 namespace {
 
-constexpr int kOwn = kHopperGradOwn, kMet = kHopperGradMet, kGroups = kOwn / 64;
-constexpr int kConsumers = kGroups * 128, kThreads = kConsumers + 128;
+constexpr int kOwn = kHopperGradOwn, kMet = kHopperGradMet, kGroups = kGradGroups;
+constexpr int kConsumers = kGradConsumers, kThreads = kGradThreads;
 constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;  // 2 x 128 and 128 of them, of 64 Ki
 // Named barriers. kRead + i: the rows that warpgroup i owns may be overwritten.
 constexpr int kRead = 1, kDescribed = kRead + kGroups;
@@ -45,42 +45,6 @@ struct Shape {
     float facts[stages][2][kMet];  // keys: lse and delta of its queries
   };
 };
-
-// The row statistics of a segment's queries (attention.h), lse or delta.
-__device__ __forceinline__ const float* facts_of(const AttentionParams& p, const Cut& cut, const float* rows,
-                                                 const Work& w, int head, int which) {
-  const int planes = static_cast<int>(cut.plan ? 1 : p.batch) * static_cast<int>(p.heads);
-  const int plane = which * planes + w.batch * static_cast<int>(p.heads) + head;
-  return rows + plane * p.q_len + w.q_row;
-}
-
-// One warp: which brick stands in a slot and, with keys, the statistics of its queries.
-template <int D, bool keys>
-__device__ __forceinline__ void feed_facts(const AttentionParams& p, const Cut& cut, const float* rows, int heads,
-                                           typename Shape<D>::Shared& s, Place<Shape<D>::stages>& place) {
-  const Work& w = s.work;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll 1
-  for (int head = 0; head < heads; ++head) {
-    Point at = first_brick(w);
-#pragma unroll 1
-    for (int count = w.count; count > 0; --count, at = next_brick(at, w, cut.met), place.next()) {
-      barrier_wait(&s.ring.empty[place.stage], place.phase ^ 1);
-      __syncwarp();
-      if (lane == 0) s.at[place.stage] = at;
-      if constexpr (keys)
-#pragma unroll 1
-        for (int i = lane; i < 2 * kMet; i += 32) {
-          const int row = token_row(w, at, {w.t.hi, w.h.hi, w.w.hi}, cut.met, i % kMet, p.grids != nullptr);
-          // where x' and y' are 0, any will do
-          s.facts[place.stage][i / kMet][i % kMet] =
-              row >= 0 ? facts_of(p, cut, rows, w, w.head + head, i / kMet)[row] : 0.0f;
-        }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(&s.ring.full[place.stage]);
-    }
-  }
-}
 
 template <class T, int D, bool keys>
 class Consumer {
@@ -344,7 +308,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                    w.corner, {w.T, w.H, w.W}, cut.own, &s.own);
         feed.run(w, cut.met, keys ? w.head : w.kv_head, heads, keys ? w.q_row : w.k_row, keys ? queries : all_keys);
       } else if (warp == 2) {
-        feed_facts<D, keys>(p, cut, rows, heads, s, place);
+        feed_facts<keys>(p, cut, rows, heads, s, place);
       }
     });
   }

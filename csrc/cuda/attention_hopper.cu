@@ -52,13 +52,13 @@ class Consumer {
   const typename Of::Queries q_;
   char* const tiles_;              // of k, then of v
   const int group_, warp_, lane_;  // warp: of the warpgroup
-  const float factor_;             // of the scores, > 0, log2(e) in it
+  const Base base_;                // of the exponentials
   Place<Of::stages> k_, v_;
   int tile_ = 0;  // parity of the tiles so far
 
   float o_[D / 2], s_[kKeys / 2];
   uint32_t weights_[kKeys / 16][4];  // the scores' exponentials, as fragments
-  float top_[2], sum_[2];            // maximum of the scores so far, and this lane's share of the sum
+  float top_[2], sum_[2];            // maximum of the scores so far in base 2, and this lane's share of the sum
 
   // ---- who is where ---------------------------------------------------------------------------------------
   __device__ __forceinline__ void await(Ring<Of::stages>& ring, const Place<Of::stages>& place) const {
@@ -130,13 +130,14 @@ class Consumer {
     if (!in_core(at, w_, cut_.met)) mask(at);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float top = top_[half];
+      float top = fmaxf(s_[2 * half], s_[2 * half + 1]);
 #pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) top = fmaxf(top, fmaxf(s_[4 * n + 2 * half], s_[4 * n + 2 * half + 1]));
+      for (int n = 1; n < kKeys / 8; ++n) top = fmaxf(top, fmaxf(s_[4 * n + 2 * half], s_[4 * n + 2 * half + 1]));
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-      const float zero = top == -INFINITY ? 0.0f : top * factor_;  // rows that see no key yet
-      fade[half] = exp2_fast(top_[half] * factor_ - zero);
+      top = fmaxf(top_[half], top * base_.factor);
+      const float zero = top == -INFINITY ? 0.0f : top;  // rows that see no key yet
+      fade[half] = exp2_fast(top_[half] - zero);
       top_[half] = top;
       float sum = 0;
 #pragma unroll
@@ -144,7 +145,7 @@ class Consumer {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& x = s_[4 * n + 2 * half + e];
-          x = exp2_fast(x * factor_ - zero);
+          x = exp2_fast(fmaf(x, base_.factor, -zero));
           sum += x;
         }
       sum_[half] = sum_[half] * fade[half] + sum;
@@ -172,8 +173,7 @@ class Consumer {
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
       const float share = sum == 0 ? 0.0f : 1.0f / sum;
-      if (row >= 0 && lane_ % 4 == 0)
-        static_cast<float*>(p_.lse)[plane + row] = sum == 0 ? -INFINITY : (top_[half] * factor_ + log2f(sum)) * kLn2;
+      if (row >= 0 && lane_ % 4 == 0) static_cast<float*>(p_.lse)[plane + row] = lse_of(top_[half], sum, base_);
 #pragma unroll
       for (int n = 0; n < D / 8; ++n)
         *reinterpret_cast<uint32_t*>(q_.at(at, n) + lane_ % 4 * 4) =
@@ -196,7 +196,7 @@ class Consumer {
 
  public:
   __device__ __forceinline__ Consumer(const AttentionParams& p, const Cut& cut, typename Of::Shared& shared,
-                                      char* tiles, float factor)
+                                      char* tiles, const Base& base)
       : p_(p),
         cut_(cut),
         shared_(shared),
@@ -206,7 +206,7 @@ class Consumer {
         group_(static_cast<int>(threadIdx.x) / 128),
         warp_(static_cast<int>(threadIdx.x) / 32 % 4),
         lane_(static_cast<int>(threadIdx.x) % 32),
-        factor_(factor) {}
+        base_(base) {}
 
   __device__ __forceinline__ void run() {
     const int thread = static_cast<int>(threadIdx.x);
@@ -261,7 +261,8 @@ class Consumer {
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_hopper_kernel(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
-                            const __grid_constant__ TensorMap v, const AttentionParams p, const Cut cut, float factor) {
+                            const __grid_constant__ TensorMap v, const AttentionParams p, const Cut cut,
+                            const Base base) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Of = Shape<D>;
   FASTDIT_SHARED_DYNAMIC(tiles, 1024);
@@ -278,7 +279,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if (threadIdx.x < kConsumers) {
     more_registers<kConsumerRegisters>();
-    Consumer<T, D> consumer(p, cut, s, tiles, factor);
+    Consumer<T, D> consumer(p, cut, s, tiles, base);
     const auto describe = [&](int plane, int tile) {
       if (threadIdx.x == 0) meet<false>(p, cut, plane, tile, s.work);
     };
@@ -309,13 +310,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <class T, int D>
 void run(const AttentionParams& p, const Cut& cut, Stream stream, const char* op) {
   using Of = Shape<D>;
-  // a scale of 0 becomes one that no score survives
-  const float factor = std::abs(static_cast<float>(p.scale)) * kLog2e;
   const TensorMap q = map_of<typename Of::Queries>(p, p.q, p.q_stride, p.q_len, p.heads, cut.own.w, op);
   const TensorMap k = map_of<typename Of::Keys>(p, p.k, p.k_stride, p.k_len, p.kv_heads, cut.met.w, op);
   const TensorMap v = map_of<typename Of::Keys>(p, p.v, p.v_stride, p.k_len, p.kv_heads, cut.met.w, op);
   launch(attention_hopper_kernel<T, D>, grid_of(p, cut, false, op), dim3(kThreads), Of::bytes, stream, op, sizes(p), q,
-         k, v, p, cut, factor > 0 ? factor : 1e-30f);
+         k, v, p, cut, base_of(p));
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "attention.cuh"
+#include "ring.h"
 #include "tensor_map.h"
 #include "wgmma.h"
 
@@ -51,18 +52,8 @@ struct Spans {
   static constexpr __host__ __device__ uint64_t rows_step(int row) { return row * row_bytes >> 4; }
 };
 
-// What a ring's slots announce, and the place in it that a warp has come to.
 template <int stages>
-struct Ring {
-  uint64_t full[stages], empty[stages];
-};
-template <int stages>
-struct Place {
-  int stage = 0, phase = 0;
-  __device__ __forceinline__ void next() {
-    if (++stage == stages) stage = 0, phase ^= 1;
-  }
-};
+using Place = RingPlace<stages>;
 
 // ---- the producer's warps ----------------------------------------------------------------------------------
 // One warp. Starts the copies of a brick: runs of b.w tokens from `at` on, inside of `hi`; `row` is the segment's

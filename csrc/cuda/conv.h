@@ -15,18 +15,29 @@ struct ConvTaps {
 // y = conv(pad(cat(cache, x)), taps) + bias + residual. x and cache: channels adjacent, all else multiples of 16 bytes;
 // of p, packed, norm, silu, up and threads are not read.
 void conv_forward(const ConvParams& p, const ConvTaps& taps, Stream stream, const char* op);
-// For sm_90a (conv_hopper.cu): 16 bits, y in x's dtype, no stride in space, zeros where taps leave a frame.
-void conv_forward_hopper(const ConvParams& p, const ConvTaps& taps, Stream stream, const char* op);
-// The tile that it takes: of Cout, and of pixels; taps that share a patch of x; how many tiles there are.
+// For sm_90a (conv_hopper.cu): 16 bits, y in x's dtype, no stride in space, zeros where taps leave a frame. peers:
+// blocks that share their weights, 1 or 2; 0: as many as conv_hopper_plan.cu picks. The bits of y do not depend on it.
+void conv_forward_hopper(const ConvParams& p, const ConvTaps& taps, int peers, Stream stream, const char* op);
+// The tile that it takes: of Cout, and of pixels; taps that share a patch of x; how many tiles there are; blocks of a
+// cluster.
 struct ConvTile {
-  int cout, frames, lines, columns, shared, tiles;
+  int cout, frames, lines, columns, shared, tiles, peers;
 };
-ConvTile conv_hopper_tile(const ConvParams& p, const ConvTaps& taps, int device);
+ConvTile conv_hopper_tile(const ConvParams& p, const ConvTaps& taps, int peers, int device);
 
 // How many parts the gradient of a weight is summed in; each is (cout, taps, cin) fp32.
 int conv_weight_grad_parts(const ConvWeightGradParams& q, int device);
 // q.d_weight: the parts. q.d_bias and q.weight_dtype are not read; x, cache and grad as in conv_forward.
 void conv_weight_grad(const ConvWeightGradParams& q, int parts, Stream stream, const char* op);
+// For sm_90a (conv_weight_hopper.cu): 16 bits, no stride in space, zeros where taps leave a frame, Cout and C multiples
+// of 8, at most 8 columns in the kernel.
+int conv_weight_grad_hopper_parts(const ConvWeightGradParams& q, int device);
+void conv_weight_grad_hopper(const ConvWeightGradParams& q, int parts, Stream stream, const char* op);
+// The tile that it takes: of C; taps of a block; lines and columns of pixels; stages; blocks of a part, and parts.
+struct ConvWeightTile {
+  int cin, taps, lines, columns, stages, blocks, parts;
+};
+ConvWeightTile conv_weight_hopper_tile(const ConvWeightGradParams& q, int device);
 
 // to[n, c, tap] = the sum over `parts` of from[part, n, c, tap], in their order.
 struct WeightMove {

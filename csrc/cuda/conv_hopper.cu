@@ -14,10 +14,16 @@
 // K runs over (frame of the kernel, its column, 64 channels, its line) in every tile: the bits of a pixel depend
 // neither on the tile nor on how a video was cut into chunks. Blocks are persistent: the next tile is on its way while
 // one is stored.
+//
+// Two blocks of a cluster take neighbouring tiles of one plane and of the same N, so their weights are the same step
+// for step: each asks L2 for half of the filters and has them sent to both. A stage is full when both halves are there,
+// and empty when the consumers of both blocks have said so to both producers. The last tile of an odd plane has a
+// neighbour below the frame: zeros for pixels, and nothing to store.
 #include <algorithm>
 
 #include "conv_hopper.cuh"
 #include "mma.h"
+#include "ring.h"
 #include "tensor_map.h"
 #include "wgmma.h"
 
@@ -30,13 +36,6 @@ namespace {
 
 struct Maps {
   TensorMap x, cache, taps;
-};
-
-struct Ring {
-  int at = 0, round = 0;
-  __device__ __forceinline__ void advance(int size) {
-    if (++at == size) at = 0, round ^= 1;
-  }
 };
 
 // Lane q of four has words k of its own; then it has word q of lane k. Its own inverse.
@@ -62,7 +61,7 @@ struct HopperBlock {
   const ConvParams& p;
   const HopperPlan& plan;
   char* const bytes;
-  const int C, frame_bytes, patch_bytes;
+  const int C, frame_bytes, patch_bytes, rank;
 
   __device__ HopperBlock(const Maps& m, const ConvParams& params, const HopperPlan& how, char* shared)
       : maps(m),
@@ -71,7 +70,8 @@ struct HopperBlock {
         bytes(shared),
         C(static_cast<int>(p.cin)),
         frame_bytes((how.patch_lines << how.columns) * kSpan),
-        patch_bytes(frame_bytes << how.frames) {}
+        patch_bytes(frame_bytes << how.frames),
+        rank(how.peers > 1 ? cluster_rank() : 0) {}
 
   __device__ __forceinline__ char* patch(int i) const { return bytes + i * patch_bytes; }
   __device__ __forceinline__ char* weights(int i) const { return patch(plan.patches) + i * WEIGHTS; }
@@ -92,7 +92,8 @@ struct HopperBlock {
       for (int i = 0; i < plan.patches; ++i)
         barrier_init(patch_full(i), 1), barrier_init(patch_empty(i), kConsumers / 32);
 #pragma unroll 1
-      for (int i = 0; i < plan.stages; ++i) barrier_init(full(i), 1), barrier_init(empty(i), kConsumers / 32);
+      for (int i = 0; i < plan.stages; ++i)
+        barrier_init(full(i), 1), barrier_init(empty(i), plan.peers * kConsumers / 32);
       barrier_fence_init();
     }
 #pragma unroll 1
@@ -102,6 +103,11 @@ struct HopperBlock {
       bias()[i] = v[0];
     }
     __syncthreads();
+    if (plan.peers > 1) cluster_barrier();  // before a copy or an arrival comes from the peer
+  }
+  // After all of a block's work: until here its peer signals it.
+  __device__ __forceinline__ void leave() const {
+    if (plan.peers > 1) cluster_barrier();
   }
 
   // First output pixel and Cout of a tile; first_t: frame of tap 0 of its first frame.
@@ -111,8 +117,8 @@ struct HopperBlock {
   __device__ __forceinline__ Place place(int tile) const {
     Place at;
     at.n = tile % plan.tiles_n * N, tile /= plan.tiles_n;
-    at.w = tile % plan.tiles_w << plan.columns, tile /= plan.tiles_w;
-    at.h = tile % plan.tiles_h << plan.lines, tile /= plan.tiles_h;
+    const int of_plane = tile % plan.places * plan.peers + rank;
+    at.w = of_plane % plan.tiles_w << plan.columns, at.h = of_plane / plan.tiles_w << plan.lines, tile /= plan.places;
     at.t = tile % plan.tiles_t << plan.frames, at.b = tile / plan.tiles_t;
     at.first_t = at.t * static_cast<int>(p.stride[0]) - static_cast<int>(p.pad_t);
     return at;
@@ -158,9 +164,22 @@ struct HopperBlock {
       tensor_load(patch(to) + j * frame_bytes, old ? maps.cache : maps.x, corner, patch_full(to));
     }
   }
+  // Its part of N filters of a tap.
+  __device__ __forceinline__ void load_weights(const Place& at, int t, int h, int w, int c, int to) const {
+    barrier_arrive_expect(full(to), WEIGHTS);  // of all parts
+    const int corner[5] = {c, at.n + rank * (N / 2), tap(2, w), tap(1, h), tap(0, t)};
+    char* const part = weights(to) + rank * (WEIGHTS / 2);
+    if (plan.peers > 1)
+      tensor_load_peers(part, maps.taps, corner, full(to), 3);
+    else
+      tensor_load(part, maps.taps, corner, full(to));
+  }
+  __device__ __forceinline__ int first_tile() const { return static_cast<int>(blockIdx.x) / plan.peers; }
+  __device__ __forceinline__ int tile_step() const { return static_cast<int>(gridDim.x) / plan.peers; }
+
   __device__ __forceinline__ void produce() const {
-    Ring patches, stages;
-    for (int tile = static_cast<int>(blockIdx.x); tile < plan.tiles; tile += static_cast<int>(gridDim.x)) {
+    RingPlace<> patches, stages;
+    for (int tile = first_tile(); tile < plan.tiles; tile += tile_step()) {
       const Place at = place(tile);
 #pragma unroll 1
       for (int t = 0; t < p.kernel[0]; ++t) {
@@ -171,16 +190,14 @@ struct HopperBlock {
           for (int c = 0; c < C; c += kChannels)
 #pragma unroll 1
             for (int h = 0; h < p.kernel[1]; h += plan.shared) {
-              barrier_wait(patch_empty(patches.at), patches.round ^ 1);
-              load_patch(at, t, h, w, c, patches.at);
-              patches.advance(plan.patches);
+              barrier_wait(patch_empty(patches.stage), patches.phase ^ 1);
+              load_patch(at, t, h, w, c, patches.stage);
+              patches.next(plan.patches);
 #pragma unroll 1
               for (int line = h; line < h + plan.shared; ++line) {
-                barrier_wait(empty(stages.at), stages.round ^ 1);
-                barrier_arrive_expect(full(stages.at), WEIGHTS);
-                const int corner[5] = {c, at.n, tap(2, w), tap(1, line), tap(0, t)};
-                tensor_load(weights(stages.at), maps.taps, corner, full(stages.at));
-                stages.advance(plan.stages);
+                barrier_wait(empty(stages.stage), stages.phase ^ 1);
+                load_weights(at, t, line, w, c, stages.stage);
+                stages.next(plan.stages);
               }
             }
       }
@@ -199,10 +216,18 @@ struct HopperBlock {
   }
   __device__ __forceinline__ bool exists(const Pixel& i) const { return i.t < p.to && i.h < p.ho && i.w < p.wo; }
 
+  // By each warp.
+  __device__ __forceinline__ void release(int stage, int lane) const {
+    if (plan.peers > 1) {
+      if (lane < 2) barrier_arrive_at(peer_address(empty(stage), lane));
+    } else if (lane == 0) {
+      barrier_arrive(empty(stage));
+    }
+  }
   __device__ __forceinline__ void consume() const {
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const int first = warp / 4 * MI * kMatrix;  // pixel of this warpgroup
-    Ring patches, stages;
+    RingPlace<> patches, stages;
     float sum[MI][N / 2];
     int offset[MI];  // of a matrix in a patch, bytes
 #pragma unroll
@@ -213,7 +238,7 @@ struct HopperBlock {
     const int shift = (static_cast<int>(p.dilation[1]) << plan.columns) * kSpan;  // from a tap of a column to the next
     const int groups = static_cast<int>(p.kernel[1]) / plan.shared;               // patches of a column
 
-    for (int tile = static_cast<int>(blockIdx.x); tile < plan.tiles; tile += static_cast<int>(gridDim.x)) {
+    for (int tile = first_tile(); tile < plan.tiles; tile += tile_step()) {
 #pragma unroll
       for (int i = 0; i < MI; ++i)
 #pragma unroll
@@ -221,21 +246,21 @@ struct HopperBlock {
       int read_patch = -1, read_stage = -1;  // by the products before those under way
       int c = 0, group = 0;
       for (int left = patches_of(place(tile)); left > 0; --left) {
-        barrier_wait(patch_full(patches.at), patches.round);
-        uint64_t x = matrix(patch(patches.at), 16, 1024, 1);
+        barrier_wait(patch_full(patches.stage), patches.phase);
+        uint64_t x = matrix(patch(patches.stage), 16, 1024, 1);
         for (int line = 0; line < plan.shared; ++line) {
-          barrier_wait(full(stages.at), stages.round);
-          multiply(sum, x, matrix(weights(stages.at), 16, 1024, 1), offset, C - c);
+          barrier_wait(full(stages.stage), stages.phase);
+          multiply(sum, x, matrix(weights(stages.stage), 16, 1024, 1), offset, C - c);
           product_wait<1>();
-          if (read_stage >= 0 && lane == 0) {
-            barrier_arrive(empty(read_stage));
-            if (line == 0) barrier_arrive(patch_empty(read_patch));
+          if (read_stage >= 0) {
+            release(read_stage, lane);
+            if (line == 0 && lane == 0) barrier_arrive(patch_empty(read_patch));
           }
-          read_stage = stages.at, x += shift >> 4;
-          stages.advance(plan.stages);
+          read_stage = stages.stage, x += shift >> 4;
+          stages.next(plan.stages);
         }
-        read_patch = patches.at;
-        patches.advance(plan.patches);
+        read_patch = patches.stage;
+        patches.next(plan.patches);
         if (++group == groups) {
           group = 0;
           if ((c += kChannels) >= C) c = 0;
@@ -244,7 +269,10 @@ struct HopperBlock {
       product_wait<0>();
 #pragma unroll
       for (int i = 0; i < MI; ++i) product_values(sum[i]);
-      if (read_stage >= 0 && lane == 0) barrier_arrive(empty(read_stage)), barrier_arrive(patch_empty(read_patch));
+      if (read_stage >= 0) {
+        release(read_stage, lane);
+        if (lane == 0) barrier_arrive(patch_empty(read_patch));
+      }
       finish(place(tile), sum, first + warp % 4 * 16);
     }
   }
@@ -350,6 +378,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     more_registers<kConsumerRegisters>();
     block.consume();
   }
+  block.leave();
 #endif
 }
 
@@ -364,13 +393,11 @@ void start(const ConvParams& p, const ConvTaps& taps, HopperPlan plan, Stream st
   const std::string of = sizes(p);
   const int width = 1 << plan.columns;
   const auto video = [&](const void* data, int64_t frames, const int64_t (&stride)[kAxes]) {
-    // of a single frame or row no stride is ever used: any that the engine takes
-    const auto step = [&](int64_t n, int axis) { return n == 1 ? (p.cin + 7) / 8 * 8 : stride[axis]; };
     return encode({data,
                    dtype_of<T>(),
                    5,
                    {p.cin, p.w, p.h, frames, p.n},
-                   {1, step(p.w, 4), step(p.h, 3), step(frames, 2), step(p.n, 0)},
+                   {1, stride[4], stride[3], stride[2], stride[0]},
                    {kChannels, width, plan.patch_lines, 1, 1},
                    Swizzle::b128},
                   op, of);
@@ -383,11 +410,10 @@ void start(const ConvParams& p, const ConvTaps& taps, HopperPlan plan, Stream st
                       5,
                       {p.cin, p.cout, p.kernel[2], p.kernel[1], p.kernel[0]},
                       {1, taps.n, taps.w, taps.h, taps.t},
-                      {kChannels, N, 1, 1, 1},
+                      {kChannels, N / plan.peers, 1, 1, 1},
                       Swizzle::b128};
   for (int d = 1; d < 5; ++d) {
     int64_t& stride = filters.strides[d];
-    if (filters.dims[d] == 1) stride = (p.cin + 7) / 8 * 8;
     if (stride >= 0) continue;
     filters.base = static_cast<const T*>(filters.base) + (filters.dims[d] - 1) * stride, stride = -stride;
     plan.flipped[4 - d] = 1;
@@ -397,13 +423,18 @@ void start(const ConvParams& p, const ConvTaps& taps, HopperPlan plan, Stream st
                (!p.residual || packed(p.residual, p.residual_stride, sizeof(T)));
   const size_t shared = size_t(plan.patches) * (plan.patch_lines << plan.columns << plan.frames) * kSpan +
                         size_t(plan.stages) * N * kSpan + 2 * (kMostPatches + kMostStages) * 8 + plan.bias * 4;
-  launch(conv_hopper_kernel<T, N, MI>, dim3(std::min(plan.tiles, processors(stream.device))), dim3(kThreads), shared,
-         stream, op, of, maps, p, plan);
+  const auto kernel = conv_hopper_kernel<T, N, MI>;
+  const int clusters = std::min(plan.tiles, std::max(processors(stream.device) / plan.peers, 1));
+  const dim3 grid(clusters * plan.peers), block(kThreads);
+  if (plan.peers > 1)
+    launch_clusters(plan.peers, kernel, grid, block, shared, stream, op, of, maps, p, plan);
+  else
+    launch(kernel, grid, block, shared, stream, op, of, maps, p, plan);
 }
 
 template <class T>
-void run(const ConvParams& p, const ConvTaps& taps, Stream stream, const char* op) {
-  const HopperChoice& best = hopper_choice(p, stream.device, op);
+void run(const ConvParams& p, const ConvTaps& taps, int peers, Stream stream, const char* op) {
+  const HopperChoice& best = hopper_choice(p, peers, stream.device, op);
   switch (best.columns) {
     case 192:
       return start<T, 192, 2>(p, taps, best.plan, stream, op);
@@ -418,12 +449,12 @@ void run(const ConvParams& p, const ConvTaps& taps, Stream stream, const char* o
 
 }  // namespace
 
-void conv_forward_hopper(const ConvParams& given, const ConvTaps& taps, Stream stream, const char* op) {
+void conv_forward_hopper(const ConvParams& given, const ConvTaps& taps, int peers, Stream stream, const char* op) {
   const ConvParams p = conv_checked(given, taps, op);
   if (static_cast<DType>(p.dtype) == DType::bf16)
-    run<bf16>(p, taps, stream, op);
+    run<bf16>(p, taps, peers, stream, op);
   else
-    run<f16>(p, taps, stream, op);
+    run<f16>(p, taps, peers, stream, op);
 }
 
 }  // namespace fastdit::cuda

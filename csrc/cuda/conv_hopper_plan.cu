@@ -12,8 +12,10 @@ constexpr int kSharedBytes = 227 * 1024;
 
 // Of all shapes of a tile of N x 128 MI, the one that takes the fewest clocks, by a model: the larger of the matrix
 // unit's (a product takes N / 2), shared memory's (128 bytes a clock, A and B of each product and what the copies
-// write) and L2's (24 bytes a clock where all multiprocessors ask) for a tile, times the rounds of the device.
-HopperChoice choose(const ConvParams& p, int N, int MI, int processors) {
+// write) and L2's (24 bytes a clock where all multiprocessors ask, at most 64 that one receives) for a tile, times the
+// rounds of the device. Two blocks that share their weights ask L2 for half of them; at equal clocks they do, since
+// L2's rate is the least certain. They need a whole round of tiles, and two in a plane of pixels.
+HopperChoice choose(const ConvParams& p, int given, int N, int MI, int processors) {
   const int rows = 2 * MI * kMatrix, bias = static_cast<int>((p.cout + N - 1) / N * N);
   const int room = kSharedBytes - 1024 - 2 * (kMostPatches + kMostStages) * 8 - bias * 4;
   const int64_t chunks = (p.cin + kChannels - 1) / kChannels, taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
@@ -34,34 +36,47 @@ HopperChoice choose(const ConvParams& p, int N, int MI, int processors) {
         plan.stages = static_cast<int>(std::min<int64_t>((room - plan.patches * patch) / weights, kMostStages));
         const auto count = [](int64_t n, int64_t of) { return (n + of - 1) / of; };
         const int64_t w = count(p.wo, width), h = count(p.ho, height), t = count(p.to, deep), n = count(p.cout, N);
-        const int64_t tiles = w * h * t * n * p.n;
-        if (tiles > 0x3fffffff) continue;
+        const int64_t all = w * h * t * n * p.n;
+        if (all > 0x3fffffff) continue;
+        plan.tiles_w = static_cast<int>(w), plan.tiles_h = static_cast<int>(h), plan.tiles_t = static_cast<int>(t);
+        plan.tiles_n = static_cast<int>(n), plan.bias = bias;
         const int64_t k16 = taps * ((p.cin + 15) / 16), bytes = taps * chunks * (patch / shared + weights);
         const int64_t matrix = k16 * MI * N, banks = k16 * MI * (32 + N / 2) + bytes / 128;
-        const int64_t read = bytes / chunks * p.cin / kChannels;  // zeros are not
-        const int64_t l2 = read / std::min<int64_t>(64, 24 * processors / std::min<int64_t>(tiles, processors));
-        const int64_t clocks = count(tiles, processors) * (std::max({matrix, banks, l2}) + 2000);
-        if (best.clocks && clocks >= best.clocks) continue;
-        plan.tiles_w = static_cast<int>(w), plan.tiles_h = static_cast<int>(h), plan.tiles_t = static_cast<int>(t);
-        plan.tiles_n = static_cast<int>(n), plan.tiles = static_cast<int>(tiles), plan.bias = bias;
-        best = {plan, N, clocks};
+        const auto read = [&](int64_t filters) {  // zeros are not
+          return taps * (patch / shared + filters) * p.cin / kChannels;
+        };
+        for (int peers : {2, 1}) {
+          if (given ? peers != given : peers > 1 && (w * h < 2 || all < processors)) continue;
+          const int64_t places = count(w * h, peers), tiles = places * t * n * p.n;
+          const int64_t at_once = std::max(processors / peers, 1);
+          const int64_t rate = 24 * processors / (std::min(tiles, at_once) * peers);
+          const int64_t l2 = std::max(read(weights) / 64, read(weights / peers) / rate);
+          const int64_t clocks = count(tiles, at_once) * (std::max({matrix, banks, l2}) + 2000);
+          if (best.clocks && clocks >= best.clocks) continue;
+          plan.peers = peers, plan.places = static_cast<int>(places), plan.tiles = static_cast<int>(tiles);
+          best = {plan, N, clocks};
+        }
       }
   return best;
 }
 
 }  // namespace
 
-const HopperChoice& hopper_choice(const ConvParams& p, int device, const char* op) {
-  using Sizes = std::array<int64_t, 11>;
+const HopperChoice& hopper_choice(const ConvParams& p, int peers, int device, const char* op) {
+  using Sizes = std::array<int64_t, 12>;
   thread_local std::map<Sizes, HopperChoice> known;
   const int many = processors(device);
-  const Sizes key{p.n, p.cin, p.cout, p.to, p.ho, p.wo, many, p.kernel[0], p.kernel[1], p.kernel[2], p.dilation[1]};
+  if (peers < 0 || peers > 2)
+    throw std::invalid_argument(std::string(op) + ": blocks that share weights; got " + std::to_string(peers) +
+                                ", expected 1 or 2, or 0 for the model to pick");
+  const Sizes key{p.n,  p.cin,       p.cout,      p.to,        p.ho,          p.wo,
+                  many, p.kernel[0], p.kernel[1], p.kernel[2], p.dilation[1], peers};
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
   HopperChoice best{};
   constexpr int kTiles[][2] = {{192, 2}, {128, 2}, {96, 2}, {64, 1}};  // N, MI
   for (const auto& [N, MI] : kTiles) {
-    const HopperChoice one = choose(p, N, MI, many);
+    const HopperChoice one = choose(p, peers, N, MI, many);
     if (one.clocks && (!best.clocks || one.clocks < best.clocks)) best = one;
   }
   if (!best.clocks)
@@ -71,10 +86,12 @@ const HopperChoice& hopper_choice(const ConvParams& p, int device, const char* o
   return known[key] = best;
 }
 
-ConvTile conv_hopper_tile(const ConvParams& given, const ConvTaps& taps, int device) {
-  const HopperChoice& best = hopper_choice(conv_checked(given, taps, "causal_conv3d"), device, "causal_conv3d");
+ConvTile conv_hopper_tile(const ConvParams& given, const ConvTaps& taps, int peers, int device) {
+  const char* const op = "causal_conv3d";
+  const HopperChoice& best = hopper_choice(conv_checked(given, taps, op), peers, device, op);
   const HopperPlan& plan = best.plan;
-  return {best.columns, 1 << plan.frames, 1 << plan.lines, 1 << plan.columns, plan.shared, plan.tiles};
+  const int tiles = static_cast<int>(plan.tiles_w * plan.tiles_h * plan.tiles_t * plan.tiles_n * given.n);
+  return {best.columns, 1 << plan.frames, 1 << plan.lines, 1 << plan.columns, plan.shared, tiles, plan.peers};
 }
 
 }  // namespace fastdit::cuda

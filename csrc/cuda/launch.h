@@ -45,15 +45,36 @@ inline int shared_limit(int device) {
   return bytes;
 }
 
-template <class... P, class... A>
-void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream stream, const char* op,
-            const std::string& sizes, A&&... arguments) {
+template <class Kernel>
+void prepare_launch(Kernel* kernel, size_t shared, Stream stream, const char* op, const std::string& sizes) {
   check(cudaSetDevice(stream.device), op, sizes, "cudaSetDevice");
   if (shared > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), op,
           sizes, "cudaFuncSetAttribute");
+}
+
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream stream, const char* op,
+            const std::string& sizes, A&&... arguments) {
+  prepare_launch(kernel, shared, stream, op, sizes);
   kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream.handle)>>>(static_cast<P>(arguments)...);
   check(cudaGetLastError(), op, sizes, "the launch");
+}
+
+// Clusters of `peers` blocks, neighbours along x; grid.x is a multiple of it.
+template <class... P, class... A>
+void launch_clusters(int peers, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream stream,
+                     const char* op, const std::string& sizes, A&&... arguments) {
+  prepare_launch(kernel, shared, stream, op, sizes);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(peers), cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t how{};
+  how.gridDim = grid, how.blockDim = block, how.dynamicSmemBytes = shared;
+  how.stream = static_cast<cudaStream_t>(stream.handle), how.attrs = &cluster, how.numAttrs = 1;
+  const std::string what = "the launch of clusters of " + std::to_string(peers) + " blocks";
+  const cudaError_t status = cudaLaunchKernelEx(&how, kernel, static_cast<P>(arguments)...);
+  check(status == cudaSuccess ? cudaGetLastError() : status, op, sizes, what.c_str());
 }
 
 #else
@@ -62,14 +83,19 @@ inline int processors(int) { return 4; }
 inline int shared_limit(int) { return static_cast<int>(simt::Memory::kSharedBlock); }
 
 template <class... P, class... A>
-void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream, const char* op, const std::string&,
-            A&&... arguments) {
+void launch_clusters(int peers, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream, const char* op,
+                     const std::string&, A&&... arguments) {
   const struct {
     void (*kernel)(P...);
     std::tuple<std::decay_t<P>...> parameters;
   } call{kernel, {static_cast<P>(arguments)...}};
   simt::machine().launch(
-      {op, grid, block, shared, [&call] { std::apply(call.kernel, call.parameters); }, &call, sizeof(call)});
+      {op, grid, block, shared, [&call] { std::apply(call.kernel, call.parameters); }, &call, sizeof(call), peers});
+}
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream stream, const char* op,
+            const std::string& sizes, A&&... arguments) {
+  launch_clusters(1, kernel, grid, block, shared, stream, op, sizes, std::forward<A>(arguments)...);
 }
 
 #endif

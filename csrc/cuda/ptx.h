@@ -112,11 +112,40 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
       : "memory");
 }
 
+// ---- clusters (sm_90): blocks side by side ------------------------------------------------------------------
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// Every thread of every block, whoever has not ended. After it peers know of initialised mbarriers, given their fence;
+// before a block's end: what its peers signal or copy into its shared memory must have happened.
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+// What stands at the same place in block `rank`, for barrier_arrive_at().
+__device__ __forceinline__ uint32_t peer_address(const void* p, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
+  return address;
+}
+// Orders reads that have their values before what the peer's copies write. Writes to shared memory it does not hand
+// over: its scope is the block, since a release to the cluster is a fence of all memory.
+__device__ __forceinline__ void barrier_arrive_at(uint32_t peer) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(peer) : "memory");
+}
+
 // ---- bulk copies (sm_90) ----------------------------------------------------------------------------------
 __device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(to)),
                "l"(from), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+// From shared memory; each is complete, and seen by its thread, after store_wait.
+__device__ __forceinline__ void bulk_store(float* to, const float* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
+               "r"(bytes)
                : "memory");
 }
 __device__ __forceinline__ void bulk_add(float* to, const float* from, uint32_t bytes) {
@@ -129,8 +158,29 @@ template <int groups>
 __device__ __forceinline__ void store_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(groups) : "memory");
 }
+// What was stored may be overwritten; it need not have arrived.
+template <int groups>
+__device__ __forceinline__ void store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(groups) : "memory");
+}
 // Every thread that wrote shared memory, before the barrier after which wgmma or a bulk store reads it.
 __device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Between a wait for another block's bulk stores and those of this thread to the same place.
+__device__ __forceinline__ void proxy_fence_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// ---- turns of blocks --------------------------------------------------------------------------------------
+// A counter in global memory. Who raises it releases what it knows of (its own bulk stores: after store_wait); who
+// waits for a value acquires that.
+__device__ __forceinline__ void counter_raise(int* counter) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+}
+__device__ __forceinline__ void counter_wait(const int* counter, int value) {
+  int now;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+  } while (now != value);
+}
 
 #else  // ---- the simulator ----------------------------------------------------------------------------------
 
@@ -186,16 +236,34 @@ inline void barrier_wait(uint64_t* barrier, int parity, FASTDIT_CALLED) {
   async()->barrier_wait(barrier, parity, FASTDIT_SITE("mbarrier.try_wait"));
 }
 
+inline int cluster_rank() { return simt::entered(simt::machine())->self().block; }
+inline void cluster_barrier(FASTDIT_CALLED) {
+  simt::entered(simt::machine())->cluster_barrier(FASTDIT_SITE("barrier.cluster"));
+}
+inline uint32_t peer_address(const void* p, int rank) { return simt::entered(simt::memory())->peer_address(p, rank); }
+inline void barrier_arrive_at(uint32_t peer) { async()->barrier_arrive_at(peer); }
+
 inline void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   async()->bulk_load(to, from, bytes, barrier);
 }
-inline void bulk_add(float* to, const float* from, uint32_t bytes) { async()->bulk_add(to, from, bytes); }
+inline void bulk_store(float* to, const float* from, uint32_t bytes) { async()->bulk_store(to, from, bytes, false); }
+inline void bulk_add(float* to, const float* from, uint32_t bytes) { async()->bulk_store(to, from, bytes, true); }
 inline void store_commit() { async()->store_commit(); }
 template <int groups>
 void store_wait() {
-  async()->store_wait(groups);
+  async()->store_wait(groups, false);
+}
+template <int groups>
+void store_wait_read() {
+  async()->store_wait(groups, true);
 }
 inline void proxy_fence() { async()->proxy_fence(); }
+inline void proxy_fence_global() { async()->proxy_fence_global(); }
+
+inline void counter_raise(int* counter) { simt::entered(simt::counters())->raise(counter); }
+inline void counter_wait(const int* counter, int value, FASTDIT_CALLED) {
+  simt::entered(simt::counters())->wait(counter, value, FASTDIT_SITE("ld.acquire"));
+}
 
 #endif
 

@@ -23,6 +23,15 @@ struct TensorShape {
   Swizzle swizzle;
 };
 
+// From one element of dim d to the next, in bytes. What torch says of a dim of size 1 has no meaning; any will do that
+// the engine takes, so that of the dim before.
+inline void byte_strides(const TensorShape& t, int64_t (&to)[5]) {
+  const int64_t size = static_cast<int64_t>(itemsize(t.dtype));
+  to[0] = size;
+  for (int d = 1; d < t.rank; ++d)
+    to[d] = t.dims[d] != 1 ? t.strides[d] * size : d == 1 ? (t.dims[0] * size + 15) / 16 * 16 : to[d - 1];
+}
+
 #if defined(__CUDACC__)
 
 using TensorMap = CUtensorMap;
@@ -43,9 +52,11 @@ inline TensorMap encode(const TensorShape& t, const char* op, const std::string&
                                          CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_32B};
   cuuint64_t dims[5], strides[5];
   cuuint32_t box[5], steps[5];
+  int64_t bytes[5];
+  byte_strides(t, bytes);
   for (int d = 0; d < t.rank; ++d) {
     dims[d] = t.dims[d], box[d] = t.box[d], steps[d] = 1;
-    if (d) strides[d - 1] = t.strides[d] * itemsize(t.dtype);
+    if (d) strides[d - 1] = bytes[d];
   }
   TensorMap map;
   const CUresult status = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry)(
@@ -64,9 +75,11 @@ using TensorMap = simt::TensorMap;
 inline TensorMap encode(const TensorShape& t, const char* op, const std::string& sizes) {
   TensorMap map{t.base, t.rank, static_cast<int>(itemsize(t.dtype)), {}, {}, {}, static_cast<simt::Swizzle>(t.swizzle)};
   bool legal = reinterpret_cast<uintptr_t>(t.base) % 16 == 0 && t.rank >= 1 && t.rank <= 5;
+  byte_strides(t, map.strides);
   for (int d = 0; d < t.rank; ++d) {
-    map.dims[d] = t.dims[d], map.strides[d] = d ? t.strides[d] * itemsize(t.dtype) : 0, map.box[d] = t.box[d];
-    legal = legal && t.box[d] >= 1 && t.box[d] <= 256 && map.strides[d] % 16 == 0;
+    map.dims[d] = t.dims[d], map.box[d] = t.box[d];
+    legal = legal && t.box[d] >= 1 && t.box[d] <= 256;
+    if (d) legal = legal && map.strides[d] % 16 == 0 && map.strides[d] >= 0 && map.strides[d] < int64_t{1} << 40;
   }
   if (!legal) raise(op, sizes, "cuTensorMapEncodeTiled", "CUresult 1");
   return map;
@@ -75,8 +88,10 @@ inline TensorMap encode(const TensorShape& t, const char* op, const std::string&
 #endif
 
 // ---- copies of a box: `at` is its first element, dim 0 first ----------------------------------------------
+// tensor_load_peers: to the same place of every block of the cluster whose bit `peers` has, each copy announced on the
+// block's own mbarrier at the same place as this one.
 #if defined(__CUDACC__)
-#define FASTDIT_TENSOR_COPY(rank, list, ...)                                                                    \
+#define FASTDIT_TENSOR_COPY(rank, next, list, ...)                                                              \
   __device__ __forceinline__ void tensor_load(void* to, const TensorMap& map, const int (&at)[rank],            \
                                               uint64_t* barrier) {                                              \
     asm volatile("cp.async.bulk.tensor." #rank                                                                  \
@@ -85,22 +100,34 @@ inline TensorMap encode(const TensorShape& t, const char* op, const std::string&
                  "l"(&map), "r"(shared_address(barrier)), __VA_ARGS__                                           \
                  : "memory");                                                                                   \
   }                                                                                                             \
+  __device__ __forceinline__ void tensor_load_peers(void* to, const TensorMap& map, const int (&at)[rank],      \
+                                                    uint64_t* barrier, uint16_t peers) {                        \
+    asm volatile("cp.async.bulk.tensor." #rank                                                                  \
+                 "d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {" list   \
+                 "}], [%2], %" #next ";" ::"r"(shared_address(to)),                                             \
+                 "l"(&map), "r"(shared_address(barrier)), __VA_ARGS__, "h"(peers)                               \
+                 : "memory");                                                                                   \
+  }                                                                                                             \
   __device__ __forceinline__ void tensor_store(const TensorMap& map, const int (&at)[rank], const void* from) { \
     asm volatile("cp.async.bulk.tensor." #rank "d.global.shared::cta.bulk_group [%1, {" list                    \
                  "}], [%0];" ::"r"(shared_address(from)),                                                       \
                  "l"(&map), "r"(0), __VA_ARGS__                                                                 \
                  : "memory");                                                                                   \
   }
-FASTDIT_TENSOR_COPY(1, "%3", "r"(at[0]))
-FASTDIT_TENSOR_COPY(2, "%3, %4", "r"(at[0]), "r"(at[1]))
-FASTDIT_TENSOR_COPY(3, "%3, %4, %5", "r"(at[0]), "r"(at[1]), "r"(at[2]))
-FASTDIT_TENSOR_COPY(4, "%3, %4, %5, %6", "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]))
-FASTDIT_TENSOR_COPY(5, "%3, %4, %5, %6, %7", "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4]))
+FASTDIT_TENSOR_COPY(1, 4, "%3", "r"(at[0]))
+FASTDIT_TENSOR_COPY(2, 5, "%3, %4", "r"(at[0]), "r"(at[1]))
+FASTDIT_TENSOR_COPY(3, 6, "%3, %4, %5", "r"(at[0]), "r"(at[1]), "r"(at[2]))
+FASTDIT_TENSOR_COPY(4, 7, "%3, %4, %5, %6", "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]))
+FASTDIT_TENSOR_COPY(5, 8, "%3, %4, %5, %6, %7", "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4]))
 #undef FASTDIT_TENSOR_COPY
 #else
 template <int rank>
 void tensor_load(void* to, const TensorMap& map, const int (&at)[rank], uint64_t* barrier) {
   async()->tensor_load(to, map, at, barrier);
+}
+template <int rank>
+void tensor_load_peers(void* to, const TensorMap& map, const int (&at)[rank], uint64_t* barrier, uint16_t peers) {
+  async()->tensor_load(to, map, at, barrier, peers);
 }
 template <int rank>
 void tensor_store(const TensorMap& map, const int (&at)[rank], const void* from) {

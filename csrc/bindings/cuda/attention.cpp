@@ -44,6 +44,17 @@ void backward(const py::tuple& where, const std::string& op, const py::tuple& sh
   pass(p, ptr<const float>(rows), c, s, op.c_str());
 }
 
+// one: (address of the sums, of the counters, slots of a plane, heads together)
+void one_pass(const py::tuple& where, const std::string& op, const py::tuple& shared, const py::tuple& grads,
+              int64_t rows, const py::tuple& tiles, const py::tuple& one) {
+  const AttentionGradParams p = gradient_parameters(shared, grads);
+  const Cut c = cut(tiles);
+  const OnePass o{pointer<float>(one, 0), pointer<int32_t>(one, 1), item(one, 2), item(one, 3)};
+  const Stream s = stream(where);
+  py::gil_scoped_release release;
+  attention_backward_one_pass_hopper(p, ptr<const float>(rows), c, o, s, op.c_str());
+}
+
 }  // namespace
 
 void bind_attention(py::module_& m) {
@@ -81,6 +92,7 @@ void bind_attention(py::module_& m) {
   m.def("attention_backward_queries", &backward<attention_backward_queries>, "dq of attention_forward.");
   m.def("attention_backward_keys_hopper", &backward<attention_backward_keys_hopper>, "dk and dv on sm_90.");
   m.def("attention_backward_queries_hopper", &backward<attention_backward_queries_hopper>, "dq on sm_90.");
+  m.def("attention_backward_one_pass_hopper", &one_pass, "dq, dk and dv on sm_90, for lines; see cuda/attention.h.");
   m.def(
       "merge_attention_forward",
       [](const py::tuple& where, const std::string& op, const py::tuple& shared, py::handle o, py::handle lse) {

@@ -33,9 +33,9 @@ ConvTaps filters(const py::tuple& t) {
   return {pointer<const void>(t, 0), item(t, 1), item(t, 2), item(t, 3), item(t, 4)};
 }
 
-// conv_forward or conv_forward_hopper
-template <void (*kernel)(const ConvParams&, const ConvTaps&, Stream, const char*)>
-void forward(const py::tuple& where, const std::string& op, const py::tuple& shared, const py::tuple& taps,
+// run: conv_forward or conv_forward_hopper
+template <class Run>
+void forward(Run&& run, const py::tuple& where, const std::string& op, const py::tuple& shared, const py::tuple& taps,
              const py::object& bias, const py::object& residual, const py::tuple& out) {
   const Video y(out), r(residual);
   ConvParams p = parameters(shared, y);
@@ -45,40 +45,67 @@ void forward(const py::tuple& where, const std::string& op, const py::tuple& sha
   const ConvTaps w = filters(taps);
   const Stream s = stream(where);
   py::gil_scoped_release release;
-  kernel(p, w, s, op.c_str());
+  run(p, w, s, op.c_str());
+}
+
+// of conv_weight_grad or conv_weight_grad_hopper
+template <int (*count)(const ConvWeightGradParams&, int)>
+int parts(int device, const py::tuple& shared, const py::tuple& grad) {
+  return count(weight_gradient_parameters(shared, grad), device);
+}
+template <void (*kernel)(const ConvWeightGradParams&, int, Stream, const char*)>
+void weight_gradient(const py::tuple& where, const std::string& op, const py::tuple& shared, const py::tuple& grad,
+                     int64_t to, int parts) {
+  ConvWeightGradParams q = weight_gradient_parameters(shared, grad);
+  q.d_weight = ptr<void>(to);
+  const Stream s = stream(where);
+  py::gil_scoped_release release;
+  kernel(q, parts, s, op.c_str());
 }
 
 }  // namespace
 
 void bind_conv(py::module_& m) {
-  m.def("conv_forward", &forward<conv_forward>,
-        "y = conv(pad(cat(cache, x)), taps) + bias + residual; see fastdit/conv.h. taps: address, strides of N, T, H, "
-        "W.");
-  m.def("conv_forward_hopper", &forward<conv_forward_hopper>, "The same on sm_90; see cuda/conv.h.");
+  m.def(
+      "conv_forward",
+      [](const py::tuple& where, const std::string& op, const py::tuple& shared, const py::tuple& taps,
+         const py::object& bias, const py::object& residual,
+         const py::tuple& out) { forward(conv_forward, where, op, shared, taps, bias, residual, out); },
+      "y = conv(pad(cat(cache, x)), taps) + bias + residual; see fastdit/conv.h. taps: address, strides of N, T, H, "
+      "W.");
+  m.def(
+      "conv_forward_hopper",
+      [](const py::tuple& where, const std::string& op, const py::tuple& shared, const py::tuple& taps,
+         const py::object& bias, const py::object& residual, const py::tuple& out, int peers) {
+        const auto run = [peers](const ConvParams& p, const ConvTaps& w, Stream s, const char* name) {
+          conv_forward_hopper(p, w, peers, s, name);
+        };
+        forward(run, where, op, shared, taps, bias, residual, out);
+      },
+      py::arg("where"), py::arg("op"), py::arg("shared"), py::arg("taps"), py::arg("bias"), py::arg("residual"),
+      py::arg("out"), py::arg("peers") = 0,
+      "The same on sm_90; see cuda/conv.h. peers: blocks that share their weights, 0 for the model to pick.");
   m.def(
       "conv_hopper_tile",
-      [](int device, const py::tuple& shared, const py::tuple& taps, const py::tuple& out) {
-        const ConvTile t = conv_hopper_tile(parameters(shared, Video(out)), filters(taps), device);
-        return py::make_tuple(t.cout, t.frames, t.lines, t.columns, t.shared, t.tiles);
+      [](int device, const py::tuple& shared, const py::tuple& taps, const py::tuple& out, int peers) {
+        const ConvTile t = conv_hopper_tile(parameters(shared, Video(out)), filters(taps), peers, device);
+        return py::make_tuple(t.cout, t.frames, t.lines, t.columns, t.shared, t.tiles, t.peers);
       },
-      "Of conv_forward_hopper: Cout, frames, lines and columns of a tile, taps that share a patch, tiles.");
+      py::arg("device"), py::arg("shared"), py::arg("taps"), py::arg("out"), py::arg("peers") = 0,
+      "Of conv_forward_hopper: Cout, frames, lines and columns of a tile, taps that share a patch, tiles, blocks of a "
+      "cluster.");
+  m.def("conv_weight_grad_parts", &parts<conv_weight_grad_parts>, "In how many parts conv_weight_grad sums.");
+  m.def("conv_weight_grad_hopper_parts", &parts<conv_weight_grad_hopper_parts>, "The same on sm_90.");
+  m.def("conv_weight_grad", &weight_gradient<conv_weight_grad>,
+        "to: (parts, Cout, taps, C) fp32, whose sum is the gradient of the weight.");
+  m.def("conv_weight_grad_hopper", &weight_gradient<conv_weight_grad_hopper>, "The same on sm_90; see cuda/conv.h.");
   m.def(
-      "conv_weight_grad_parts",
+      "conv_weight_hopper_tile",
       [](int device, const py::tuple& shared, const py::tuple& grad) {
-        return conv_weight_grad_parts(weight_gradient_parameters(shared, grad), device);
+        const ConvWeightTile t = conv_weight_hopper_tile(weight_gradient_parameters(shared, grad), device);
+        return py::make_tuple(t.cin, t.taps, t.lines, t.columns, t.stages, t.blocks, t.parts);
       },
-      "In how many parts conv_weight_grad sums.");
-  m.def(
-      "conv_weight_grad",
-      [](const py::tuple& where, const std::string& op, const py::tuple& shared, const py::tuple& grad, int64_t to,
-         int parts) {
-        ConvWeightGradParams q = weight_gradient_parameters(shared, grad);
-        q.d_weight = ptr<void>(to);
-        const Stream s = stream(where);
-        py::gil_scoped_release release;
-        conv_weight_grad(q, parts, s, op.c_str());
-      },
-      "to: (parts, Cout, taps, C) fp32, whose sum is the gradient of the weight.");
+      "Of conv_weight_grad_hopper: C and taps of a tile, lines and columns of its pixels, stages, blocks, parts.");
   m.def(
       "conv_move_weight",
       [](const py::tuple& where, const std::string& op, const py::tuple& from, const py::tuple& to, int64_t parts,

@@ -29,15 +29,19 @@ struct TensorMap {
 uint32_t swizzled(uint32_t address, Swizzle mode);
 
 struct Barrier {
-  uint32_t address;
+  const void* place;
+  int block;  // whose shared memory it lies in
   int expected, pending;
   int64_t bytes = 0;  // still to come; negative when they came before they were announced
   uint64_t phase = 0;
   bool fenced = false;
-  int made_by, agent;
-  uint32_t made_at, copies = 0;
+  int made_by;
+  uint32_t made_at;
+  int agent[kMaxPeers] = {-1, -1};  // of the copies that each block of the cluster announces on it
+  uint32_t copies[kMaxPeers] = {};
   Vector joined, done;
   std::vector<int> waiting;
+  Vector remote;  // arrivals from other blocks of the cluster: a clock per thread
 };
 
 // A copy in chunks, issued and not yet landed.
@@ -50,6 +54,7 @@ struct Copy {
   std::vector<Chunk> chunks;
   Barrier* barrier = nullptr;  // of a load
   int64_t bytes = 0;
+  int agent = -1;
   uint32_t clock = 0;
   bool add = false;  // fp32 reduction to global memory
 };
@@ -70,6 +75,7 @@ class Async {
  public:
   void begin_block();
   void end_block();
+  void block_ends(int rank, const Vector& knows);  // a block of a cluster, whose threads knew this at their ends
   void thread_exits(Thread& t);
   bool progress();  // nothing else can run: whether something could be done
   void progress_randomly();
@@ -83,17 +89,21 @@ class Async {
   void barrier_init(uint64_t* barrier, int count);
   void barrier_fence_init();
   void barrier_arrive(uint64_t* barrier, int64_t bytes);
+  void barrier_arrive_at(uint32_t peer_address);
   void barrier_expect(uint64_t* barrier, int64_t bytes);
   void barrier_wait(uint64_t* barrier, int parity, Site site);
 
   // ---- bulk copies ---------------------------------------------------------------------------------------
   void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier);
-  void tensor_load(void* to, const TensorMap& map, const int* at, uint64_t* barrier);
+  // peers: a bit per block of the cluster, in each of which the copy lands at the same place; 0: the running one alone
+  void tensor_load(void* to, const TensorMap& map, const int* at, uint64_t* barrier, uint32_t peers = 0);
   void tensor_store(const TensorMap& map, const int* at, const void* from);
-  void bulk_add(float* to, const float* from, uint32_t bytes);
+  void bulk_store(float* to, const float* from, uint32_t bytes, bool add);
   void store_commit();
-  void store_wait(int groups);
+  void store_wait(int groups, bool read_only);  // read_only: the source alone
   void proxy_fence();
+  void must_fence(const Thread& t) { threads_[t.index].global_fenced = false; }  // after an acquire
+  void proxy_fence_global();
 
   // ---- wgmma ---------------------------------------------------------------------------------------------
   void product_fence();
@@ -104,12 +114,13 @@ class Async {
  private:
   struct Group {  // cp.async or bulk stores of a thread
     std::vector<Copy> copies;
+    uint32_t clock = 0;  // of the last store
   };
   struct PerThread {
     std::vector<Group> loads{1}, stores{1};
-    int store_agent = -1;
+    int store_agent = -1, source_agent = -1;  // what stores write, and what they read
     uint32_t store_clock = 0;
-    bool product_fenced = false;
+    bool product_fenced = false, global_fenced = true;
     int products = 0, committed = 0, groups = 0;
   };
   struct Warpgroup {
@@ -119,11 +130,13 @@ class Async {
     int agent = -1;
   };
 
-  Barrier& barrier(uint64_t* address, const char* what);
+  Barrier& barrier(const void* place, const char* what);
+  void arrive(const void* place, int64_t bytes);
   void issue(Copy copy, Barrier& b);
   void land(Copy& copy);
   void settle(Barrier& b);
   void perform(Copy& copy);
+  PerThread& storing();
   std::vector<Copy::Chunk> tile(const TensorMap& map, const int* at, char* shared);
   void check_operands(const Product& p, int agent, uint32_t clock);
   void execute(Warpgroup& w, Product& p);

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "convert.h"
+#include "counters.h"
 #include "memory.h"
 #include "warp.h"
 

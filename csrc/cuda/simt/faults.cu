@@ -6,6 +6,8 @@
 
 #include "../launch.h"
 #include "../ptx.h"
+#include "../ring.h"
+#include "../tensor_map.h"
 #include "faults.h"
 
 namespace fastdit::simt {
@@ -143,13 +145,104 @@ __global__ void bulk(float* to, const float* from, Bulk how) {
   to[threadIdx.x] = values[threadIdx.x];
 }
 
-struct Buffers {
-  alignas(16) float from[4 * kThreads], to[4 * kThreads];
+// ---- turns of blocks --------------------------------------------------------------------------------------------
+// Blocks add 256 bytes to two places, in the order of their tickets.
+struct Turns {
+  bool waits = true, complete = true, fenced = true, fenced_global = true, read = true;
+  int late = 0;  // turns that a block waits too long
 };
+__global__ void turns(float* to, int* counters, Turns how) {
+  FASTDIT_SHARED_ALIGNED(float[kThreads], values, 128);
+  FASTDIT_SHARED(int, ticket);
+  if (threadIdx.x == 0) ticket = atomicAdd(counters, 1);
+  __syncthreads();
+  for (int i = 0; i < 2; ++i) {
+    values[threadIdx.x] = ticket + i;
+    if (how.fenced) cuda::proxy_fence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      if (how.waits) cuda::counter_wait(counters + 1 + i, ticket + how.late);
+      if (how.fenced_global) cuda::proxy_fence_global();
+      if (ticket == 0)
+        cuda::bulk_store(to + i * kThreads, values, sizeof values);
+      else
+        cuda::bulk_add(to + i * kThreads, values, sizeof values);
+      cuda::store_commit();
+      if (how.read) cuda::store_wait_read<0>();
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      if (how.complete) cuda::store_wait<0>();
+      cuda::counter_raise(counters + 1 + i);
+    }
+  }
+  if (threadIdx.x == 0) cuda::store_wait<0>();
+}
+
+// ---- clusters ---------------------------------------------------------------------------------------------------
+// Tiles that the two blocks of a cluster share: one thread of each asks for half of every tile, for both; one warp of
+// each adds the tiles up.
+struct Peers {
+  bool known = true, fenced = true, all_bytes = true, own_half = true, both = true, waits = true, released = true,
+       reads_first = true, stays = true;
+};
+constexpr int kSteps = 4, kPeerThreads = 128;
+__global__ void shared_tiles(const __grid_constant__ TensorMap map, float* to, Peers how) {
+  FASTDIT_SHARED_ALIGNED(float[2][64], tiles, 128);
+  FASTDIT_SHARED(cuda::Ring<2>, ring);
+  const int rank = cuda::cluster_rank(), lane = threadIdx.x;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < 2; ++s)
+      cuda::barrier_init(&ring.full[s], 1), cuda::barrier_init(&ring.empty[s], how.released ? 2 : 1);
+    if (how.fenced) cuda::barrier_fence_init();
+  }
+  __syncthreads();
+  if (how.known) cuda::cluster_barrier();
+  float sum = 0;
+  cuda::RingPlace<2> at;
+  if (threadIdx.x == kPeerThreads - 1)
+    for (int step = 0; step < kSteps; ++step, at.next()) {
+      cuda::barrier_wait(&ring.empty[at.stage], at.phase ^ 1);
+      cuda::barrier_arrive_expect(&ring.full[at.stage], how.all_bytes ? 256 : 128);
+      const int half = 32 * (how.own_half ? rank : 0), from[1] = {step * 64 + half};
+      const uint16_t peers = how.both ? 3 : 1 << rank;
+      cuda::tensor_load_peers(&tiles[at.stage][half], map, from, &ring.full[at.stage], peers);
+    }
+  if (threadIdx.x < 32)
+    for (int step = 0; step < kSteps; ++step, at.next()) {
+      const auto release = [&] {
+        if (lane == rank || (lane == 1 - rank && how.released))
+          cuda::barrier_arrive_at(cuda::peer_address(&ring.empty[at.stage], lane));
+      };
+      if (!how.waits && rank == 1 && step == kSteps - 1) break;
+      cuda::barrier_wait(&ring.full[at.stage], at.phase);
+      if (!how.reads_first) release();
+      sum += tiles[at.stage][lane] + tiles[at.stage][lane + 32];
+      __syncwarp();
+      if (how.reads_first) release();
+    }
+  if (how.stays) cuda::cluster_barrier();
+  if (threadIdx.x < 32) to[blockIdx.x * 32 + lane] = sum;
+}
+
+struct Buffers {
+  alignas(16) float from[4 * kThreads], to[4 * kThreads], gap[4];
+  int counters[4];
+};
+constexpr int kCounters = 4 * kThreads + 4;  // values after `to`
+void take_turns(float* to, Turns how = {}) {
+  cuda::launch(turns, dim3(3), dim3(kThreads), 0, {}, "fault", "", to, reinterpret_cast<int*>(to + kCounters), how);
+}
 
 template <class... P, class... A>
 void start(void (*kernel)(P...), A... arguments) {
   cuda::launch(kernel, dim3(1), dim3(kThreads), kThreads * sizeof(float), {}, "fault", "", arguments...);
+}
+
+void start(float* to, const float* from, Peers how) {
+  const TensorMap map =
+      cuda::encode({from, DType::f32, 1, {4 * kThreads}, {1}, {32}, cuda::Swizzle::none}, "fault", "");
+  cuda::launch_clusters(2, shared_tiles, dim3(4), dim3(kPeerThreads), 0, {}, "fault", "", map, to, how);
 }
 
 using Run = void (*)(float* to, const float* from);
@@ -170,6 +263,14 @@ const std::map<std::string, Run> kFaults = {
     FASTDIT_FAULT("sound/counted", start(counted<true>, to + 4 * kThreads - 1)),
     FASTDIT_FAULT("sound/cp.async", start(copied<true, true>, to, from)),
     FASTDIT_FAULT("sound/bulk", start(bulk, to, from, Bulk{})),
+    FASTDIT_FAULT("sound/turns", take_turns(to)),
+    FASTDIT_FAULT("sound/cluster", start(to, from, Peers{})),
+    FASTDIT_FAULT("turn not waited for", take_turns(to, {.waits = false})),
+    FASTDIT_FAULT("turn given before the store is complete", take_turns(to, {.complete = false})),
+    FASTDIT_FAULT("turn of a later block", take_turns(to, {.late = 1})),
+    FASTDIT_FAULT("bulk store of values not fenced", take_turns(to, {.fenced = false})),
+    FASTDIT_FAULT("bulk store after a turn not fenced", take_turns(to, {.fenced_global = false})),
+    FASTDIT_FAULT("bulk store overwritten before it has read", take_turns(to, {.read = false})),
     FASTDIT_FAULT("global past the end", start(copy_rows, to + 4 * kThreads - 60, from, 64)),
     FASTDIT_FAULT("global before the beginning", start(copy_rows, to, from - 1, 64)),
     FASTDIT_FAULT("misaligned", start(misaligned, to, from)),
@@ -196,6 +297,16 @@ const std::map<std::string, Run> kFaults = {
     FASTDIT_FAULT("bulk never announced", start(bulk, to, from, Bulk{.arrives = false})),
     FASTDIT_FAULT("mbarrier not known", start(bulk, to, from, Bulk{.init_known = false})),
     FASTDIT_FAULT("mbarrier not fenced", start(bulk, to, from, Bulk{.fenced = false})),
+    FASTDIT_FAULT("peer's mbarrier not known", start(to, from, Peers{.known = false})),
+    FASTDIT_FAULT("peer's mbarrier not fenced", start(to, from, Peers{.fenced = false})),
+    FASTDIT_FAULT("peer's bytes not expected", start(to, from, Peers{.all_bytes = false})),
+    FASTDIT_FAULT("the same half twice", start(to, from, Peers{.own_half = false})),
+    FASTDIT_FAULT("copied for itself alone", start(to, from, Peers{.both = false})),
+    FASTDIT_FAULT("not released at the peer", start(to, from, Peers{.released = false})),
+    FASTDIT_FAULT("released at the peer too early", start(to, from, Peers{.reads_first = false})),
+    FASTDIT_FAULT("ends before the peer signals", start(to, from, Peers{.stays = false})),
+    FASTDIT_FAULT("ends before the peer's copy", start(to, from, Peers{.waits = false, .stays = false})),
+    FASTDIT_FAULT("ends without its copy", start(to, from, Peers{.waits = false})),
 };
 #undef FASTDIT_FAULT
 
@@ -216,6 +327,7 @@ void run_fault(const std::string& name) {
   const std::vector<int64_t> sizes{4 * kThreads}, strides{1};
   memory().allow(reinterpret_cast<uintptr_t>(buffers.from), 4, sizes, strides, true, false);
   memory().allow(reinterpret_cast<uintptr_t>(buffers.to), 4, sizes, strides, name == "sound/counted", true);
+  memory().allow(reinterpret_cast<uintptr_t>(buffers.counters), 4, {4}, strides, true, true);
   found->second(buffers.to, buffers.from);
 }
 

@@ -1,10 +1,12 @@
 #include "machine.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <mutex>
 #include <stdexcept>
 
 #include "async.h"
+#include "counters.h"
 #include "memory.h"
 
 namespace fastdit::simt {
@@ -24,7 +26,7 @@ int enter() {
 void leave(int before) { inside_simulator = before; }
 
 Dim3 thread_index() { return machine().self().thread_idx; }
-Dim3 block_index() { return machine().block_idx; }
+Dim3 block_index() { return machine().blocks[machine().self().block].index; }
 Dim3 block_size() { return machine().current.block; }
 Dim3 grid_size() { return machine().current.grid; }
 
@@ -46,18 +48,25 @@ void Machine::launch(const Launch& launch) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   current = launch;
-  threads = static_cast<int>(launch.block.x * launch.block.y * launch.block.z);
-  const uint64_t blocks = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
-  if (threads < 1 || threads > kMaxThreads || blocks < 1 || launch.grid.y > 65535 || launch.grid.z > 65535)
+  const int peers = launch.peers, of_block = static_cast<int>(launch.block.x * launch.block.y * launch.block.z);
+  threads = peers * of_block;
+  const uint64_t clusters = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z / peers;
+  if (of_block < 1 || threads > kMaxThreads || clusters < 1 || launch.grid.y > 65535 || launch.grid.z > 65535)
     throw std::runtime_error(std::string(launch.name) + ": invalid configuration argument");
+  if (peers < 1 || peers > kMaxPeers || launch.grid.x % peers || (peers > 1 && of_block % kWarpgroup))
+    throw std::runtime_error(std::string(launch.name) + ": invalid cluster: 1 or 2 blocks of whole warpgroups along x");
   stacks_.reserve(threads);
   first_serial = block_serial + 1;
-  for (uint64_t i = 0; i < blocks; ++i) {
-    uint64_t b = schedule_ == Schedule::lazy ? blocks - 1 - i : i;
-    if (schedule_ == Schedule::random) b = (i * 2654435761u + 7) % blocks;  // the factor is prime: a permutation
-    block_idx = Dim3(b % launch.grid.x, b / launch.grid.x % launch.grid.y, b / launch.grid.x / launch.grid.y);
+  counters().begin_launch();
+  for (uint64_t i = 0; i < clusters; ++i) {
+    uint64_t b = schedule_ == Schedule::lazy ? clusters - 1 - i : i;
+    if (schedule_ == Schedule::random) b = (i * 2654435761u + 7) % clusters;  // the factor is prime: a permutation
+    blocks.assign(peers, Block{});
+    const uint64_t across = launch.grid.x / peers;
+    for (int k = 0; k < peers; ++k)
+      blocks[k].index = Dim3(b % across * peers + k, b / across % launch.grid.y, b / across / launch.grid.y);
     ++block_serial;
-    run_block();
+    run_blocks();
     if (!fault_.empty()) {
       const std::string message = std::move(fault_);
       fault_.clear();
@@ -66,22 +75,25 @@ void Machine::launch(const Launch& launch) {
   }
 }
 
-void Machine::run_block() {
+void Machine::run_blocks() {
   thread.resize(threads);
   warp.assign((threads + kWarp - 1) / kWarp, Warp{});
-  base_.assign(threads, 0);
+  const int of_block = threads / current.peers;
+  for (Block& b : blocks) b.base.assign(threads, 0), b.live = of_block;
   agent_names_.clear();
-  for (NamedBarrier& b : barriers_) b = NamedBarrier{};
-  at_block_barrier_ = 0, live_ = threads;
-  memory().begin_block(current.dynamic_shared);
+  cluster_ = ClusterBarrier{};
+  live_ = threads;
+  memory().begin_block(current.dynamic_shared, current.peers);
   async->begin_block();
+  counters().begin_block();
   for (uint64_t& word : ready_) word = 0;
   for (int i = 0; i < threads; ++i) {
     Thread& t = thread[i];
     t = Thread{};
-    t.index = i;
-    t.thread_idx =
-        Dim3(i % current.block.x, i / current.block.x % current.block.y, i / current.block.x / current.block.y);
+    t.index = i, t.block = i / of_block;
+    const int in_block = i % of_block;
+    t.thread_idx = Dim3(in_block % current.block.x, in_block / current.block.x % current.block.y,
+                        in_block / current.block.x / current.block.y);
     t.stack = stacks_.at(i), t.stack_end = t.stack + Stacks::kBytes;
     warp[t.warp()].live |= 1u << t.lane();
     prepare(t.fiber, t.stack, Stacks::kBytes, entry);
@@ -112,7 +124,7 @@ void Machine::entry() {
   m.leave();
 }
 
-// A thread ends. Barriers of the whole block and warp operations do not wait for it any more.
+// A thread ends. Barriers of the whole block or cluster and warp operations do not wait for it any more.
 void Machine::leave() {
   Thread& t = *running_;
   async->thread_exits(t);
@@ -126,7 +138,14 @@ void Machine::leave() {
   for (const Gathering& g : w.gatherings)
     if (g.arrived && (g.mask & ~w.live))
       fault("thread exits, but %s at line %d names it in its mask", g.site.operation, g.site.line);
-  if (live_ && at_block_barrier_ == live_) finish_block_barrier();
+  Block& b = blocks[t.block];
+  --b.live;
+  if (b.live && b.at_barrier == b.live) finish_block_barrier(b);
+  if (current.peers > 1) {
+    if (live_ && cluster_.arrived == live_) finish_cluster_barrier();
+    release(t, b.end);
+    if (!b.live) async->block_ends(t.block, b.end);
+  }
   switch_to(t.fiber, scheduler_);
 }
 
@@ -182,21 +201,23 @@ void Machine::fault(const char* format, ...) {
   va_start(arguments, format);
   vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
-  const Dim3 b = block_idx;
-  char where[256];
-  if (running_) {
-    const Dim3 t = running_->thread_idx;
-    snprintf(where, sizeof where, "%s: block (%u, %u, %u) thread (%u, %u, %u): ", current.name, b.x, b.y, b.z, t.x, t.y,
-             t.z);
-  } else {
-    snprintf(where, sizeof where, "%s: block (%u, %u, %u): ", current.name, b.x, b.y, b.z);
-  }
-  fault_ = std::string(where) + text;
+  fault_ = where() + text;
   if (running_) {
     switch_to(running_->fiber, scheduler_);  // for good: the block is given up
     __builtin_unreachable();
   }
   throw std::runtime_error(std::move(fault_));
+}
+
+std::string Machine::where() const {
+  const Dim3 b = blocks[running_ ? running_->block : 0].index;
+  char text[256];
+  int end = snprintf(text, sizeof text, "%s: block (%u, %u, %u)", current.name, b.x, b.y, b.z);
+  if (running_) {
+    const Dim3 t = running_->thread_idx;
+    end += snprintf(text + end, sizeof text - end, " thread (%u, %u, %u)", t.x, t.y, t.z);
+  }
+  return std::string(text, end) + ": ";
 }
 
 void Machine::deadlock() {
@@ -206,14 +227,15 @@ void Machine::deadlock() {
     for (int lane = 0; lane < kWarp && static_cast<int>(w) * kWarp + lane < threads; ++lane) {
       const Thread& t = thread[w * kWarp + lane];
       if (t.exited) continue;
-      const std::string at = std::string(t.waits.operation) + " at line " + std::to_string(t.waits.line);
+      const std::string at = std::string(t.waits.operation) + " at line " + std::to_string(t.waits.line) + t.waits_for;
       if (line.find(at) == std::string::npos) line += (line.empty() ? "" : ", ") + at;
     }
-    if (!line.empty()) text += " warp " + std::to_string(w) + " waits at " + line + ";";
+    const size_t of_block = warp.size() / current.peers, rank = w / of_block;
+    if (!line.empty())
+      text += (rank ? " block " + std::to_string(rank) + " of the cluster, warp " : " warp ") +
+              std::to_string(w - rank * of_block) + " waits at " + line + ";";
   }
-  char where[256];
-  snprintf(where, sizeof where, "%s: block (%u, %u, %u): ", current.name, block_idx.x, block_idx.y, block_idx.z);
-  fault_ = where + text;
+  fault_ = where() + text;
 }
 
 // ---- barriers -------------------------------------------------------------------------------------------
@@ -233,27 +255,51 @@ void Machine::aligned(Site site) {
 
 void Machine::block_barrier(Site site) {
   aligned(site);
-  if (at_block_barrier_ && !(block_site_ == site))
-    fault("diverging barriers: __syncthreads at line %d, while others wait at line %d", site.line, block_site_.line);
-  block_site_ = site;
-  ++at_block_barrier_;
-  if (at_block_barrier_ == live_)
-    finish_block_barrier();
+  Block& b = blocks[running_->block];
+  if (b.at_barrier && !(b.site == site))
+    fault("diverging barriers: __syncthreads at line %d, while others wait at line %d", site.line, b.site.line);
+  b.site = site;
+  ++b.at_barrier;
+  if (b.at_barrier == b.live)
+    finish_block_barrier(b);
   else
     wait(site);
 }
 
-void Machine::finish_block_barrier() {
-  at_block_barrier_ = 0;
-  for (Thread& t : thread) {
+void Machine::finish_block_barrier(Block& b) {
+  b.at_barrier = 0;
+  const int of_block = threads / current.peers, first = static_cast<int>(&b - blocks.data()) * of_block;
+  for (int i = first; i < first + of_block; ++i) {
+    Thread& t = thread[i];
     if (!t.fresh) {
-      for (int a = threads; a < agents(); ++a) base_[a] = base_[a] > t.knows[a] ? base_[a] : t.knows[a];
+      for (int a = 0; a < first; ++a) b.base[a] = std::max(b.base[a], t.knows[a]);
+      for (int a = first + of_block; a < agents(); ++a) b.base[a] = std::max(b.base[a], t.knows[a]);
       t.fresh = true;
     }
     if (t.exited) continue;
-    base_[t.index] = t.clock++;
-    if (&t != running_ && t.waits.operation == block_site_.operation && t.waits.line == block_site_.line) wake(t.index);
+    b.base[t.index] = t.clock++;
+    if (&t != running_ && t.waits.operation == b.site.operation && t.waits.line == b.site.line) wake(t.index);
   }
+}
+
+void Machine::cluster_barrier(Site site) {
+  release(*running_, cluster_.joined);
+  const uint64_t phase = cluster_.phase;
+  if (++cluster_.arrived == live_) {
+    finish_cluster_barrier();
+  } else {
+    cluster_.waiting.push_back(running_->index);
+    while (cluster_.phase == phase) wait(site);
+  }
+  acquire(*running_, cluster_.done);
+}
+
+void Machine::finish_cluster_barrier() {
+  cluster_.arrived = 0;
+  ++cluster_.phase;
+  cluster_.done = cluster_.joined;
+  for (int i : cluster_.waiting) wake(i);
+  cluster_.waiting.clear();
 }
 
 void Machine::named_barrier(int id, int count, bool waits, Site site) {
@@ -261,7 +307,7 @@ void Machine::named_barrier(int id, int count, bool waits, Site site) {
   if (id < 0 || id >= kMaxBarriers || count % kWarp || count <= 0)
     fault("%s: barrier %d of %d threads; there are 16 of them, and a multiple of 32 threads", site.operation, id,
           count);
-  NamedBarrier& b = barriers_[id];
+  NamedBarrier& b = blocks[running_->block].barriers[id];
   if (b.arrived && b.expected != count)
     fault("barrier %d: %d threads expected at line %d, %d at line %d", id, count, site.line, b.expected, b.site.line);
   b.expected = count, b.site = site;
@@ -324,13 +370,14 @@ void Machine::gather(uint32_t mask, Site site, void* frame, void (*work)(void**,
 
 // ---- clocks ---------------------------------------------------------------------------------------------
 Vector& Machine::vector_of(Thread& t) {
-  if (t.fresh) t.knows.assign(base_.begin(), base_.end()), t.fresh = false;
-  if (t.knows.size() < base_.size()) t.knows.resize(base_.size(), 0);
+  const Vector& base = blocks[t.block].base;
+  if (t.fresh) t.knows = base, t.fresh = false;
+  if (t.knows.size() < base.size()) t.knows.resize(base.size(), 0);
   return t.knows;
 }
 
 void Machine::release(Thread& t, Vector& into) {
-  join(into, t.fresh ? base_ : vector_of(t));
+  join(into, t.fresh ? blocks[t.block].base : vector_of(t));
   into[t.index] = into[t.index] > t.clock ? into[t.index] : t.clock;
   ++t.clock;
 }
@@ -343,7 +390,7 @@ void Machine::learn(Thread& t, int agent, uint32_t clock) {
 }
 
 int Machine::add_agent(const char* kind, int number) {
-  base_.push_back(0);
+  for (Block& b : blocks) b.base.push_back(0);
   for (Thread& t : thread)
     if (!t.fresh) t.knows.push_back(0);
   agent_names_.emplace_back(kind, number);
@@ -351,7 +398,12 @@ int Machine::add_agent(const char* kind, int number) {
 }
 
 std::string Machine::agent_name(int agent) const {
-  if (agent < threads) return "thread " + std::to_string(agent);
+  if (agent < threads && current.peers == 1) return "thread " + std::to_string(agent);
+  if (agent < threads) {
+    const int of_block = threads / current.peers;
+    return "thread " + std::to_string(agent % of_block) + " of block " + std::to_string(agent / of_block) +
+           " of the cluster";
+  }
   const auto& [kind, number] = agent_names_[agent - threads];
   return kind + std::string(" ") + std::to_string(number);
 }

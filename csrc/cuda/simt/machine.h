@@ -1,9 +1,11 @@
-// One thread block as fibers: who runs next, who waits for what, and which earlier event each thread knows of.
+// One thread block, or the blocks of one cluster, as fibers: who runs next, who waits for what, and which earlier event
+// each thread knows of.
 //
 // Happens-before is kept as vector clocks. An agent is a thread of the block or something that works beside them (the
 // bulk copies of an mbarrier, the matrix unit of a warpgroup). Each has a clock; a thread knows (agent, clock) when a
-// chain of barriers leads there. After a barrier of the whole block everybody knows the same: `Clocks::base`; what a
-// thread learned since stands in a vector of its own. Blocks of one launch never know of each other.
+// chain of barriers leads there. After a barrier of the whole block everybody in it knows the same: `Block::base`; what
+// a thread learned since stands in a vector of its own. Clusters of one launch know of each other by counters
+// (counters.h). Threads, warps and agents are numbered through a cluster.
 #pragma once
 
 #include <cstdarg>
@@ -24,7 +26,7 @@ struct Dim3 {
 };
 
 enum class Schedule { eager, lazy, random };
-constexpr int kWarp = 32, kMaxThreads = 1024, kMaxBarriers = 16;
+constexpr int kWarp = 32, kMaxThreads = 1024, kMaxBarriers = 16, kMaxPeers = 2;
 
 // Where an operation stands in the kernel's source.
 struct Site {
@@ -41,11 +43,13 @@ void join(Vector& into, const Vector& from);
 
 struct Thread {
   Fiber fiber;
-  int index = 0;  // in the block
+  int index = 0;  // in the cluster
+  int block = 0;  // rank in the cluster
   Dim3 thread_idx;
   char *stack = nullptr, *stack_end = nullptr;
   bool exited = false;
   Site waits{};  // what it waits at, while it does
+  std::string waits_for;
 
   uint32_t clock = 1;
   bool fresh = true;             // knows `base` and nothing since
@@ -76,6 +80,22 @@ struct NamedBarrier {
   Vector joined;
 };
 
+struct Block {
+  Dim3 index;
+  Vector base;
+  NamedBarrier barriers[kMaxBarriers];
+  int at_barrier = 0, live = 0;
+  Site site{};  // of the barrier of the whole block
+  Vector end;   // what its threads knew when they ended
+};
+
+struct ClusterBarrier {
+  int arrived = 0;
+  uint64_t phase = 0;
+  std::vector<int> waiting;
+  Vector joined, done;
+};
+
 class Async;  // async.h
 
 struct Launch {
@@ -85,6 +105,7 @@ struct Launch {
   std::function<void()> body;
   const void* parameters;  // of the kernel, which it may read
   size_t parameter_bytes;
+  int peers = 1;  // blocks of a cluster, neighbours along x
 };
 
 class Machine {
@@ -102,6 +123,7 @@ class Machine {
   bool inside() const { return running_ != nullptr; }
   void block_barrier(Site site);
   void named_barrier(int id, int count, bool waits, Site site);
+  void cluster_barrier(Site site);
   // All lanes of `mask` meet; `work` runs once, with a frame per lane. orders: each then knows what the others did.
   void gather(uint32_t mask, Site site, void* frame, void (*work)(void** frames, uint32_t mask), bool orders = false);
   // Waits until every live lane of the warp has come to this very operation.
@@ -115,32 +137,34 @@ class Machine {
   int add_agent(const char* kind, int number);
   std::string agent_name(int agent) const;
   bool known(const Thread& t, int agent, uint32_t clock) const {
-    return agent == t.index || clock <= base_[agent] || (!t.fresh && clock <= t.knows[agent]);
+    return agent == t.index || clock <= blocks[t.block].base[agent] || (!t.fresh && clock <= t.knows[agent]);
   }
   // What t knows now, itself included; afterwards t's accesses are later ones.
   void release(Thread& t, Vector& into);
   void acquire(Thread& t, const Vector& from);
   void learn(Thread& t, int agent, uint32_t clock);
-  int agents() const { return static_cast<int>(base_.size()); }
+  int agents() const { return static_cast<int>(blocks[0].base.size()); }
 
   Launch current{};
-  Dim3 block_idx;
-  int threads = 0;
-  uint32_t block_serial = 0, first_serial = 1;  // of the running block, and of the launch's first one
+  int threads = 0;                              // of the cluster
+  uint32_t block_serial = 0, first_serial = 1;  // of the running cluster, and of the launch's first one
+  std::vector<Block> blocks;                    // of the cluster
   std::vector<Thread> thread;
   std::vector<Warp> warp;
   Async* async;
 
  private:
   static void entry();
-  void run_block();
+  void run_blocks();
   int choose();
   bool any_ready() const;
   void deadlock();
   void leave();
   Vector& vector_of(Thread& t);
   void release_barrier(NamedBarrier& b);
-  void finish_block_barrier();
+  void finish_block_barrier(Block& b);
+  void finish_cluster_barrier();
+  std::string where() const;
 
   Fiber scheduler_;
   Stacks stacks_;
@@ -150,11 +174,9 @@ class Machine {
   Schedule schedule_ = Schedule::eager;
   std::mt19937_64 random_{1};
 
-  Vector base_;
   std::vector<std::pair<const char*, int>> agent_names_;  // beyond the threads
-  NamedBarrier barriers_[kMaxBarriers];
-  int at_block_barrier_ = 0, live_ = 0;
-  Site block_site_{};
+  ClusterBarrier cluster_;
+  int live_ = 0;
 };
 
 Machine& machine();

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <new>
 
+#include "counters.h"
+
 // The bounds of this module in memory: constants that a kernel reads lie inside.
 extern "C" char __ehdr_start __attribute__((visibility("hidden")));
 extern "C" char _end __attribute__((visibility("hidden")));
@@ -19,8 +21,8 @@ Memory& memory() {
 
 void raw_copy(void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
 
-Memory::Memory() : shared_cells_(kArena / kCell) {
-  void* found = mmap(nullptr, kArena, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+Memory::Memory() : shared_cells_(kMaxPeers * kArena / kCell) {
+  void* found = mmap(nullptr, kMaxPeers * kArena, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (found == MAP_FAILED) throw std::bad_alloc();
   shared_ = static_cast<char*>(found);
 }
@@ -66,60 +68,74 @@ void Memory::allow(uintptr_t address, int itemsize, const std::vector<int64_t>& 
 }
 
 // ---- shared memory --------------------------------------------------------------------------------------
-void Memory::begin_block(size_t dynamic_bytes) {
-  std::fill(shared_cells_.begin(), shared_cells_.begin() + (shared_used_ + kCell - 1) / kCell, Cell{});
+void Memory::begin_block(size_t dynamic_bytes, int blocks) {
+  for (int b = 0; b < blocks_; ++b)
+    std::fill_n(shared_cells_.begin() + b * (kArena / kCell), (shared_used_ + kCell - 1) / kCell, Cell{});
   statics_.clear();
-  shared_used_ = 0, dynamic_ = nullptr, dynamic_bytes_ = dynamic_bytes;
+  shared_used_ = 0, dynamic_align_ = 0, dynamic_bytes_ = dynamic_bytes, blocks_ = blocks;
+}
+
+char* Memory::own(size_t offset) { return shared_ + machine().self().block * kArena + offset; }
+
+void Memory::allow_shared(size_t from) {
+  for (int b = 0; b < blocks_; ++b)
+    for (size_t i = from / kCell; i < (shared_used_ + kCell - 1) / kCell; ++i)
+      shared_cells_[b * (kArena / kCell) + i].flags = Cell::readable | Cell::writable;
 }
 
 static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 char* Memory::shared_static(const void* key, size_t bytes, size_t align) {
   for (const Static& s : statics_)
-    if (s.key == key) return s.at;
+    if (s.key == key) return own(s.at);
   // sixteen bytes between variables belong to nobody
   const size_t at = round_up(shared_used_ + (shared_used_ ? 16 : 0), align < 16 ? 16 : align);
   if (at + bytes > kSharedBlock) machine().fault("shared memory: more than %zu bytes", kSharedBlock);
   shared_used_ = at + bytes;
-  for (size_t i = at / kCell; i < (shared_used_ + kCell - 1) / kCell; ++i)
-    shared_cells_[i].flags = Cell::readable | Cell::writable;
-  statics_.push_back({key, shared_ + at});
-  return shared_ + at;
+  allow_shared(at);
+  statics_.push_back({key, at});
+  return own(at);
 }
 
 char* Memory::shared_dynamic(size_t align) {
-  if (dynamic_) {
+  if (dynamic_align_) {
     if (align != dynamic_align_) machine().fault("dynamic shared memory is declared with two alignments");
-    return dynamic_;
+    return own(dynamic_);
   }
   size_t at = round_up(shared_used_ + 16, align);
   if (at % (2 * align) == 0) at += align;
   if (at + dynamic_bytes_ > kArena) machine().fault("shared memory: more than %zu bytes", kSharedBlock);
   shared_used_ = at + dynamic_bytes_;
-  for (size_t i = at / kCell; i < (shared_used_ + kCell - 1) / kCell; ++i)
-    shared_cells_[i].flags = Cell::readable | Cell::writable;
-  dynamic_ = shared_ + at, dynamic_align_ = align;
-  return dynamic_;
+  allow_shared(at);
+  dynamic_ = at, dynamic_align_ = align;
+  return own(at);
 }
 
 uint32_t Memory::shared_address(const void* p) {
   if (!is_shared(p)) machine().fault("a shared address is asked of a pointer that is not shared");
-  return static_cast<uint32_t>(static_cast<const char*>(p) - shared_);
+  return static_cast<uint32_t>(static_cast<const char*>(p) - shared_ - block_of(p) * kArena);
+}
+
+uint32_t Memory::peer_address(const void* p, int rank) {
+  if (rank < 0 || rank >= blocks_) machine().fault("mapa: block %d of a cluster of %d", rank, blocks_);
+  return static_cast<uint32_t>(rank + 1) << kRankBit | shared_address(p);
 }
 
 char* Memory::from_shared_address(uint32_t address, size_t bytes) {
-  if (address + bytes > kArena) machine().fault("shared address 0x%x lies outside of shared memory", address);
-  return shared_ + address;
+  const size_t rank = address >> kRankBit, offset = address & ((1u << kRankBit) - 1);
+  if (offset + bytes > kArena || rank > static_cast<size_t>(blocks_))
+    machine().fault("shared address 0x%x lies outside of shared memory", address);
+  return rank ? shared_ + (rank - 1) * kArena + offset : own(offset);
 }
 
 // ---- accesses -------------------------------------------------------------------------------------------
 Cell* Memory::cell(uintptr_t address) {
   const size_t offset = address - reinterpret_cast<uintptr_t>(shared_);
-  return offset < kArena ? &shared_cells_[offset / kCell] : global_cell(address);
+  return offset < kMaxPeers * kArena ? &shared_cells_[offset / kCell] : global_cell(address);
 }
 
 static const char* name(Access kind) {
-  return kind == Access::read ? "read" : kind == Access::write ? "write" : "atomic";
+  return kind == Access::read ? "read" : kind == Access::write ? "write" : kind == Access::add ? "addition" : "atomic";
 }
 
 void Memory::race(const Cell&, const void* p, const char* now, const char* then, int other, uint32_t block) {
@@ -149,8 +165,9 @@ void Memory::check(Cell& c, const void* p, Access kind, const Thread& t, const A
   if (c.write_block >= m.first_serial && !(atomic && (c.flags & Cell::by_atomic))) {
     const bool same = c.write_block == m.block_serial;
     // two pieces of work of one agent are in order; another agent's must be known to the thread that issues
-    const bool ordered = same && ((agent && agent->number == c.writer) || (own && c.writer == t.index) ||
-                                  m.known(t, c.writer, c.write_clock));
+    const bool ordered = same ? (agent && agent->number == c.writer) || (own && c.writer == t.index) ||
+                                    m.known(t, c.writer, c.write_clock)
+                              : counters().known(t, c.write_block, c.writer, c.write_clock);
     if (!ordered) race(c, p, name(kind), "written", c.writer, c.write_block);
     if (same && agent && is_shared(p) && !(c.flags & Cell::by_async) && !fenced(t, c.writer, c.write_clock))
       m.fault(
@@ -161,8 +178,9 @@ void Memory::check(Cell& c, const void* p, Access kind, const Thread& t, const A
     for (const Cell::Reader& r : c.reader) {
       if (r.block < m.first_serial) continue;
       const bool mine = agent ? r.agent == agent->number : r.agent == t.index;
-      if (r.block != m.block_serial || !(mine || m.known(t, r.agent, r.clock)))
-        race(c, p, name(kind), "read", r.agent, r.block);
+      const bool ordered = r.block == m.block_serial ? mine || m.known(t, r.agent, r.clock)
+                                                     : counters().known(t, r.block, r.agent, r.clock);
+      if (!ordered) race(c, p, name(kind), "read", r.agent, r.block);
     }
   }
   const int who = agent ? agent->number : t.index;
@@ -215,6 +233,9 @@ void Memory::access(const void* p, size_t bytes, Access kind) {
   }
   if ((bytes & (bytes - 1)) == 0 && bytes <= 16 && address % bytes)
     m.fault("misaligned %s of %zu bytes of %s memory at %p", name(kind), bytes, space(p), p);
+  if (is_shared(p) && block_of(p) != t.block)
+    m.fault("%s of %zu bytes at %p, in the shared memory of another block, whose address mapa gives", name(kind), bytes,
+            p);
   cells(p, bytes, kind);
   for (uintptr_t a = address & ~(kCell - 1); a < address + bytes; a += kCell)
     check(*cell(a), reinterpret_cast<const void*>(a), kind, t, nullptr);

@@ -10,7 +10,7 @@
 
 namespace fastdit::simt {
 
-enum class Access { read, write, atomic };
+enum class Access { read, write, atomic, add };  // add: to what is there, in an order that must be known
 
 struct Cell {
   enum : uint16_t {
@@ -40,6 +40,7 @@ class Memory {
  public:
   static constexpr size_t kSharedBytes = 228 * 1024;  // of a Hopper multiprocessor; a block may have 1024 fewer
   static constexpr size_t kSharedBlock = 227 * 1024;
+  static constexpr int kRankBit = 24;  // of a shared::cluster address: above it stands the block's rank + 1
 
   Memory();
 
@@ -50,13 +51,19 @@ class Memory {
   void forget() { pages_.clear(), last_page_ = nullptr, last_number_ = 0; }
 
   // ---- shared memory -------------------------------------------------------------------------------------
-  void begin_block(size_t dynamic_bytes);
-  // A static variable of the kernel: the same place for every thread of the block.
+  void begin_block(size_t dynamic_bytes, int blocks);
+  // A static variable of the kernel: the same place for every thread of the block, and in every block of the cluster.
   char* shared_static(const void* key, size_t bytes, size_t align);
   // Aligned as declared, and deliberately no better.
   char* shared_dynamic(size_t align);
-  bool is_shared(const void* p) const { return static_cast<size_t>(static_cast<const char*>(p) - shared_) < kArena; }
-  uint32_t shared_address(const void* p);
+  bool is_shared(const void* p) const {
+    return static_cast<size_t>(static_cast<const char*>(p) - shared_) < kMaxPeers * kArena;
+  }
+  int block_of(const void* p) const { return static_cast<int>((static_cast<const char*>(p) - shared_) / kArena); }
+  uint32_t shared_address(const void* p);  // in its block
+  uint32_t peer_address(const void* p, int rank);
+  char* in_block(const void* p, int rank) { return from_shared_address(peer_address(p, rank), 1); }
+  // address: in the running block, or a peer_address()
   char* from_shared_address(uint32_t address, size_t bytes);
 
   // ---- accesses ------------------------------------------------------------------------------------------
@@ -81,8 +88,10 @@ class Memory {
 
   struct Static {
     const void* key;
-    char* at;
+    size_t at;
   };
+  char* own(size_t offset);  // in the running block
+  void allow_shared(size_t from);
   std::unordered_map<uintptr_t, std::vector<Cell>> pages_;
   Cell* last_page_ = nullptr;
   uintptr_t last_number_ = 0;
@@ -90,8 +99,8 @@ class Memory {
   std::vector<Cell> shared_cells_;
   std::vector<Static> statics_;
   size_t shared_used_ = 0, dynamic_bytes_ = 0;
-  char* dynamic_ = nullptr;
-  size_t dynamic_align_ = 0;
+  size_t dynamic_ = 0, dynamic_align_ = 0;  // no alignment: not declared so far
+  int blocks_ = 1;
 };
 
 Memory& memory();

@@ -64,7 +64,8 @@ __global__ void gemm_mma(float* C, const bf16* A, const bf16* B, int M, int N, i
 // ---- wgmma: a producer warp and a warpgroup, 64 x 64 of C, 64 of K in each of two stages ------------------------
 constexpr int kStages = 2, kTile = 64 * 64 * 2, kConsumers = 128;
 
-template <bool transposed, bool registers, Fault fault>
+// transposed: B has a row per k; of both: A too.
+template <bool transposed, bool registers, Fault fault, bool both = false>
 __global__ void __launch_bounds__(kConsumers + 32)
     gemm_wgmma(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map, float* C, int M, int N,
                int K) {
@@ -85,7 +86,8 @@ __global__ void __launch_bounds__(kConsumers + 32)
       const int s = t % kStages, round = t / kStages;
       if (fault != kNoEmptyWait) barrier_wait(&empty[s], (round & 1) ^ 1);
       barrier_arrive_expect(&full[s], fault == kHalfBytes ? kTile : 2 * kTile);
-      const int a_at[2] = {t * 64, row}, b_at[2] = {transposed ? column : t * 64, transposed ? t * 64 : column};
+      const int a_at[2] = {both ? row : t * 64, both ? t * 64 : row},
+                b_at[2] = {transposed ? column : t * 64, transposed ? t * 64 : column};
       tensor_load(a_tiles + s * kTile, a_map, a_at, &full[s]);
       tensor_load(b_tiles + s * kTile, b_map, b_at, &full[s]);
     }
@@ -116,7 +118,7 @@ __global__ void __launch_bounds__(kConsumers + 32)
       if constexpr (registers)
         product<bf16, transposed>(d, fragments[k], b_matrix);
       else
-        product<bf16, false, transposed>(d, matrix(a + k * 32, 16, 1024, 1), b_matrix);
+        product<bf16, both, transposed>(d, matrix(a + k * (both ? 2048 : 32), 16, 1024, 1), b_matrix);
     }
     product_commit();
     if (fault == kEarlyRelease) barrier_arrive(&empty[s]);
@@ -169,11 +171,11 @@ void mma(const bf16* a, const bf16* b, float* c, int M, int N, int K) {
          K);
 }
 
-template <bool transposed, bool registers, Fault fault>
+template <bool transposed, bool registers, Fault fault, bool both = false>
 void wgmma(const bf16* a, const bf16* b, float* c, int M, int N, int K) {
-  const TensorMap a_map = map_of(a, M, K, 64, 64, cuda::Swizzle::b128);
+  const TensorMap a_map = map_of(a, both ? K : M, both ? M : K, 64, 64, cuda::Swizzle::b128);
   const TensorMap b_map = map_of(b, transposed ? K : N, transposed ? N : K, 64, 64, cuda::Swizzle::b128);
-  launch(gemm_wgmma<transposed, registers, fault>, dim3((N + 63) / 64, (M + 63) / 64), dim3(kConsumers + 32),
+  launch(gemm_wgmma<transposed, registers, fault, both>, dim3((N + 63) / 64, (M + 63) / 64), dim3(kConsumers + 32),
          2 * kStages * kTile, {}, "gemm", "", a_map, b_map, c, M, N, K);
 }
 
@@ -183,6 +185,7 @@ const std::map<std::string, Gemm> kGemms = {
     {"mma:no copy wait", mma<false, kNoCopyWait>},
     {"wgmma", wgmma<false, false, kSound>},
     {"wgmma/transposed", wgmma<true, false, kSound>},
+    {"wgmma/transposed both", wgmma<true, false, kSound, true>},
     {"wgmma/registers", wgmma<false, true, kSound>},
     {"wgmma:no full wait", wgmma<false, false, kNoFullWait>},
     {"wgmma:wrong parity", wgmma<false, false, kWrongParity>},

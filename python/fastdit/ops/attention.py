@@ -172,6 +172,7 @@ def attention(
         ValueError: shapes, strides, devices, kv_len, scale.   TypeError: dtypes.   NoBackend: nothing can run it.
     Cost:   4*B*H*N*M*D FLOPs forward, 10*B*H*N*M*D backward (the visible part of them); O(B*H*N) memory is kept for the
         backward, O(N*D) per thread beside it; no N x M tensor on kernels. Bitwise repeatable on the CPU in any case.
+        backend="cuda" on sm_90 may sum dq in fp32 beside it: 4 bytes a value while the backward runs.
     Source: arXiv 2205.14135 (FlashAttention); csrc/cpu/attention*.cpp. Replaces F.scaled_dot_product_attention.
     """
     if check.any_autocast():

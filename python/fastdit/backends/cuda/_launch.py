@@ -48,6 +48,16 @@ def capability(x: Tensor) -> int:
     return _of_device(x.get_device()) if x.is_cuda else 80
 
 
+@functools.cache
+def _processors_of(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def processors(x: Tensor) -> int:
+    """Multiprocessors of the card that x is on; in the simulator those of an H100."""
+    return _processors_of(x.get_device()) if x.is_cuda else 132
+
+
 def launch(
     entry: str, op: str, x: Tensor, arguments: tuple, reads: Iterable[Tensor | None], writes: Iterable[Tensor | None]
 ) -> None:
@@ -70,10 +80,17 @@ def ask(entry: str, x: Tensor, *arguments: Any) -> Any:
     return getattr(_cuda, entry)(x.get_device(), *arguments)
 
 
+@functools.cache
+def hopper_built(simulated: bool) -> bool:
+    """Whether the module has kernels of sm_90a."""
+    built = simulator("hopper_built", None, (0,), (), ()) if simulated and simulator else _cuda.hopper_built(0)
+    return bool(built)
+
+
 def unfit_for_wgmma(x: Tensor) -> str | None:
     """Why the card of x, or the module, has no kernels of sm_90a; None when it has."""
     if capability(x) != 90:
         return f"wgmma needs sm_90; got sm_{capability(x)}"
-    if not ask("hopper_built", x):
+    if not hopper_built(x.is_cpu):
         return "wgmma needs machine code for sm_90a; FASTDIT_CUDA_ARCHS lacks it"
     return None

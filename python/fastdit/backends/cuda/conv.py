@@ -1,5 +1,6 @@
-"""conv on the CUDA kernels (csrc/cuda/conv*.cu): implicit GEMMs on the warp's matrix unit; on sm_90 the forward and the
-input's gradient on wgmma (conv_hopper.cu), save where `_wgmma_refusal` says why not.
+"""conv on the CUDA kernels (csrc/cuda/conv*.cu): implicit GEMMs on the warp's matrix unit. On sm_90 on wgmma: the
+forward and the input's gradient (conv_hopper.cu) save where `_wgmma_refusal` says why not, the weight's gradient
+(conv_weight_hopper.cu) save where `_weight_refusal` does.
 
 Launches: 1 for the convolution; 1 to pack the weight unless it lies in channels_last_3d in x's dtype; 1 for norm and
 SiLU, or where x's pixels do not lie on 16 bytes (NCDHW, three channels): act(norm(cat(cache, x))), written once, 2 *
@@ -22,6 +23,7 @@ from ._launch import ask, launch, unfit, unfit_for_wgmma
 
 WIDEST = 512  # channels that one block of the norms' backward holds
 NARROWEST, BROADEST = 32, 8192  # of Cout: fewer leave most of a tile idle; more biases than a block has room for
+MOST_COLUMNS = 8  # of a kernel, each a tensor map of the weight's gradient
 
 
 def _strides(t: Tensor) -> tuple[int, ...]:
@@ -99,6 +101,20 @@ def _geometry(x, cache, kernel, stride, dilation, start, time_first: bool, space
     return _video(x), _video(cache), tuple(kernel), stride, dilation, before, int(time_first), space
 
 
+def _misfit(x, others, kernel, stride, dilation, start, out, space: int) -> str:
+    """What wgmma leaves to mma.sync in either direction. others: what it reads beside x; out: y's shape."""
+    if stride[1] != 1 or stride[2] != 1:
+        return f"wgmma has no stride in space; got {tuple(stride)}"
+    if space and any(
+        start[i] < 0 or start[i] + out[2 + i] + (kernel[i] - 1) * dilation[i] > x.shape[2 + i] for i in (1, 2)
+    ):
+        return "wgmma pads with zeros only"
+    for t in (x, *others):
+        if t is not None and any(n == 0 or (n > 1 and s == 0) for n, s in zip(t.shape, _strides(t), strict=True)):
+            return f"wgmma reads tensors whose pixels are all there; got {list(t.shape)}, {t.stride()}"
+    return ""
+
+
 @kept
 def _unserved(x, cache, cout: int, kernel, stride, dilation, start, out, space: int) -> str:
     """Never for how many frames there are: chunks of a video must take one path. out: y's shape; space: of PAD."""
@@ -106,21 +122,29 @@ def _unserved(x, cache, cout: int, kernel, stride, dilation, start, out, space: 
         return "wgmma has 16-bit products; got fp32"
     if not NARROWEST < cout <= BROADEST:
         return f"wgmma serves {NARROWEST + 1} to {BROADEST} output channels; got {cout}"
-    if stride[1] != 1 or stride[2] != 1:
-        return f"wgmma has no stride in space; got {tuple(stride)}"
-    if space and any(
-        start[i] < 0 or start[i] + out[2 + i] + (kernel[i] - 1) * dilation[i] > x.shape[2 + i] for i in (1, 2)
-    ):
-        return "wgmma pads with zeros only"
-    for t in (x, cache):
-        if t is not None and any(n == 0 or (n > 1 and s == 0) for n, s in zip(t.shape, _strides(t), strict=True)):
-            return f"wgmma reads tensors whose pixels are all there; got {list(t.shape)}, {t.stride()}"
-    return ""
+    return _misfit(x, (cache,), kernel, stride, dilation, start, out, space)
+
+
+@kept
+def _weight_unserved(grad, x, cache, cout: int, kernel, stride, dilation, start, out, space: int) -> str:
+    """grad: None where its layout is not known yet."""
+    if x.dtype == torch.float32:
+        return "wgmma has 16-bit products; got fp32"
+    if x.shape[1] % 8 or cout % 8:
+        return f"wgmma sums a weight of multiples of 8 channels; got {cout} of {x.shape[1]}"
+    if kernel[2] > MOST_COLUMNS:
+        return f"wgmma sums a weight of at most {MOST_COLUMNS} columns; got {kernel[2]}"
+    return _misfit(x, (cache, grad), kernel, stride, dilation, start, out, space)
 
 
 def _wgmma_refusal(x, *call) -> str | None:
     """Why a convolution is left to mma.sync; None when wgmma takes it. call: as `_unserved` takes it."""
     return unfit_for_wgmma(x) or _unserved(x, *call) or None
+
+
+def _weight_refusal(grad, x, *call) -> str | None:
+    """The same of a weight's gradient; call: as `_weight_unserved` takes it."""
+    return unfit_for_wgmma(x) or _weight_unserved(grad, x, *call) or None
 
 
 def _convolve(
@@ -230,10 +254,13 @@ def _pixel_sums(g: Tensor, like: Tensor) -> Tensor:
 def _weight_gradient(grad, x, cache, weight, stride, dilation, start, time_first: bool, space: int) -> Tensor:
     N, C, *taps = weight.shape
     shared = _geometry(x, cache, taps, stride, dilation, start, time_first, space)
-    count = ask("conv_weight_grad_parts", x, shared, _video(grad))
+    refusal = _weight_refusal(grad, x, cache, N, tuple(taps), stride, dilation, start, grad.shape, space)
+    entry = "conv_weight_grad" if refusal else "conv_weight_grad_hopper"
+    count = ask(f"{entry}_parts", x, shared, _video(grad))
     parts = torch.empty((count, N, *taps, C), dtype=torch.float32, device=x.device)
-    op = "causal_conv3d_backward"
-    launch("conv_weight_grad", op, x, (shared, _video(grad), parts.data_ptr(), count), (x, cache, grad), (parts,))
+    launch(
+        entry, "causal_conv3d_backward", x, (shared, _video(grad), parts.data_ptr(), count), (x, cache, grad), (parts,)
+    )
     out = empty(weight)
     _move(out, parts[0].permute(0, 4, 1, 2, 3), count, parts.stride(0), parts)
     return out
@@ -261,5 +288,12 @@ def _supports(x, *rest) -> str | None:
 def _path(x, weight, bias, cache, norm_weight, residual, stride, dilation, padding, time_pad, space_pad, *_) -> str:
     start, stride, dilation = (0, -padding[2], -padding[4]), tuple(stride), tuple(dilation)
     out = output_shape(x.shape, weight.shape, stride, dilation, tuple(padding))
-    refusal = _wgmma_refusal(x, None, weight.shape[0], weight.shape[2:], stride, dilation, start, out, PAD[space_pad])
-    return "forward on wgmma, the weight's gradient on mma.sync" if refusal is None else f"mma.sync: {refusal}"
+    call = weight.shape[0], tuple(weight.shape[2:]), stride, dilation, start, out, PAD[space_pad]
+    refusal, others = _wgmma_refusal(x, None, *call), _weight_refusal(None, x, None, *call)
+    if refusal and others:
+        return f"mma.sync: {refusal}" + ("" if others == refusal else f"; the weight's gradient: {others}")
+    return (
+        ("forward on wgmma" if refusal is None else f"forward on mma.sync: {refusal}")
+        + ", the weight's gradient on "
+        + ("wgmma" if others is None else f"mma.sync: {others}")
+    )
