@@ -93,7 +93,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=FULL if n == "128-rings" else ()) for n in CASES])
 def test_tiles(name, tiles):
     """Every kernel, ragged in every dimension."""
     expected, sample = CASES[name]
