@@ -153,10 +153,11 @@ struct Backward : Row<T, TR, false> {
     S *const d_weight = sinks.weight.at, *const d_bias = sinks.bias.at;
     V sum_g[count] = {}, sum_gn[count] = {}, center[count], factor[count];
     const bool claims = !stream && q.d_residual;
-    const T* dh[count];
+    const T *dh[count], *next_dh[count];
     const TR *from[count], *written[count];  // written: by outputs()
     for (int k = 0; k < count; ++k) {
       dh[k] = grad_h(i + k), from[k] = value[k];
+      next_dh[k] = i + k + count < this->tokens ? grad_h(i + k + count) : dh[k];
       written[k] = claims ? static_cast<const TR*>(q.d_residual) + (i + k) * C : nullptr;
       center[k] = splat(mean[k]), factor[k] = splat(root[k]);
     }
@@ -171,6 +172,7 @@ struct Backward : Row<T, TR, false> {
       if (biased) b = at(offset, c);
       for (int k = 0; k < count; ++k) {
         if (claims) L::ahead(written[k] + c);
+        L::ahead(next_dh[k] + c);
         Pair<V> g = L::get(dh[k] + c, step);
         const Pair<V> r = L::get(from[k] + c, step);
         const Pair<V> x{(r.a - center[k]) * factor[k], (r.b - center[k]) * factor[k]};
@@ -226,14 +228,14 @@ struct Backward : Row<T, TR, false> {
     const bool streamed = stream;
     S *const d_gate = sinks.gate.at, *const d_post = sinks.post.at;
     S *const scale_row = scale.values, *const gate_row = gate.values;
-    const T *dh[count] = {}, *next_dh[count] = {}, *y[count], *next_y[count];
+    const T *dh[count] = {}, *y[count], *next_y[count];
     const TR *dr[count] = {}, *next_dr[count] = {}, *from[count];
     T* dy[count];
     TR* d_residual[count];
     V sum_dy[count] = {}, center[count], factor[count], slope[count], level[count];
     for (int k = 0; k < count; ++k) {
       const int64_t j = i + k, ahead = j + count < this->tokens ? j + count : j;
-      if (normed) dh[k] = grad_h(j), next_dh[k] = grad_h(ahead);
+      if (normed) dh[k] = grad_h(j);
       if (has_dr) dr[k] = grad_r(j), next_dr[k] = grad_r(ahead);
       y[k] = this->y(j), next_y[k] = this->y(ahead), from[k] = value[k];
       dy[k] = static_cast<T*>(q.d_y) + j * C, d_residual[k] = static_cast<TR*>(q.d_residual) + j * C;
@@ -251,7 +253,6 @@ struct Backward : Row<T, TR, false> {
       for (int k = 0; k < count; ++k) {
         Pair<V> v{};
         if (normed) {
-          L::ahead(next_dh[k] + c);
           v = L::get(dh[k] + c, step);
           if (scaled || weighted) v = times(v, one);
           const Pair<V> r = L::get(from[k] + c, step);

@@ -56,6 +56,7 @@ struct Kernel {
       const V mean = splat(*o.mean);
       V cross_a{}, cross_b{}, total_a{}, total_b{};
       walk<T, kInterleaved>(o.channels, r, [&](auto site) {
+        site.ahead(o.g + o.next_g);  // x's are asked for with the stores
         const Pair<V> x = site.get(o.x);
         Pair<V> g = site.turn_back(site.get(o.g), r);
         if constexpr (kAffine) {
@@ -86,8 +87,7 @@ struct Kernel {
         return (g - n * mean_gn) * rstd;
       };
       walk<T, kInterleaved>(o.channels, r, [&](auto site) {
-        if constexpr (kNorm != RotaryNorm::none) site.ahead(o.x + o.next_x);
-        site.ahead(o.g + o.next_g);
+        site.ahead(kNorm == RotaryNorm::none ? o.g + o.next_g : o.x + o.next_x);
         Pair<V> g = site.turn_back(site.get(o.g), r);
         if constexpr (kNorm != RotaryNorm::none) {
           Pair<V> n = site.get(o.x);
