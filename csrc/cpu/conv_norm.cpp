@@ -53,14 +53,14 @@ inline void group_norm_silu(const NormSiluParams& given) {
     if (p.x_stride[1] == 1 && p.c > 1) {
       for (int64_t w = 0; w < p.w; ++w)
         for_vectors(x + w * p.x_stride[4], p.c, 1, [&](V v, int64_t c, int count) {
-          v = silu((v - load(mean + c)) * load(scale + c) + load(bias + c));
+          v = silu<T>((v - load(mean + c)) * load(scale + c) + load(bias + c));
           put(y + w * p.y_stride[4] + c * p.y_stride[1], p.y_stride[1], v, count);
         });
     } else {
       for (int64_t c = g0 * groups.per_group; c < g1 * groups.per_group; ++c) {
         const auto centre = mean[c], factor = scale[c], shift = bias[c];
         for_vectors(x + c * p.x_stride[1], p.w, p.x_stride[4], [&](V v, int64_t w, int count) {
-          v = silu((v - centre) * factor + shift);
+          v = silu<T>((v - centre) * factor + shift);
           put(y + c * p.y_stride[1] + w * p.y_stride[4], p.y_stride[4], v, count);
         });
       }

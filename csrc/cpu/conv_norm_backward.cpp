@@ -38,11 +38,11 @@ FASTDIT_INLINE void put(P* p, int64_t stride, typename simd<P>::V v, int n) {
   for (int j = 0; j < L && j < n; ++j) p[j * stride] = lane[j];
 }
 
-// Derivative of the activation at z, times grad.
-template <class V>
+// Derivative of the activation at z, times grad, where x is of T.
+template <class T, class V>
 FASTDIT_INLINE V through_act(V grad, V z, int silu) {
   if (!silu) return grad;
-  const V s = quick_sigmoid(z);
+  const V s = sigmoid_of<T>(z);
   return grad * s * (1 + z * (1 - s));
 }
 
@@ -168,7 +168,7 @@ class ChannelBackward {
         V d_weight = V{}, d_bias = V{};
         for (int j = 0; j < pixels; ++j) {
           const V unit = get(x + j * xs + i, 1, n) * scale[j];
-          V g = through_act<V>(get(grad + j * gs + i, 1, n), unit * factor + shift, q_.silu);
+          V g = through_act<T>(get(grad + j * gs + i, 1, n), unit * factor + shift, q_.silu);
           d_weight += g * unit;
           d_bias += g;
           g *= factor;
@@ -220,7 +220,7 @@ class ChannelBackward {
           const int n = static_cast<int>(count - w) - k * L;
           const V unit = load(units + (i * K + k) * L) * scale[k];
           V g = n > 0 ? get(grad + i * q_.grad_stride[1] + (w + k * L) * gs, gs, n) : V{};
-          g = through_act<V>(g, unit * weight[i] + bias[i], q_.silu);
+          g = through_act<T>(g, unit * weight[i] + bias[i], q_.silu);
           d_weight += g * unit;
           d_bias += g;
           g *= weight[i];
@@ -324,7 +324,7 @@ class GroupBackward {
         for (int64_t c = 0; c < p_.c; c += L) {
           const int count = static_cast<int>(p_.c - c);
           const V d = get(from + w * xs + c, 1, count) - load(mean + c);
-          const V g = through_act<V>(get(given + w * gs + c, 1, count), d * load(scale + c) + load(bias + c), 1);
+          const V g = through_act<T>(get(given + w * gs + c, 1, count), d * load(scale + c) + load(bias + c), 1);
           store(d_weight + c, load(d_weight + c) + g * d);
           store(d_bias + c, load(d_bias + c) + g);
         }
@@ -336,7 +336,7 @@ class GroupBackward {
         for (int64_t w = 0; w < p_.w; w += L) {
           const int count = static_cast<int>(p_.w - w);
           const V d = get(from + c * p_.x_stride[1] + w * xs, xs, count) - centre;
-          const V g = through_act<V>(get(given + c * q_.grad_stride[1] + w * gs, gs, count), d * factor + shift, 1);
+          const V g = through_act<T>(get(given + c * q_.grad_stride[1] + w * gs, gs, count), d * factor + shift, 1);
           to_weight += g * d;  // beyond the row: grad is zero
           to_bias += g;
           if (keep) store(keep + w, g);
@@ -385,7 +385,7 @@ class GroupBackward {
         for (int64_t c = 0; c < p_.c; c += L) {
           const int count = static_cast<int>(p_.c - c);
           const V d = get(from + w * xs + c, 1, count) - load(mean + c), factor = load(scale + c);
-          const V g = through_act<V>(get(given + w * gs + c, 1, count), d * factor + load(bias + c), 1);
+          const V g = through_act<T>(get(given + w * gs + c, 1, count), d * factor + load(bias + c), 1);
           put(out + w * ds + c, 1, g * factor - load(plain + c) - d * load(inverse + c) * load(along + c), count);
         }
     } else {
@@ -405,7 +405,7 @@ class GroupBackward {
           keep += width_;
         } else {
           column([&](V d, int64_t w, int count) {
-            return through_act<V>(get(given + c * q_.grad_stride[1] + w * gs, gs, count), d * factor + shift, 1);
+            return through_act<T>(get(given + c * q_.grad_stride[1] + w * gs, gs, count), d * factor + shift, 1);
           });
         }
       }

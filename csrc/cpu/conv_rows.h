@@ -45,9 +45,17 @@ FASTDIT_INLINE vf quick_sigmoid(vf v) {
 }
 FASTDIT_INLINE vd quick_sigmoid(vd v) { return sigmoid(v); }
 
-template <class V>
+// The sigmoid of a value that will be rounded to T.
+template <class T, class V>
+FASTDIT_INLINE V sigmoid_of(V v) {
+  if constexpr (sizeof(T) == 2)
+    return sigmoid_to<T>(v);
+  else
+    return quick_sigmoid(v);
+}
+template <class T, class V>
 FASTDIT_INLINE V silu(V v) {
-  return v * quick_sigmoid(v);
+  return v * sigmoid_of<T>(v);
 }
 
 // A channel vector of any dtype as an array of S; absent (null) reads as `fill`.
@@ -85,7 +93,7 @@ FASTDIT_INLINE S inverse_norm(S sum_of_squares, const Prologue<S>& f) {
 template <class T, class A, class V, class S>
 FASTDIT_INLINE V apply(V v, V scale, const Prologue<S>& f, V weight, V bias) {
   if (f.norm) v = v * scale * weight + bias;
-  if (f.silu) v = silu(v);
+  if (f.silu) v = silu<T>(v);
   if constexpr (sizeof(A) > sizeof(T)) v = round_to<T>(v);
   return v;
 }
