@@ -79,7 +79,7 @@ wheel: setup  ## build dist/*.whl and test it in a new environment outside the t
 	FASTDIT_WHEEL=$$(ls dist/*.whl) $(BIN)/python -m pytest tests/test_wheel.py
 	@ls -l dist
 
-KERNEL_TESTS = tests/test_contract.py $(filter-out %_originals.py %_triton.py,$(foreach f,modulation rotary attention patch conv activation,$(wildcard tests/test_$(f)*.py)))
+KERNEL_TESTS = tests/test_contract.py tests/test_cpu_streams.py $(filter-out %_originals.py %_triton.py,$(foreach f,modulation rotary attention patch conv activation,$(wildcard tests/test_$(f)*.py)))
 sanitize: setup  ## ASan and UBSan build of the module, then the kernel tests on it
 	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w build/sanitize/wheel -Cbuild-dir=build/sanitize/cmake \
 	  -Ccmake.define.FASTDIT_SANITIZE=ON -Cinstall.strip=false .
