@@ -84,11 +84,11 @@ FASTDIT_INLINE void write(T* p, typename simd<T>::V v, int n, bool stream) {
   n == simd<T>::width ? put(p, v, stream) : store_n(p, v, n);
 }
 
-// Whole vectors of contiguous rows may pass the caches when the outputs are larger than half of the last of them.
+// Whole vectors of contiguous rows may pass the caches.
 template <class T>
 bool streams(const void* out, int64_t rows, int64_t C) {
   constexpr int64_t bytes = simd<T>::width * sizeof(T);
-  return rows * C * static_cast<int64_t>(sizeof(T)) > last_level_cache() / 2 &&
+  return outgrow_caches(rows * C * static_cast<int64_t>(sizeof(T))) &&
          C * static_cast<int64_t>(sizeof(T)) % bytes == 0 && reinterpret_cast<uintptr_t>(out) % bytes == 0;
 }
 

@@ -91,15 +91,8 @@ struct Forward : Row<T, TR, native> {
 
   template <int count>
   FASTDIT_INLINE void tokens_from(int64_t i) {
-    if (p.norm == Norm::none) return this->template read<count>(i);
-    if (stream) {
-      this->template read<count>(i);
-    } else {
-      T* rows[count];
-      for (int k = 0; k < count; ++k) rows[k] = static_cast<T*>(p.h) + (i + k) * C;
-      this->template read<count>(i, Claim<T>{rows});
-    }
-    norm_modulate<count>(i);
+    this->template read_before<count>(i, p.h);
+    if (p.norm != Norm::none) norm_modulate<count>(i);
   }
 };
 

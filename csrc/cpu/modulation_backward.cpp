@@ -303,13 +303,7 @@ struct Backward : Row<T, TR, false> {
   // The tokens i .. i + count - 1.
   template <int count>
   void group(int64_t i, const Sinks<S>& sinks) {
-    if (stream || !q.d_y) {
-      this->template read<count>(i);
-    } else {
-      T* rows[count];
-      for (int k = 0; k < count; ++k) rows[k] = static_cast<T*>(q.d_y) + (i + k) * C;
-      this->template read<count>(i, Claim<T>{rows});
-    }
+    this->template read_before<count>(i, q.d_y);
     Means means[count];
     if (q.grad_h) {
       const bool vectors = p.weight.data || p.weight_offset != 0 || p.bias.data;

@@ -211,7 +211,7 @@ struct Row {
       return reinterpret_cast<uintptr_t>(out) % 64 == 0 && p.C * item % 64 == 0;
     };
     const int64_t bytes = p.B * p.N * p.C * ((r ? sizeof(TR) : 0) + (h ? sizeof(T) : 0));
-    return aligned(r, sizeof(TR)) && aligned(h, sizeof(T)) && bytes > last_level_cache() / 2;
+    return aligned(r, sizeof(TR)) && aligned(h, sizeof(T)) && outgrow_caches(bytes);
   }
   static auto round_scalar(S x) {
     if constexpr (native)
@@ -266,6 +266,15 @@ struct Row {
     S square[count];
     moments<count>(value, C, p.norm == Norm::layer, mean, square, claim);
     for (int k = 0; k < count; ++k) root[k] = inverse_root(square[k] + static_cast<S>(p.eps));
+  }
+
+  // The same; asks for the lines of `out`, where those rows will be written through the caches.
+  template <int count>
+  FASTDIT_INLINE void read_before(int64_t i, void* out) {
+    if (stream || !out) return read<count>(i);
+    T* rows[count];
+    for (int k = 0; k < count; ++k) rows[k] = static_cast<T*>(out) + (i + k) * C;
+    read<count>(i, Claim<T>{rows});
   }
 
   void gate_residual(int64_t i, int k, const T* from) {

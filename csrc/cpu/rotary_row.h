@@ -234,7 +234,7 @@ bool streams(const QkNormRopeParams& p, const RotaryOperand& o) {
   for (int i = 0; i < 3; ++i) aligned = aligned && o.out_stride[i] * sizeof(T) % 64 == 0;
   if (p.layout == RotaryLayout::half) aligned = aligned && p.rotated / 2 * sizeof(T) % 64 == 0;
   if (p.layout == RotaryLayout::axis_half) aligned = false;
-  return aligned && o.out != o.x && 2 * bytes > last_level_cache();
+  return aligned && o.out != o.x && outgrow_caches(bytes);
 }
 
 // ---- one operand --------------------------------------------------------------------------------------

@@ -12,9 +12,11 @@ Isa current_isa();               // best_isa(), or what FASTDIT_CPU_ISA / set_is
 void set_isa(const char* name);  // throws std::invalid_argument with the reason
 const char* isa_name(Isa isa);
 bool in_forked_child();  // after fork() OpenMP pools are gone: run on one thread
-// Bytes of the last cache: outputs larger than half of it bypass it. Tests set it, to 0 for outputs of any size.
+// Bytes of the last cache. Tests set it, to 0 for outputs of any size to bypass it.
 int64_t last_level_cache();
 void set_last_level_cache(int64_t bytes);
+// Whether outputs of so many bytes bypass the caches, where their stores can.
+inline bool outgrow_caches(int64_t bytes) { return bytes > last_level_cache() / 2; }
 
 }  // namespace fastdit
 
