@@ -24,7 +24,6 @@
 #include "conv_hopper.cuh"
 #include "mma.h"
 #include "ring.h"
-#include "tensor_map.h"
 #include "wgmma.h"
 
 #if defined(__CUDACC__)
@@ -383,30 +382,18 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // ---- the host -----------------------------------------------------------------------------------------------
-template <class T>
-constexpr DType dtype_of() {
-  return std::is_same_v<T, bf16> ? DType::bf16 : DType::f16;
-}
-
 template <class T, int N, int MI>
 void start(const ConvParams& p, const ConvTaps& taps, HopperPlan plan, Stream stream, const char* op) {
   const std::string of = sizes(p);
   const int width = 1 << plan.columns;
   const auto video = [&](const void* data, int64_t frames, const int64_t (&stride)[kAxes]) {
-    return encode({data,
-                   dtype_of<T>(),
-                   5,
-                   {p.cin, p.w, p.h, frames, p.n},
-                   {1, stride[4], stride[3], stride[2], stride[0]},
-                   {kChannels, width, plan.patch_lines, 1, 1},
-                   Swizzle::b128},
-                  op, of);
+    return video_map(data, p.dtype, {p.n, p.cin, frames, p.h, p.w}, stride, width, plan.patch_lines, op, of);
   };
   Maps maps;
   maps.x = video(p.x, p.t, p.x_stride);
   maps.cache = p.cache_t ? video(p.cache, p.cache_t, p.cache_stride) : maps.x;
   TensorShape filters{taps.data,
-                      dtype_of<T>(),
+                      static_cast<DType>(p.dtype),
                       5,
                       {p.cin, p.cout, p.kernel[2], p.kernel[1], p.kernel[0]},
                       {1, taps.n, taps.w, taps.h, taps.t},

@@ -1,14 +1,10 @@
 // Which tile of conv_hopper.cu a convolution takes.
 #include <algorithm>
-#include <array>
-#include <map>
 
 #include "conv_hopper.cuh"
 
 namespace fastdit::cuda {
 namespace {
-
-constexpr int kSharedBytes = 227 * 1024;
 
 // Of all shapes of a tile of N x 128 MI, the one that takes the fewest clocks, by a model: the larger of the matrix
 // unit's (a product takes N / 2), shared memory's (128 bytes a clock, A and B of each product and what the copies
@@ -34,8 +30,7 @@ HopperChoice choose(const ConvParams& p, int given, int N, int MI, int processor
         plan.patches = static_cast<int>(std::min<int64_t>(room / (patch + shared * weights), kMostPatches));
         if (plan.patches < 2) continue;
         plan.stages = static_cast<int>(std::min<int64_t>((room - plan.patches * patch) / weights, kMostStages));
-        const auto count = [](int64_t n, int64_t of) { return (n + of - 1) / of; };
-        const int64_t w = count(p.wo, width), h = count(p.ho, height), t = count(p.to, deep), n = count(p.cout, N);
+        const int64_t w = pieces(p.wo, width), h = pieces(p.ho, height), t = pieces(p.to, deep), n = pieces(p.cout, N);
         const int64_t all = w * h * t * n * p.n;
         if (all > 0x3fffffff) continue;
         plan.tiles_w = static_cast<int>(w), plan.tiles_h = static_cast<int>(h), plan.tiles_t = static_cast<int>(t);
@@ -47,11 +42,11 @@ HopperChoice choose(const ConvParams& p, int given, int N, int MI, int processor
         };
         for (int peers : {2, 1}) {
           if (given ? peers != given : peers > 1 && (w * h < 2 || all < processors)) continue;
-          const int64_t places = count(w * h, peers), tiles = places * t * n * p.n;
+          const int64_t places = pieces(w * h, peers), tiles = places * t * n * p.n;
           const int64_t at_once = std::max(processors / peers, 1);
           const int64_t rate = 24 * processors / (std::min(tiles, at_once) * peers);
           const int64_t l2 = std::max(read(weights) / 64, read(weights / peers) / rate);
-          const int64_t clocks = count(tiles, at_once) * (std::max({matrix, banks, l2}) + 2000);
+          const int64_t clocks = pieces(tiles, at_once) * (std::max({matrix, banks, l2}) + 2000);
           if (best.clocks && clocks >= best.clocks) continue;
           plan.peers = peers, plan.places = static_cast<int>(places), plan.tiles = static_cast<int>(tiles);
           best = {plan, N, clocks};
@@ -63,27 +58,18 @@ HopperChoice choose(const ConvParams& p, int given, int N, int MI, int processor
 }  // namespace
 
 const HopperChoice& hopper_choice(const ConvParams& p, int peers, int device, const char* op) {
-  using Sizes = std::array<int64_t, 12>;
-  thread_local std::map<Sizes, HopperChoice> known;
-  const int many = processors(device);
   if (peers < 0 || peers > 2)
     throw std::invalid_argument(std::string(op) + ": blocks that share weights; got " + std::to_string(peers) +
                                 ", expected 1 or 2, or 0 for the model to pick");
-  const Sizes key{p.n,  p.cin,       p.cout,      p.to,        p.ho,          p.wo,
-                  many, p.kernel[0], p.kernel[1], p.kernel[2], p.dilation[1], peers};
-  const auto found = known.find(key);
-  if (found != known.end()) return found->second;
-  HopperChoice best{};
-  constexpr int kTiles[][2] = {{192, 2}, {128, 2}, {96, 2}, {64, 1}};  // N, MI
-  for (const auto& [N, MI] : kTiles) {
-    const HopperChoice one = choose(p, peers, N, MI, many);
-    if (one.clocks && (!best.clocks || one.clocks < best.clocks)) best = one;
-  }
-  if (!best.clocks)
-    throw std::invalid_argument(std::string(op) + ": no tile fits the copy engine or shared memory; got " + sizes(p) +
-                                ", expected what backends/cuda/conv.py lets through");
-  if (known.size() >= 4096) known.clear();  // what ragged shapes leave behind
-  return known[key] = best;
+  return kept_choice<HopperChoice>(p, peers, device, op, [&](int processors) {
+    HopperChoice best{};
+    constexpr int kTiles[][2] = {{192, 2}, {128, 2}, {96, 2}, {64, 1}};  // N, MI
+    for (const auto& [N, MI] : kTiles) {
+      const HopperChoice one = choose(p, peers, N, MI, processors);
+      if (one.clocks && (!best.clocks || one.clocks < best.clocks)) best = one;
+    }
+    return best;
+  });
 }
 
 ConvTile conv_hopper_tile(const ConvParams& given, const ConvTaps& taps, int peers, int device) {

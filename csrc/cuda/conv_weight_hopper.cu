@@ -14,10 +14,13 @@
 // each column of the kernel where the last output does (a map each), lines beyond the last output are not walked, and
 // neither are frames that a tap does not meet. Parts are fp32 and added in their order by the move: the same bits
 // every time.
+#include <iterator>
+#include <type_traits>
+#include <utility>
+
 #include "conv_weight_hopper.cuh"
 #include "mma.h"
 #include "ring.h"
-#include "tensor_map.h"
 #include "wgmma.h"
 
 #if defined(__CUDACC__)
@@ -261,26 +264,15 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <class T, int CHANNELS, int TAPS, int TILES>
 void start(ConvParams p, const Plan& plan, float* to, int parts, Stream stream, const char* op) {
   const std::string of = sizes(p);
-  const DType dtype = static_cast<DType>(p.dtype);
-  const auto video = [&](const void* data, int64_t channels, int64_t w, int64_t h, int64_t frames,
-                         const int64_t (&stride)[kAxes], int lines) {
-    // of a single frame or row no stride is ever used: any that the engine takes
-    const auto step = [&](int64_t n, int axis) { return n == 1 ? (channels + 7) / 8 * 8 : stride[axis]; };
-    return encode({data,
-                   dtype,
-                   5,
-                   {channels, w, h, frames, p.n},
-                   {1, step(w, 4), step(h, 3), step(frames, 2), step(p.n, 0)},
-                   {kChannels, plan.columns, lines, 1, 1},
-                   Swizzle::b128},
-                  op, of);
-  };
   Maps maps{};
-  maps.g = video(p.y, p.cout, p.wo, p.ho, p.to, p.y_stride, plan.lines);
+  maps.g = video_map(p.y, p.dtype, {p.n, p.cout, p.to, p.ho, p.wo}, p.y_stride, plan.columns, plan.lines, op, of);
   for (int i = 0; i < p.kernel[2]; ++i) {
-    const int end = max(end_of(p, i), 1);
-    maps.x[i] = video(p.x, p.cin, end, p.h, p.t, p.x_stride, plan.patch_lines);
-    if (p.cache_t) maps.cache[i] = video(p.cache, p.cin, end, p.h, p.cache_t, p.cache_stride, plan.patch_lines);
+    const auto video = [&](const void* data, int64_t frames, const int64_t (&stride)[kAxes]) {
+      return video_map(data, p.dtype, {p.n, p.cin, frames, p.h, max(end_of(p, i), 1)}, stride, plan.columns,
+                       plan.patch_lines, op, of);
+    };
+    maps.x[i] = video(p.x, p.t, p.x_stride);
+    if (p.cache_t) maps.cache[i] = video(p.cache, p.cache_t, p.cache_stride);
   }
   constexpr int SPANS = Block<T, CHANNELS, TAPS, TILES>::SPANS;
   const size_t shared =
@@ -294,23 +286,13 @@ void start(ConvParams p, const Plan& plan, float* to, int parts, Stream stream, 
 template <class T>
 void run(const ConvParams& p, float* to, int parts, Stream stream, const char* op) {
   const Choice& best = choose(p, stream.device, op);
-  const Plan& plan = best.plan;
-  switch (best.shape.channels + best.shape.taps) {
-    case 64 + 3:
-      return start<T, 64, 3, 2>(p, plan, to, parts, stream, op);
-    case 96 + 3:
-      return start<T, 96, 3, 1>(p, plan, to, parts, stream, op);
-    case 128 + 3:
-      return start<T, 128, 3, 1>(p, plan, to, parts, stream, op);
-    case 64 + 1:
-      return start<T, 64, 1, 2>(p, plan, to, parts, stream, op);
-    case 96 + 1:
-      return start<T, 96, 1, 2>(p, plan, to, parts, stream, op);
-    case 128 + 1:
-      return start<T, 128, 1, 2>(p, plan, to, parts, stream, op);
-    default:
-      return start<T, 192, 1, 2>(p, plan, to, parts, stream, op);
-  }
+  const auto start_if = [&]<int i>(std::integral_constant<int, i>) {
+    constexpr Shape shape = kShapes[i];
+    if (best.shape == i) start<T, shape.channels, shape.taps, shape.tiles>(p, best.plan, to, parts, stream, op);
+  };
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    (start_if(std::integral_constant<int, i>{}), ...);
+  }(std::make_integer_sequence<int, std::size(kShapes)>{});
 }
 
 }  // namespace

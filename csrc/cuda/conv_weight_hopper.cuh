@@ -1,15 +1,13 @@
 // The tiles and the ring of conv_weight_hopper.cu, and who picks them.
 #pragma once
 
-#include "conv.cuh"
+#include "conv_hopper.cuh"
 
 namespace fastdit::cuda::weight_hopper {
 
-constexpr int kConsumers = 256, kProducers = 128, kThreads = kConsumers + kProducers;
-constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;  // 256 and 128 of them, of 64 Ki
-constexpr int kSpan = 128, kChannels = 64;                        // bytes and channels of a pixel in a span
+constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;  // its own: of kConsumers and kProducers
 constexpr int kStep = 16, kChunk = 4;                             // pixels of a wgmma; of them committed together
-constexpr int kMostStages = 8, kMostColumns = 8;                  // of the ring; of the kernel: a map of x each
+constexpr int kMostColumns = 8;                                   // of the kernel: a map of x each
 
 // A tile: 128 or 256 of Cout by `channels` of C, for one tap or for three of a column of the kernel.
 struct Shape {
@@ -27,7 +25,7 @@ struct Plan {
 };
 
 struct Choice {
-  Shape shape;
+  int shape;  // of kShapes
   Plan plan;
   int64_t clocks;  // by the model of conv_weight_hopper_plan.cu; 0: no shape fits
 };

@@ -1,33 +1,29 @@
 // Which tile of conv_weight_hopper.cu a weight's gradient takes, and in how many parts it is summed.
 #include <algorithm>
-#include <array>
-#include <map>
+#include <iterator>
 
 #include "conv_weight_hopper.cuh"
 
 namespace fastdit::cuda::weight_hopper {
 namespace {
 
-constexpr int kSharedBytes = 227 * 1024;
-
-int64_t count(int64_t n, int64_t of) { return (n + of - 1) / of; }
-
 // Fewest clocks for a shape, by a model: of a rectangle the larger of the matrix unit's (a product takes N / 2), shared
 // memory's (128 bytes a clock, both operands and what the copies write) and L2's (24 bytes a clock where all
 // multiprocessors ask); then the rounds of the device, and the parts: written, read again, added one after the other.
-void fit(const ConvParams& p, const Shape& shape, int processors, Choice& best) {
+void fit(const ConvParams& p, int number, int processors, Choice& best) {
+  const Shape& shape = kShapes[number];
   const int64_t kh = p.kernel[1];
   if (kh % shape.taps) return;
   const bool merged = shape.taps == 3 && shape.channels == kChannels;
   const int N = merged ? shape.taps * kChannels : shape.channels, products = merged ? 1 : shape.taps;
   const int spans_c = (shape.channels + kChannels - 1) / kChannels;
-  const int64_t spans_n = std::min<int64_t>(2 * shape.tiles, count(p.cout, kChannels));
+  const int64_t spans_n = std::min<int64_t>(2 * shape.tiles, pieces(p.cout, kChannels));
   const int64_t room = kSharedBytes - 1024 - 2 * kMostStages * 8;
-  const int64_t tiles_n = count(p.cout, 2 * shape.tiles * kChannels), tiles_c = count(p.cin, shape.channels);
+  const int64_t tiles_n = pieces(p.cout, 2 * shape.tiles * kChannels), tiles_c = pieces(p.cin, shape.channels);
   const int64_t groups = kh / shape.taps, blocks = tiles_n * tiles_c * groups * p.kernel[0] * p.kernel[2];
   const int64_t taps = p.kernel[0] * kh * p.kernel[2], weights = p.cout * p.cin * taps * 4;
   // a frame of all tiles of Cout and C: 64-row products, channels that are read
-  const int64_t rows = count(p.cout, kChannels) * tiles_c;
+  const int64_t rows = pieces(p.cout, kChannels) * tiles_c;
   const int64_t read_n = p.cout * tiles_c,
                 read_c = std::min<int64_t>(p.cin + (spans_c * kChannels - shape.channels) * (tiles_c - 1), p.cin * 2) *
                          tiles_n;
@@ -36,7 +32,7 @@ void fit(const ConvParams& p, const Shape& shape, int processors, Choice& best) 
       const int64_t patch_lines = lines + (shape.taps - 1) * p.dilation[1];
       const int64_t stage = (spans_n * lines + spans_c * patch_lines) * columns * kSpan;
       if (patch_lines > 256 || 2 * stage > room) continue;
-      const int64_t w = count(p.wo, columns), h = count(p.ho, lines), sets = p.n * p.to * w * h;
+      const int64_t w = pieces(p.wo, columns), h = pieces(p.ho, lines), sets = p.n * p.to * w * h;
       const int stages = static_cast<int>(std::min<int64_t>(room / stage, kMostStages));
       const int64_t k16 = p.ho * w * (columns / kStep), pixels = h * w * columns;
       const int64_t matrix = k16 * rows * products * (N / 2);
@@ -47,11 +43,11 @@ void fit(const ConvParams& p, const Shape& shape, int processors, Choice& best) 
       const int64_t most = std::max<int64_t>(1, sets / 2);
       for (int full = 1; full <= 4; ++full) {  // rounds of the device
         const int64_t parts = std::clamp<int64_t>(full * processors / blocks, 1, most);
-        const int64_t rounds = count(blocks * parts, processors);
+        const int64_t rounds = pieces(blocks * parts, processors);
         const int64_t clocks =
-            rounds * (count(frame * p.n * p.to, blocks * parts) + 4000) + parts * (weights * 2 / 1500 + taps * 150);
+            rounds * (pieces(frame * p.n * p.to, blocks * parts) + 4000) + parts * (weights * 2 / 1500 + taps * 150);
         if (best.clocks && clocks >= best.clocks) continue;
-        best.shape = shape, best.clocks = clocks;
+        best.shape = number, best.clocks = clocks;
         best.plan = {columns,
                      lines,
                      static_cast<int>(patch_lines),
@@ -71,19 +67,11 @@ void fit(const ConvParams& p, const Shape& shape, int processors, Choice& best) 
 }  // namespace
 
 const Choice& choose(const ConvParams& p, int device, const char* op) {
-  using Sizes = std::array<int64_t, 11>;
-  thread_local std::map<Sizes, Choice> known;
-  const int many = processors(device);
-  const Sizes key{p.n, p.cin, p.cout, p.to, p.ho, p.wo, many, p.kernel[0], p.kernel[1], p.kernel[2], p.dilation[1]};
-  const auto found = known.find(key);
-  if (found != known.end()) return found->second;
-  Choice best{};
-  for (const Shape& shape : kShapes) fit(p, shape, many, best);
-  if (!best.clocks)
-    throw std::invalid_argument(std::string(op) + ": no tile fits the copy engine or shared memory; got " + sizes(p) +
-                                ", expected what backends/cuda/conv.py lets through");
-  if (known.size() >= 4096) known.clear();  // what ragged shapes leave behind
-  return known[key] = best;
+  return kept_choice<Choice>(p, 0, device, op, [&](int processors) {
+    Choice best{};
+    for (int i = 0; i < static_cast<int>(std::size(kShapes)); ++i) fit(p, i, processors, best);
+    return best;
+  });
 }
 
 ConvParams prepared(const ConvWeightGradParams& q, const char* op) {
@@ -104,7 +92,8 @@ ConvWeightTile conv_weight_hopper_tile(const ConvWeightGradParams& q, int device
   const char* op = "causal_conv3d_backward";
   const weight_hopper::Choice& best = weight_hopper::choose(weight_hopper::prepared(q, op), device, op);
   const weight_hopper::Plan& plan = best.plan;
-  return {best.shape.channels, best.shape.taps, plan.lines, plan.columns, plan.stages, plan.blocks, plan.parts};
+  const weight_hopper::Shape& shape = weight_hopper::kShapes[best.shape];
+  return {shape.channels, shape.taps, plan.lines, plan.columns, plan.stages, plan.blocks, plan.parts};
 }
 
 }  // namespace fastdit::cuda
