@@ -119,10 +119,17 @@ struct Backward : Row<T, TR, false> {
   Scratch<S> d;  // dyn of a row, where the rms of y follows
 
   explicit Backward(const ModulationGradParams& params)
-      : Base(params.forward, Base::streams(params.forward, params.d_residual, params.d_y), true),
+      : Base(params.forward, Base::streams(params.forward, params.d_residual, params.d_y, read(params)), true),
         q(params),
         d(padded) {}
 
+  // Inputs are twice the outputs here. Measured: streaming pays as soon as both together outgrow the caches, also
+  // where the gradient is read next (the forward's outputs are half of what it moves, and are).
+  static int64_t read(const ModulationGradParams& q) {
+    const ModulationParams& p = q.forward;
+    const int64_t values = p.B * p.N * p.C, wide = (p.residual ? 1 : 0) + (q.grad_r ? 1 : 0);
+    return values * (wide * sizeof(TR) + (q.grad_h ? 2 : 1) * sizeof(T));
+  }
   const T* grad_h(int64_t i) const {
     return row_of(static_cast<const T*>(q.grad_h), q.grad_h_stride_b, q.grad_h_stride_n, p.N, i);
   }
@@ -137,14 +144,24 @@ struct Backward : Row<T, TR, false> {
     store_raw(to + c + Base::w, v.b);
   }
 
-  // What the gradient of r takes from the norm, for a row: (g - level) * root - (r - mean) * slope. The difference
-  // comes first: root may be large.
+  // What a row gives to dr = g * root - r * slope + rest, with slope = root^2 * mean(g * n) and
+  // rest = mean * slope - mean(g) * root. exact: rest = mean(g), and differences come first.
   struct Means {
-    S slope, level;
+    S slope, rest;
   };
 
+  // In 16 bits n is r * root - mean * root, one instruction of 32. (fp32 waits for memory, and shows what that rounds.)
+  static constexpr bool folds = sizeof(T) == 2 && sizeof(TR) == 2;
+  // Whether a row takes differences first all the same, so that zeros stay zeros: its mean is far from 0 in units of
+  // its deviation, its deviation below eps, or it has hardly any channels.
+  bool careful(int k) const {
+    const S from_zero = mean[k] * root[k];
+    return !(from_zero <= S(64) && -from_zero <= S(64)) || static_cast<S>(p.eps) * root[k] * root[k] > S(0.5) ||
+           C < 2 * Base::w;
+  }
+
   // Sums over h's gradient of `count` rows from i, and its table gradients. adaln: scale and shift alone, both wanted.
-  template <int count, bool adaln>
+  template <int count, bool adaln, bool exact>
   void sums(int64_t i, const Sinks<S>& sinks, Means* means) {
     const bool weighted = !adaln && (p.weight.data || p.weight_offset != 0), biased = !adaln && p.bias.data;
     const bool scaled = adaln || p.scale.data, to_shift = adaln || sinks.shift.at, to_scale = adaln || sinks.scale.at;
@@ -159,8 +176,12 @@ struct Backward : Row<T, TR, false> {
       dh[k] = grad_h(i + k), from[k] = value[k];
       next_dh[k] = i + k + count < this->tokens ? grad_h(i + k + count) : dh[k];
       written[k] = claims ? static_cast<const TR*>(q.d_residual) + (i + k) * C : nullptr;
-      center[k] = splat(mean[k]), factor[k] = splat(root[k]);
+      center[k] = splat(exact ? mean[k] : -(mean[k] * root[k])), factor[k] = splat(root[k]);
     }
+    const auto normed = [&](V r, int k) -> V {
+      if constexpr (exact) return (r - center[k]) * factor[k];
+      return multiply_add(center[k], r, factor[k]);
+    };
     L::sweep(C, [&](int64_t c, auto step) {
       Pair<V> shift{}, scales{}, weights{}, biases{}, one{}, w{}, b{};
       if (to_shift) shift = at(d_shift, c);
@@ -174,8 +195,7 @@ struct Backward : Row<T, TR, false> {
         if (claims) L::ahead(written[k] + c);
         L::ahead(next_dh[k] + c);
         Pair<V> g = L::get(dh[k] + c, step);
-        const Pair<V> r = L::get(from[k] + c, step);
-        const Pair<V> x{(r.a - center[k]) * factor[k], (r.b - center[k]) * factor[k]};
+        const Pair<V> r = L::get(from[k] + c, step), x{normed(r.a, k), normed(r.b, k)};
         if (to_shift) shift = plus(shift, g);
         if (to_scale) {
           Pair<V> a = x;
@@ -200,8 +220,9 @@ struct Backward : Row<T, TR, false> {
     sum_each<count>(sum_gn, total_gn);
     const S share = S(1) / static_cast<S>(C);
     for (int k = 0; k < count; ++k) {
-      means[k].slope = root[k] * root[k] * (total_gn[k] * share);
-      means[k].level = p.norm == Norm::layer ? total_g[k] * share : S(0);
+      const S slope = root[k] * root[k] * (total_gn[k] * share),
+              level = p.norm == Norm::layer ? total_g[k] * share : S(0);
+      means[k] = {slope, exact ? level : unfused(mean[k] * slope) - unfused(level * root[k])};
     }
   }
 
@@ -214,9 +235,11 @@ struct Backward : Row<T, TR, false> {
     return norm && p.residual && q.grad_r && q.d_residual && sinks.gate.at ? Kind::adaln_seam : Kind::plain;
   }
 
-  // dresidual and dy of `count` rows from i, and what gate and post_weight get.
-  template <int count, Kind kind>
+  // dresidual and dy of `count` rows from i, and what gate and post_weight get. bypass: `stream`, known early where
+  // arithmetic is the limit.
+  template <int count, Kind kind, bool exact, bool bypass>
   void outputs(int64_t i, const Sinks<S>& sinks, const Means* means) {
+    const bool streamed = exact ? stream : bypass;
     constexpr bool lone = kind == Kind::adaln, seam = kind == Kind::adaln_seam, hot = lone || seam;
     constexpr bool plain = kind != Kind::general;
     const bool normed = hot || q.grad_h, scaled = hot || p.scale.data;
@@ -225,23 +248,27 @@ struct Backward : Row<T, TR, false> {
     const bool has_dr = seam || (!lone && q.grad_r), has_dy = hot || q.d_y, has_d_residual = seam || q.d_residual;
     const bool tanh_gate = !plain && p.gate_act == GateAct::tanh, post_norm = !plain && p.post_norm;
     const bool post_weighted = post_norm && p.post_weight.data, to_post = !plain && sinks.post.at;
-    const bool streamed = stream;
     S *const d_gate = sinks.gate.at, *const d_post = sinks.post.at;
     S *const scale_row = scale.values, *const gate_row = gate.values;
     const T *dh[count] = {}, *y[count], *next_y[count];
     const TR *dr[count] = {}, *next_dr[count] = {}, *from[count];
     T* dy[count];
     TR* d_residual[count];
-    V sum_dy[count] = {}, center[count], factor[count], slope[count], level[count];
+    V sum_dy[count] = {}, center[count], factor[count], slope[count], rest[count];
     for (int k = 0; k < count; ++k) {
       const int64_t j = i + k, ahead = j + count < this->tokens ? j + count : j;
       if (normed) dh[k] = grad_h(j);
       if (has_dr) dr[k] = grad_r(j), next_dr[k] = grad_r(ahead);
       y[k] = this->y(j), next_y[k] = this->y(ahead), from[k] = value[k];
       dy[k] = static_cast<T*>(q.d_y) + j * C, d_residual[k] = static_cast<TR*>(q.d_residual) + j * C;
-      if (normed) center[k] = splat(mean[k]), factor[k] = splat(root[k]);
-      if (normed) slope[k] = splat(means[k].slope), level[k] = splat(means[k].level);
+      if (!normed) continue;
+      center[k] = splat(mean[k]), factor[k] = splat(root[k]);
+      slope[k] = splat(exact ? means[k].slope : -means[k].slope), rest[k] = splat(means[k].rest);
     }
+    const auto through_norm = [&](V g, V r, int k) -> V {
+      if constexpr (exact) return multiply_add((g - rest[k]) * factor[k], center[k] - r, slope[k]);
+      return multiply_add(multiply_add(rest[k], r, slope[k]), g, factor[k]);
+    };
     L::sweep(C, [&](int64_t c, auto step) {
       Pair<V> one{}, g0{}, gates{}, posts{}, pw{};
       if (scaled) one = at(scale_row, c);
@@ -256,8 +283,7 @@ struct Backward : Row<T, TR, false> {
           v = L::get(dh[k] + c, step);
           if (scaled || weighted) v = times(v, one);
           const Pair<V> r = L::get(from[k] + c, step);
-          v = {multiply_add((v.a - level[k]) * factor[k], center[k] - r.a, slope[k]),
-               multiply_add((v.b - level[k]) * factor[k], center[k] - r.b, slope[k])};
+          v = {through_norm(v.a, r.a, k), through_norm(v.b, r.b, k)};
         }
         if (has_dr) {
           L::ahead(next_dr[k] + c);
@@ -300,26 +326,44 @@ struct Backward : Row<T, TR, false> {
     });
   }
 
-  // The tokens i .. i + count - 1.
-  template <int count>
-  void group(int64_t i, const Sinks<S>& sinks) {
-    this->template read_before<count>(i, q.d_y);
+  // The tokens i .. i + count - 1, whose rows are read.
+  template <int count, bool exact>
+  void gradients(int64_t i, const Sinks<S>& sinks) {
     Means means[count];
     if (q.grad_h) {
       const bool vectors = p.weight.data || p.weight_offset != 0 || p.bias.data;
       const bool adaln = !vectors && p.scale.data && sinks.shift.at && sinks.scale.at;
-      adaln ? sums<count, true>(i, sinks, means) : sums<count, false>(i, sinks, means);
+      adaln ? sums<count, true, exact>(i, sinks, means) : sums<count, false, exact>(i, sinks, means);
     }
-    if (!q.d_y && !q.d_residual && !sinks.gate.at && !sinks.post.at) return;
+    if (q.d_y || q.d_residual || sinks.gate.at || sinks.post.at)
+      !exact&& stream ? outputs_of<count, exact, !exact>(i, sinks, means)
+                      : outputs_of<count, exact, false>(i, sinks, means);
+  }
+  template <int count, bool exact, bool bypass>
+  FASTDIT_INLINE void outputs_of(int64_t i, const Sinks<S>& sinks, const Means* means) {
     switch (kind(sinks)) {
       case Kind::adaln:
-        return outputs<count, Kind::adaln>(i, sinks, means);
+        return outputs<count, Kind::adaln, exact, bypass>(i, sinks, means);
       case Kind::adaln_seam:
-        return outputs<count, Kind::adaln_seam>(i, sinks, means);
+        return outputs<count, Kind::adaln_seam, exact, bypass>(i, sinks, means);
       case Kind::plain:
-        return outputs<count, Kind::plain>(i, sinks, means);
+        return outputs<count, Kind::plain, exact, bypass>(i, sinks, means);
       case Kind::general:
-        if constexpr (count == 1) outputs<1, Kind::general>(i, sinks, means);
+        if constexpr (count == 1) outputs<1, Kind::general, exact, bypass>(i, sinks, means);
+    }
+  }
+
+  // The tokens i .. i + count - 1. A row's bits are the same in every group.
+  template <int count>
+  void group(int64_t i, const Sinks<S>& sinks) {
+    this->template read_before<count>(i, q.d_y);
+    if constexpr (!folds) return gradients<count, true>(i, sinks);
+    bool some = false;
+    for (int k = 0; k < count; ++k) some |= q.grad_h && careful(k);
+    if (!some) return gradients<count, false>(i, sinks);
+    for (int k = 0; k < count; ++k) {
+      value[0] = value[k], mean[0] = mean[k], root[0] = root[k], post_root[0] = post_root[k];
+      careful(0) ? gradients<1, true>(i + k, sinks) : gradients<1, false>(i + k, sinks);
     }
   }
 };

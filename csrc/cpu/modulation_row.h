@@ -205,13 +205,14 @@ struct Row {
     if (p.bias.data) widen<S, paired>(p.bias.data, 0, p.bias.dtype, offset, C);
   }
 
-  // Whether outputs of `rows` rows of T and TR are to be streamed; every store of theirs must be aligned.
-  static bool streams(const ModulationParams& p, const void* r, const void* h) {
+  // Whether outputs of T and TR are to be streamed, beside `read` bytes of inputs that take their place in the caches;
+  // every store of theirs must be aligned.
+  static bool streams(const ModulationParams& p, const void* r, const void* h, int64_t read = 0) {
     const auto aligned = [&](const void* out, int64_t item) {
       return reinterpret_cast<uintptr_t>(out) % 64 == 0 && p.C * item % 64 == 0;
     };
     const int64_t bytes = p.B * p.N * p.C * ((r ? sizeof(TR) : 0) + (h ? sizeof(T) : 0));
-    return aligned(r, sizeof(TR)) && aligned(h, sizeof(T)) && outgrow_caches(bytes);
+    return aligned(r, sizeof(TR)) && aligned(h, sizeof(T)) && outgrow_caches(bytes + read);
   }
   static auto round_scalar(S x) {
     if constexpr (native)
