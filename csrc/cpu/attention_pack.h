@@ -53,15 +53,6 @@ FASTDIT_INLINE __m512 load_words(const bf16* row, int64_t step, int64_t dim) {
 }
 #endif
 
-// The first `left` < 16 elements.
-FASTDIT_INLINE void store_left(float* p, vf v, int64_t left) { _mm512_mask_storeu_ps(p, (1u << left) - 1, (__m512)v); }
-template <class T>
-FASTDIT_INLINE void store_left(T* p, vf v, int64_t left) {
-  T whole[16];
-  store(whole, v);
-  _mm256_mask_storeu_epi16(p, (1u << left) - 1, load_raw<__m256i>(whole));
-}
-
 // 16 words of 16 rows from row `first` on, transposed; rows from `count` on are zeros.
 template <class T, class RowOf>
 FASTDIT_INLINE void load_transposed(__m512 (&r)[16], RowOf&& row_of, int64_t first, int64_t count, int64_t step,

@@ -342,7 +342,7 @@ inline void store_columns(const typename M::S* from, int pitch, int count, int64
           if (left >= 16)
             store(to, (vf)r[i]);
           else
-            store_left(to, (vf)r[i], left);
+            store_n(to, (vf)r[i], static_cast<int>(left));
         }
       }
     }

@@ -61,18 +61,34 @@ FASTDIT_INLINE void store_pairs<bf16, vf>(bf16* p, Pair<vf> v, bool stream) {
   put_raw(p, (bf16_bits(v.a) >> 16) | (bf16_bits(v.b) & 0xffff0000u), stream);
 #endif
 }
+// The first n (<= 2 * width) channels; the rest read as zero / stay untouched.
 template <class T, class V = typename simd<T>::V>
-FASTDIT_INLINE Pair<V> load_pairs_n(const T* p, int64_t n) {
-  T padded[2 * simd<T>::width] = {};
-  for (int64_t i = 0; i < n; ++i) padded[i] = p[i];
-  return load_pairs(padded);
+FASTDIT_INLINE Pair<V> load_pairs_n(const T* p, int n) {
+  constexpr int width = simd<T>::width;
+  const int head = n < width ? n : width;
+  return deinterleave(load_n(p, head), load_n(p + head, n - head), std::make_integer_sequence<int, width>{});
 }
 template <class T, class V = typename simd<T>::V>
-FASTDIT_INLINE void store_pairs_n(T* p, Pair<V> v, int64_t n) {
-  T padded[2 * simd<T>::width];
-  store_pairs(padded, v);
-  for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
+FASTDIT_INLINE void store_pairs_n(T* p, Pair<V> v, int n) {
+  constexpr int width = simd<T>::width;
+  const int head = n < width ? n : width;
+  const Pair<V> rows = interleave(v.a, v.b, std::make_integer_sequence<int, width>{});
+  store_n(p, rows.a, head);
+  store_n(p + head, rows.b, n - head);
 }
+#if defined(__AVX512F__)
+template <>
+FASTDIT_INLINE Pair<vf> load_pairs_n<bf16, vf>(const bf16* p, int n) {
+  const vu words = (vu)_mm512_maskz_loadu_epi16(below(n), p);
+  return {(vf)(words << 16), (vf)(words & 0xffff0000u)};
+}
+template <>
+FASTDIT_INLINE void store_pairs_n<bf16, vf>(bf16* p, Pair<vf> v, int n) {
+  bf16 whole[2 * W];
+  store_pairs(whole, v);
+  _mm512_mask_storeu_epi16(p, below(n), load_raw<__m512i>(whole));
+}
+#endif
 
 }  // namespace
 }  // namespace fastdit::cpu::FASTDIT_ISA

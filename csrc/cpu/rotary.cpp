@@ -23,7 +23,7 @@ struct Worker : Operand<T> {
   Worker(const QkNormRopeParams& params, const RotaryOperand& operand)
       : Base(params, operand),
         process(pick<T>(params, (weight.data() != nullptr) + (bias.data() != nullptr))),
-        stream(streams<T>(params, operand)) {}
+        stream(streams<T>(params, operand, 2)) {}
 
   // row: the rotation of the token where it is staged already; null: stage it here. Returns it.
   const Rotation<S>* token(int64_t b, int64_t n, Stage<S>& stage, const Rotation<S>* row) const {

@@ -232,7 +232,7 @@ struct GradWorker : Operand<T> {
         d(grad),
         kernels(params, weight.data() != nullptr),
         means(2 * (o.heads + 1)),
-        stream(streams<T>(params, operand)) {}
+        stream(streams<T>(params, operand, 3)) {}
 
   bool wanted() const { return o.out || d.weight || d.bias; }
 

@@ -40,7 +40,7 @@ struct Normed {
   }
   FASTDIT_INLINE Pair<V> affine(Pair<V> v, int64_t i) const { return {affine(v.a, i), affine(v.b, i + width)}; }
   FASTDIT_INLINE Pair<V> pairs(int64_t i) const { return affine(load_pairs(x + i), i); }
-  FASTDIT_INLINE Pair<V> pairs(int64_t i, int64_t n) const { return affine(load_pairs_n(x + i, n), i); }
+  FASTDIT_INLINE Pair<V> pairs(int64_t i, int n) const { return affine(load_pairs_n(x + i, n), i); }
 };
 
 // a * c + b * s, each product rounded to T when asked for.
@@ -65,19 +65,16 @@ FASTDIT_INLINE void interleaved(const Head& x, T* y, int64_t channels, const Rot
     store_pairs(y + i, rotate<T, kRound>(x.pairs(i), load(r.c + i / 2), load(r.s + i / 2)), stream);
   }
   if (i < r.rotated) {  // a block with a tail, or with channels that do not rotate
-    const int64_t n = channels - i < block ? channels - i : block;
+    const int n = static_cast<int>(channels - i < block ? channels - i : block);
     const int turning = static_cast<int>(r.rotated - i) / 2;
     const Pair<V> v = x.pairs(i, n);
     Pair<V> w = rotate<T, kRound>(v, load_n(r.c + i / 2, turning), load_n(r.s + i / 2, turning));
-    for (int lane = turning; lane < width; ++lane) {
-      w.a[lane] = v.a[lane];
-      w.b[lane] = v.b[lane];
-    }
+    w = {first_lanes(turning, w.a, v.a), first_lanes(turning, w.b, v.b)};
     store_pairs_n(y + i, w, n);
     i += n;
   }
   for (; i + block <= channels; i += block) store_pairs(y + i, x.pairs(i), stream);
-  if (i < channels) store_pairs_n(y + i, x.pairs(i, channels - i), channels - i);
+  if (i < channels) store_pairs_n(y + i, x.pairs(i, static_cast<int>(channels - i)), static_cast<int>(channels - i));
 }
 
 template <class T, bool kRound, class Head, class S = typename simd<T>::S>

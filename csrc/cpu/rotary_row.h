@@ -55,7 +55,6 @@ FASTDIT_INLINE void accumulate(vf* acc, const bf16* x, vf shift) {
 
 template <Moment kMoment, class T>
 FASTDIT_INLINE typename simd<T>::S moment(const T* x, int64_t n, typename simd<T>::S shift) {
-  using S = typename simd<T>::S;
   using V = typename simd<T>::V;
   constexpr int block = 2 * simd<T>::width;
   const V center = splat(shift);
@@ -66,9 +65,17 @@ FASTDIT_INLINE typename simd<T>::S moment(const T* x, int64_t n, typename simd<T
     accumulate<kMoment>(acc + 2, x + i + block, center);
   }
   for (; i + block <= n; i += block) accumulate<kMoment>(acc, x + i, center);
-  S total = sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
-  for (; i < n; ++i) total = accumulate<kMoment>(total, static_cast<S>(to_scalar(x[i])), shift);
-  return total;
+  if (i < n) {
+    constexpr int width = simd<T>::width;
+    const int left = static_cast<int>(n - i), head = left < width ? left : width;
+    V a = load_n(x + i, head), b = load_n(x + i + head, left - head);  // zero beyond the row
+    if constexpr (kMoment == Moment::centered)
+      a = first_lanes(head, a - center, V{}), b = first_lanes(left - head, b - center, V{});
+    constexpr Moment of = kMoment == Moment::sum ? Moment::sum : Moment::squares;
+    acc[0] = accumulate<of>(acc[0], a, V{});
+    acc[1] = accumulate<of>(acc[1], b, V{});
+  }
+  return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
 // The same over H heads; contiguous ones are one run.
@@ -225,16 +232,17 @@ class Affine {
 
 // ---- streaming ----------------------------------------------------------------------------------------
 
-// Outputs that no cache can hold until they are read again bypass it: an ordinary store would fetch each line first,
-// a third of the traffic. Every store must then be aligned, and the line filled from one place.
+// Where a call moves more than the caches hold, outputs bypass them: an ordinary store would fetch each line first, a
+// third of the traffic. Every store must then be aligned, and the line filled from one place. tensors: of the size of
+// q and k together that it reads and writes.
 template <class T>
-bool streams(const QkNormRopeParams& p, const RotaryOperand& o) {
+bool streams(const QkNormRopeParams& p, const RotaryOperand& o, int tensors) {
   const int64_t bytes = p.batch * (p.q.tokens * p.q.heads + p.k.tokens * p.k.heads) * p.head_dim * int64_t{sizeof(T)};
   bool aligned = reinterpret_cast<uintptr_t>(o.out) % 64 == 0 && p.head_dim * sizeof(T) % 64 == 0;
   for (int i = 0; i < 3; ++i) aligned = aligned && o.out_stride[i] * sizeof(T) % 64 == 0;
   if (p.layout == RotaryLayout::half) aligned = aligned && p.rotated / 2 * sizeof(T) % 64 == 0;
   if (p.layout == RotaryLayout::axis_half) aligned = false;
-  return aligned && o.out != o.x && outgrow_caches(bytes);
+  return aligned && o.out != o.x && outgrow_caches(bytes * tensors);
 }
 
 // ---- one operand --------------------------------------------------------------------------------------

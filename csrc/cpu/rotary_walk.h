@@ -47,8 +47,8 @@ struct Site {
   }
   FASTDIT_INLINE void add(S* w, Pair<V> v) const {
     if constexpr (kTail && !kInterleaved) {
-      for (int i = 0; i < na; ++i) w[a + i] += v.a[i];
-      for (int i = 0; i < nb; ++i) w[b + i] += v.b[i];
+      store_n(w + a, load_n(w + a, na) + v.a, na);
+      store_n(w + b, load_n(w + b, nb) + v.b, nb);
     } else {
       store_raw(w + a, load_raw<V>(w + a) + v.a);
       store_raw(w + b, load_raw<V>(w + b) + v.b);
@@ -60,17 +60,15 @@ struct Site {
     if constexpr (kTurn == Turn::none) return g;
     const V c = kTail ? load_n(r.c + pair, turning()) : load(r.c + pair);
     const V s = kTail ? load_n(r.s + pair, turning()) : load(r.s + pair);
-    Pair<V> out{g.a * c + g.b * s, g.b * c - g.a * s};
-    if constexpr (kTurn == Turn::some) {
-      for (int lane = turning(); lane < width; ++lane) out.a[lane] = g.a[lane], out.b[lane] = g.b[lane];
-    }
+    const Pair<V> out{g.a * c + g.b * s, g.b * c - g.a * s};
+    if constexpr (kTurn == Turn::some) return {first_lanes(turning(), out.a, g.a), first_lanes(turning(), out.b, g.b)};
     return out;
   }
   // Adds to a row of table gradients.
   FASTDIT_INLINE void keep(S* row, V v) const {
     if constexpr (kTurn == Turn::none) return;
     if (kTail) {
-      for (int i = 0; i < turning(); ++i) row[pair + i] += v[i];
+      store_n(row + pair, load_n(row + pair, turning()) + v, turning());
     } else {
       store_raw(row + pair, load_raw<V>(row + pair) + v);
     }

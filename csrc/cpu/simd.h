@@ -256,7 +256,27 @@ FASTDIT_INLINE void finish_streams() {
 #endif
 }
 
-// The first n (< width) elements; the rest read as zero / stay untouched.
+// The first n (<= width) elements; the rest read as zero / stay untouched.
+#if defined(__AVX512F__)
+FASTDIT_INLINE uint32_t below(int n) { return static_cast<uint32_t>((uint64_t{1} << n) - 1); }
+FASTDIT_INLINE vf load_n(const float* p, int n) { return (vf)_mm512_maskz_loadu_ps(below(n), p); }
+FASTDIT_INLINE vd load_n(const double* p, int n) { return (vd)_mm512_maskz_loadu_pd(below(n), p); }
+FASTDIT_INLINE vf load_n(const bf16* p, int n) {
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(below(n), p)), 16);
+}
+FASTDIT_INLINE vf load_n(const f16* p, int n) { return (vf)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(below(n), p)); }
+FASTDIT_INLINE void store_n(float* p, vf v, int n) { _mm512_mask_storeu_ps(p, below(n), (__m512)v); }
+FASTDIT_INLINE void store_n(double* p, vd v, int n) { _mm512_mask_storeu_pd(p, below(n), (__m512d)v); }
+template <class T>
+FASTDIT_INLINE void store_n(T* p, vf v, int n) {
+  T whole[W];
+  store(whole, v);
+  _mm256_mask_storeu_epi16(p, below(n), load_raw<__m256i>(whole));
+}
+// Lanes below n of a, the others of b.
+FASTDIT_INLINE vf first_lanes(int n, vf a, vf b) { return (vf)_mm512_mask_mov_ps((__m512)b, below(n), (__m512)a); }
+FASTDIT_INLINE vd first_lanes(int n, vd a, vd b) { return (vd)_mm512_mask_mov_pd((__m512d)b, below(n), (__m512d)a); }
+#else
 template <class T>
 FASTDIT_INLINE typename simd<T>::V load_n(const T* p, int n) {
   T tmp[simd<T>::width] = {};
@@ -269,6 +289,12 @@ FASTDIT_INLINE void store_n(T* p, typename simd<T>::V v, int n) {
   store(tmp, v);
   for (int i = 0; i < n; ++i) p[i] = tmp[i];
 }
+template <class V>
+FASTDIT_INLINE V first_lanes(int n, V a, V b) {
+  for (int i = 0; i < n; ++i) b[i] = a[i];
+  return b;
+}
+#endif
 
 // Rounds to T and back: the "native" precision law between two elementary operations.
 template <class T>
