@@ -37,10 +37,10 @@ def _seam(leaf):
     return ops.gate_residual_norm_modulate(x, y, gate, shift=leaf(2, C), scale=leaf(2, C), backend="cpu")
 
 
-def _qk_norm_rope(layout):
+def _qk_norm_rope(layout, heads=3, channels=64):
     def call(leaf):
-        angles = torch.arange(TOKENS)[:, None] * torch.logspace(0, -3, 32)
-        q, k, weight = leaf(2, TOKENS, 3, 64), leaf(2, TOKENS, 3, 64), leaf(64)
+        angles = torch.arange(TOKENS)[:, None] * torch.logspace(0, -3, channels // 2)
+        q, k, weight = (leaf(*shape) for shape in [(2, TOKENS, heads, channels)] * 2 + [(channels,)])
         rope = dict(cos=angles.cos(), sin=angles.sin(), layout=layout, norm="rms")
         return ops.qk_norm_rope(q, k, **rope, q_weight=weight, k_weight=weight, backend="cpu")
 
@@ -58,6 +58,8 @@ CALLS = {
     "seam": _seam,
     "qk_norm_rope-half": _qk_norm_rope("half"),
     "qk_norm_rope-interleaved": _qk_norm_rope("interleaved"),
+    "qk_norm_rope-half-whole-tokens": _qk_norm_rope("half", 8, 88),  # heads end within lines, tokens do not
+    "qk_norm_rope-interleaved-whole-tokens": _qk_norm_rope("interleaved", 8, 88),
     "activation": _gated_activation,
 }
 

@@ -18,17 +18,18 @@ struct Worker : Operand<T> {
   using Base::p, Base::o, Base::weight, Base::bias, Base::mean, Base::rstd;
 
   HeadsFn<T> process;
-  bool stream;
+  Outlet<T> outlet;
 
   Worker(const QkNormRopeParams& params, const RotaryOperand& operand)
       : Base(params, operand),
         process(pick<T>(params, (weight.data() != nullptr) + (bias.data() != nullptr))),
-        stream(streams<T>(params, operand, 2)) {}
+        outlet(params, operand, 2) {}
 
   // row: the rotation of the token where it is staged already; null: stage it here. Returns it.
   const Rotation<S>* token(int64_t b, int64_t n, Stage<S>& stage, const Rotation<S>* row) const {
+    T* const out = static_cast<T*>(o.out) + b * o.out_stride[0] + n * o.out_stride[1];
     Heads<T> heads{static_cast<const T*>(o.x) + b * o.x_stride[0] + n * o.x_stride[1],
-                   static_cast<T*>(o.out) + b * o.out_stride[0] + n * o.out_stride[1],
+                   outlet.open(out),
                    o.heads,
                    o.x_stride[2],
                    o.out_stride[2],
@@ -39,7 +40,7 @@ struct Worker : Operand<T> {
                    mean.get(),
                    rstd.get(),
                    p.all_heads ? 0 : 1,
-                   stream,
+                   outlet.by_head(),
                    n + 1 < o.tokens ? o.x_stride[1] : 0};
     this->statistics(heads.x);
     if (this->rotates(n) && this->rows_per_head()) {
@@ -53,10 +54,12 @@ struct Worker : Operand<T> {
         heads.mean += heads.stat_stride;
         heads.rstd += heads.stat_stride;
       }
+      outlet.close(out);
       return nullptr;
     }
     if (!row) row = this->row(b, n, stage);
     process(heads, *row);
+    outlet.close(out);
     return row;
   }
 };

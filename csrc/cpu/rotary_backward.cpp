@@ -225,14 +225,14 @@ struct GradWorker : Operand<T> {
   const RotaryGrad& d;
   Kernels<T> kernels;
   Scratch<S> means;  // cross and total of every head
-  bool stream;
+  Outlet<T> outlet;
 
   GradWorker(const QkNormRopeParams& params, const RotaryOperand& operand, const RotaryGrad& grad)
       : Base(params, operand),
         d(grad),
         kernels(params, weight.data() != nullptr),
         means(2 * (o.heads + 1)),
-        stream(streams<T>(params, operand, 3)) {}
+        outlet(params, operand, 3) {}
 
   bool wanted() const { return o.out || d.weight || d.bias; }
 
@@ -257,7 +257,7 @@ struct GradWorker : Operand<T> {
             means.get() + o.heads,
             stat_stride,
             S{1} / static_cast<S>(run * p.head_dim),
-            stream};
+            outlet.by_head()};
   }
 
   // calls pass(heads, rotation) with all heads, or head by head where each has a table row of its own.
@@ -270,10 +270,10 @@ struct GradWorker : Operand<T> {
 
   // row: as in the forward. Returns it.
   const Rotation<S>* token(int64_t b, int64_t n, Stage<S>& stage, const Rotation<S>* row, S* dw, S* db) const {
+    T* const dx = o.out ? static_cast<T*>(o.out) + b * o.out_stride[0] + n * o.out_stride[1] : nullptr;
     GradHeads<T> all =
         heads(static_cast<const T*>(o.x) + b * o.x_stride[0] + n * o.x_stride[1],
-              static_cast<const T*>(d.grad) + b * d.grad_stride[0] + n * d.grad_stride[1],
-              o.out ? static_cast<T*>(o.out) + b * o.out_stride[0] + n * o.out_stride[1] : nullptr, dw, db);
+              static_cast<const T*>(d.grad) + b * d.grad_stride[0] + n * d.grad_stride[1], outlet.open(dx), dw, db);
     if (n + 1 < o.tokens) all.next_x = o.x_stride[1], all.next_g = d.grad_stride[1];
     this->statistics(all.x);
     if (!row && !(this->rotates(n) && this->rows_per_head())) row = this->row(b, n, stage);
@@ -282,6 +282,7 @@ struct GradWorker : Operand<T> {
       each(all, b, n, stage, row, kernels.sums);
     }
     each(all, b, n, stage, row, kernels.gradients);
+    outlet.close(dx);
     return row;
   }
 };

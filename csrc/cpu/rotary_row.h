@@ -233,17 +233,43 @@ class Affine {
 // ---- streaming ----------------------------------------------------------------------------------------
 
 // Where a call moves more than the caches hold, outputs bypass them: an ordinary store would fetch each line first, a
-// third of the traffic. Every store must then be aligned, and the line filled from one place. tensors: of the size of
-// q and k together that it reads and writes.
+// third of the traffic. Every store must then be aligned, and the line filled from one place: by a head, or, where
+// heads end within lines, by a token that is put together first. tensors: of the size of q and k together that a call
+// reads and writes.
 template <class T>
-bool streams(const QkNormRopeParams& p, const RotaryOperand& o, int tensors) {
-  const int64_t bytes = p.batch * (p.q.tokens * p.q.heads + p.k.tokens * p.k.heads) * p.head_dim * int64_t{sizeof(T)};
-  bool aligned = reinterpret_cast<uintptr_t>(o.out) % 64 == 0 && p.head_dim * sizeof(T) % 64 == 0;
-  for (int i = 0; i < 3; ++i) aligned = aligned && o.out_stride[i] * sizeof(T) % 64 == 0;
-  if (p.layout == RotaryLayout::half) aligned = aligned && p.rotated / 2 * sizeof(T) % 64 == 0;
-  if (p.layout == RotaryLayout::axis_half) aligned = false;
-  return aligned && o.out != o.x && outgrow_caches(bytes * tensors);
-}
+class Outlet {
+ public:
+  Outlet(const QkNormRopeParams& p, const RotaryOperand& o, int tensors)
+      : channels_(o.heads * p.head_dim), way_(choose(p, o, tensors)), token_(way_ == Way::tokens ? channels_ : 1) {}
+
+  bool by_head() const { return way_ == Way::heads; }
+  T* open(T* out) const { return way_ == Way::tokens ? token_.get() : out; }  // heads are as far apart as in out
+  void close(T* out) const {
+    if (way_ != Way::tokens) return;
+    typedef uint8_t bytes __attribute__((vector_size(kVectorBytes)));
+    constexpr int64_t step = kVectorBytes / sizeof(T);
+    for (int64_t i = 0; i < channels_; i += step) put_raw(out + i, load_raw<bytes>(token_.get() + i), true);
+  }
+
+ private:
+  enum class Way { cached, heads, tokens };
+  static Way choose(const QkNormRopeParams& p, const RotaryOperand& o, int tensors) {
+    const auto lines = [](int64_t channels) { return channels * static_cast<int64_t>(sizeof(T)) % 64 == 0; };
+    const int64_t heads = p.q.tokens * p.q.heads + p.k.tokens * p.k.heads;
+    if (o.out == o.x || !outgrow_caches(tensors * p.batch * heads * p.head_dim * int64_t{sizeof(T)}))
+      return Way::cached;
+    if (reinterpret_cast<uintptr_t>(o.out) % 64 || !lines(o.out_stride[0]) || !lines(o.out_stride[1]))
+      return Way::cached;
+    const bool halves = p.layout != RotaryLayout::half || lines(p.rotated / 2);
+    if (halves && p.layout != RotaryLayout::axis_half && lines(p.head_dim) && lines(o.out_stride[2])) return Way::heads;
+    const bool whole = o.out && o.out_stride[2] == p.head_dim && lines(o.heads * p.head_dim);
+    return whole ? Way::tokens : Way::cached;
+  }
+
+  int64_t channels_;
+  Way way_;
+  Scratch<T> token_;
+};
 
 // ---- one operand --------------------------------------------------------------------------------------
 

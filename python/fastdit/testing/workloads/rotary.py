@@ -222,5 +222,6 @@ BENCH = (
     _workload("HunyuanVideo-720p/32", 1, 3968, 24, 128, text=256, norm="rms", rope_len=3712),
     _workload("HunyuanVideo-720p/32-fused", 1, 3968, 24, 128, text=256, fused=True, norm="rms", rope_len=3712),
     _workload("CogVideoX-5B/4", 1, 4613, 48, 64, text=226, norm="layer", rope_start=226),
+    _workload("HunyuanDiT-1024", 2, 4096, 16, 88, norm="layer"),
     _workload("Cosmos2-14B/32", 1, 2640, 40, 128, norm="rms", layout="half"),
 )
