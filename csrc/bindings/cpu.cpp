@@ -14,7 +14,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "fastdit CPU kernels: pointers, sizes and strides as ints; knows nothing of torch.";
   m.def("isa", [] { return fastdit::isa_name(fastdit::current_isa()); }, "The instruction set in use.");
   m.def("best_isa", [] { return fastdit::isa_name(fastdit::best_isa()); }, "The best one this machine has.");
-  m.def("last_level_cache", &fastdit::last_level_cache, "Bytes; outputs of kernels that move more than half of it bypass it.");
+  m.def("last_level_cache", &fastdit::last_level_cache,
+        "Bytes; outputs of kernels that move more than half of it bypass it.");
   m.def("set_last_level_cache", &fastdit::set_last_level_cache, py::arg("bytes"), "For tests: 0 is none.");
   m.def("set_isa", &fastdit::set_isa, py::arg("name"), "Force one of portable, avx2, avx512, avx512_bf16.");
   bind_modulation(m);
