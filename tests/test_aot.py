@@ -173,7 +173,7 @@ def test_occupancy(arch, registers, shared, threads, warps):
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(("--arch", "90", "--dtype", "bf16", "--quick"), id="sm_90-bf16-quick"),
+        pytest.param(("--arch", "90", "--dtype", "bf16"), id="sm_90-bf16"),
         pytest.param((), id="whole", marks=pytest.mark.full),
     ],
 )
