@@ -30,26 +30,20 @@ FASTDIT_INLINE typename M::Word word_at(const T* row, int64_t step, int64_t dim)
 
 #if defined(__AVX512F__)
 // 16 words from `step` on, as vector lanes; masked loads touch nothing beyond the row.
-FASTDIT_INLINE __m512 load_words(const float* row, int64_t step, int64_t dim) {
+template <class T>
+FASTDIT_INLINE __m512 load_words(const T* row, int64_t step, int64_t dim) {
   const int64_t left = dim - step;
-  return _mm512_maskz_loadu_ps(left >= 16 ? 0xffff : (1u << left) - 1, row + step);
+  return (__m512)load_n(row + step, left < 16 ? static_cast<int>(left) : 16);
 }
 FASTDIT_INLINE __m256i load_half_words(const void* row, int64_t step, int64_t dim) {
   const int64_t left = dim - step;
-  return _mm256_maskz_loadu_epi16(left >= 16 ? 0xffff : (1u << left) - 1, static_cast<const uint16_t*>(row) + step);
-}
-FASTDIT_INLINE __m512 load_words(const f16* row, int64_t step, int64_t dim) {
-  return _mm512_cvtph_ps(load_half_words(row, step, dim));
+  return _mm256_maskz_loadu_epi16(below(left < 16 ? static_cast<int>(left) : 16),
+                                  static_cast<const uint16_t*>(row) + step);
 }
 #if defined(__AVX512BF16__)
 FASTDIT_INLINE __m512 load_words(const bf16* row, int64_t step, int64_t dim) {
   const int64_t left = dim - 2 * step;
-  const __mmask32 mask = left >= 32 ? 0xffffffffu : (1u << left) - 1;
-  return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, row + 2 * step));
-}
-#else
-FASTDIT_INLINE __m512 load_words(const bf16* row, int64_t step, int64_t dim) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_half_words(row, step, dim)), 16));
+  return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(below(left < 32 ? static_cast<int>(left) : 32), row + 2 * step));
 }
 #endif
 

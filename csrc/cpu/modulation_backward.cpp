@@ -119,13 +119,13 @@ struct Backward : Row<T, TR, false> {
   Scratch<S> d;  // dyn of a row, where the rms of y follows
 
   explicit Backward(const ModulationGradParams& params)
-      : Base(params.forward, Base::streams(params.forward, params.d_residual, params.d_y, read(params)), true),
+      : Base(params.forward, Base::streams(params.forward, params.d_residual, params.d_y, inputs(params)), true),
         q(params),
         d(padded) {}
 
-  // Inputs are twice the outputs here. Measured: streaming pays as soon as both together outgrow the caches, also
-  // where the gradient is read next (the forward's outputs are half of what it moves, and are).
-  static int64_t read(const ModulationGradParams& q) {
+  // Bytes that are read, twice what is written. Measured: streaming pays as soon as both together outgrow the caches,
+  // also where the gradient is read next.
+  static int64_t inputs(const ModulationGradParams& q) {
     const ModulationParams& p = q.forward;
     const int64_t values = p.B * p.N * p.C, wide = (p.residual ? 1 : 0) + (q.grad_r ? 1 : 0);
     return values * (wide * sizeof(TR) + (q.grad_h ? 2 : 1) * sizeof(T));
@@ -335,9 +335,11 @@ struct Backward : Row<T, TR, false> {
       const bool adaln = !vectors && p.scale.data && sinks.shift.at && sinks.scale.at;
       adaln ? sums<count, true, exact>(i, sinks, means) : sums<count, false, exact>(i, sinks, means);
     }
-    if (q.d_y || q.d_residual || sinks.gate.at || sinks.post.at)
-      !exact&& stream ? outputs_of<count, exact, !exact>(i, sinks, means)
-                      : outputs_of<count, exact, false>(i, sinks, means);
+    if (!q.d_y && !q.d_residual && !sinks.gate.at && !sinks.post.at) return;
+    if constexpr (!exact) {
+      if (stream) return outputs_of<count, exact, true>(i, sinks, means);
+    }
+    outputs_of<count, exact, false>(i, sinks, means);
   }
   template <int count, bool exact, bool bypass>
   FASTDIT_INLINE void outputs_of(int64_t i, const Sinks<S>& sinks, const Means* means) {
@@ -357,13 +359,16 @@ struct Backward : Row<T, TR, false> {
   template <int count>
   void group(int64_t i, const Sinks<S>& sinks) {
     this->template read_before<count>(i, q.d_y);
-    if constexpr (!folds) return gradients<count, true>(i, sinks);
-    bool some = false;
-    for (int k = 0; k < count; ++k) some |= q.grad_h && careful(k);
-    if (!some) return gradients<count, false>(i, sinks);
-    for (int k = 0; k < count; ++k) {
-      value[0] = value[k], mean[0] = mean[k], root[0] = root[k], post_root[0] = post_root[k];
-      careful(0) ? gradients<1, true>(i + k, sinks) : gradients<1, false>(i + k, sinks);
+    if constexpr (folds) {
+      bool some = false;
+      for (int k = 0; k < count; ++k) some |= q.grad_h && careful(k);
+      if (!some) return gradients<count, false>(i, sinks);
+      for (int k = 0; k < count; ++k) {
+        value[0] = value[k], mean[0] = mean[k], root[0] = root[k], post_root[0] = post_root[k];
+        careful(0) ? gradients<1, true>(i + k, sinks) : gradients<1, false>(i + k, sinks);
+      }
+    } else {
+      gradients<count, true>(i, sinks);
     }
   }
 };

@@ -112,7 +112,7 @@ FASTDIT_INLINE void sums_of_bf16(const bf16* const* rows, int64_t C, float* tota
   for (; c + 32 <= C; c += 32)
     for (int k = 0; k < count; ++k) claim(k, c, 32), take(k, load_raw<__m512bh>(from[k] + c));
   if (c < C) {
-    const __mmask32 some = (__mmask32{1} << (C - c)) - 1;
+    const __mmask32 some = below(static_cast<int>(C - c));
     for (int k = 0; k < count; ++k) take(k, (__m512bh)_mm512_maskz_loadu_epi16(some, from[k] + c));
   }
   sum_each<count>(reinterpret_cast<const vf*>(t), total);
