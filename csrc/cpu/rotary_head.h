@@ -33,14 +33,30 @@ struct Normed {
   FASTDIT_INLINE V affine(V v, int64_t i) const {
     return finish(v, kAffine >= 1 ? load(weight + i) : V{}, kAffine == 2 ? load(bias + i) : V{});
   }
-  FASTDIT_INLINE V at(int64_t i) const { return affine(load(x + i), i); }
+  FASTDIT_INLINE V at(int64_t i) const {
+    fetch(next + i);
+    return affine(load(x + i), i);
+  }
   FASTDIT_INLINE V at(int64_t i, int n) const {
+    fetch(next + i);
+    fetch(next + i + width);
     return finish(load_n(x + i, n), kAffine >= 1 ? load_n(weight + i, n) : V{},
                   kAffine == 2 ? load_n(bias + i, n) : V{});
   }
   FASTDIT_INLINE Pair<V> affine(Pair<V> v, int64_t i) const { return {affine(v.a, i), affine(v.b, i + width)}; }
-  FASTDIT_INLINE Pair<V> pairs(int64_t i) const { return affine(load_pairs(x + i), i); }
-  FASTDIT_INLINE Pair<V> pairs(int64_t i, int n) const { return affine(load_pairs_n(x + i, n), i); }
+  FASTDIT_INLINE Pair<V> pairs(int64_t i) const {
+    ahead(i);
+    return affine(load_pairs(x + i), i);
+  }
+  FASTDIT_INLINE Pair<V> pairs(int64_t i, int n) const {
+    ahead(i);
+    fetch(next + i + 2 * width);
+    return affine(load_pairs_n(x + i, n), i);
+  }
+  FASTDIT_INLINE void ahead(int64_t i) const {
+    fetch(next + i);
+    if constexpr (sizeof(T) > 2) fetch(next + i + width);
+  }
 };
 
 // a * c + b * s, each product rounded to T when asked for.
@@ -60,8 +76,6 @@ FASTDIT_INLINE void interleaved(const Head& x, T* y, int64_t channels, const Rot
   constexpr int width = simd<T>::width, block = 2 * width;
   int64_t i = 0;
   for (; i + block <= r.rotated; i += block) {
-    fetch(x.next + i);
-    if constexpr (sizeof(T) > 2) fetch(x.next + i + width);
     store_pairs(y + i, rotate<T, kRound>(x.pairs(i), load(r.c + i / 2), load(r.s + i / 2)), stream);
   }
   if (i < r.rotated) {  // a block with a tail, or with channels that do not rotate
@@ -88,8 +102,6 @@ FASTDIT_INLINE void half(const Head& x, T* y, int64_t channels, const Rotation<S
     const int64_t pairs = r.pairs[section], hi = lo + pairs;
     int64_t i = 0;
     for (; i + width <= pairs; i += width) {
-      fetch(x.next + lo + i);
-      fetch(x.next + hi + i);
       const Pair<V> v = rotate<T, kRound>(Pair<V>{x.at(lo + i), x.at(hi + i)}, load(c + i), load(s + i));
       put(y + lo + i, v.a, stream);
       put(y + hi + i, v.b, stream);

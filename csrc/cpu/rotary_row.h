@@ -90,7 +90,8 @@ FASTDIT_INLINE typename simd<T>::S moment(const T* x, int64_t heads, int64_t str
 
 // Asks for a line that the next token will want. The rows of a token are too short, and the arrays too many, for the
 // prefetcher of the machine: without this a long video runs at the latency of memory. Spread over the arithmetic: in a
-// burst the requests wait for one another.
+// burst the requests wait for one another. Behind a tail the line that follows is asked for, too: a masked load waits
+// for all lines that it touches, and the last head's touches a token that nobody has asked for yet.
 template <class T>
 FASTDIT_INLINE void fetch(const T* p) {
   __builtin_prefetch(p, 0, 2);

@@ -39,6 +39,7 @@ struct Site {
   FASTDIT_INLINE void ahead(const T* x) const {
     fetch(x + a);
     if constexpr (!kInterleaved || sizeof(T) > 2) fetch(x + b);
+    if constexpr (kTail) fetch(x + b + width);
   }
   // Vectors in Affine's order, padded to whole blocks for the interleaved layout.
   FASTDIT_INLINE Pair<V> vectors(const S* w) const {
