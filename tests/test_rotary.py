@@ -49,6 +49,28 @@ def test_nan_stays_where_it_is(scope, layout, isa):
     laws.nan_stays_where_it_is("cpu", "cpu", scope, layout)
 
 
+@each_dtype
+@pytest.mark.parametrize("D", [42, 64])
+@pytest.mark.parametrize("layout", laws.LAYOUTS)
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_a_head_does_not_see_its_neighbours(norm, layout, D, dtype, isa):
+    """Nor how many they are: heads go side by side in groups."""
+    m = Maker(dtype)
+    q, grad, weight, angle = m.randn(2, 3, 7, D), m.randn(2, 3, 7, D), m.randn(D), m.randn(3, 12, dtype=torch.float32)
+    q[1, 1, 2] += 300  # a head whose moments are taken twice
+    options = dict(norm=norm, layout=layout, q_weight=weight, backend="cpu", cos=angle.cos(), sin=angle.sin())
+
+    def run(heads):
+        x = q[:, :, heads].clone().requires_grad_()
+        out, _ = ops.qk_norm_rope(x, x.detach()[:, :, :1], k_weight=weight, **options)
+        return out.detach(), torch.autograd.grad(out, x, grad[:, :, heads])[0]
+
+    whole = run(slice(None))
+    for first, end in ((0, 1), (1, 3), (2, 7)):
+        for part, all_of_it in zip(run(slice(first, end)), whole, strict=True):
+            close.assert_bitwise(part, all_of_it[:, :, first:end])
+
+
 def test_tokens_outside_the_slice_are_normalised_only(isa):
     m = Maker(torch.bfloat16)
     q, k = m.randn(2, 9, 2, 24), m.randn(2, 7, 2, 24)

@@ -156,19 +156,35 @@ FASTDIT_INLINE void moments(const P* const* rows, int64_t C, bool centred, S* me
       for (int k = 0; k < count; ++k) pivot[k] = unfused(near_mean(rows[k], C));
     sums_about<count>(rows, pivot, C, total, square, claim);
   }
-  const auto settle = [&](int k) {  // sums about pivot -> moments; how far the mean is from it
-    if (!centred) total[k] = 0;
-    const S away = unfused(total[k] * scale);
-    mean[k] = pivot[k] + away;
-    square[k] = unfused((square[k] - away * total[k]) * scale);  // one product to fuse: of two, now one, now the other
+  // sums about pivot -> moments; how far the mean is from it
+  const auto settle = [&](auto about, auto sum, auto& middle, auto& spread) {
+    if (!centred) sum = decltype(sum){};
+    const auto away = unfused(sum * scale);
+    middle = about + away;
+    spread = unfused((spread - away * sum) * scale);  // one product to fuse: of two, now one, now the other
     return away;
   };
+  bool settled[count];
+  if constexpr (count * sizeof(S) == 16) {
+    typedef S row __attribute__((vector_size(16)));
+    row middle, spread = load_raw<row>(square);
+    const row away = settle(load_raw<row>(pivot), load_raw<row>(total), middle, spread);
+    store_raw(mean, middle);
+    store_raw(square, spread);
+    const auto fine = spread * most > away * away;
+    if (!centred || (load_raw<uint64_t>(&fine) & load_raw<uint64_t>(&fine[2])) == ~uint64_t{}) return;
+    for (int k = 0; k < count; ++k) settled[k] = fine[k];
+  } else {
+    for (int k = 0; k < count; ++k) {
+      const S away = settle(pivot[k], total[k], mean[k], square[k]);
+      settled[k] = !centred || square[k] * most > away * away;
+    }
+  }
   for (int k = 0; k < count; ++k) {
-    const S away = settle(k);
-    if (!centred || square[k] * most > away * away) continue;
+    if (settled[k]) continue;
     pivot[k] = mean[k];
     sums_about<1>(rows + k, pivot + k, C, total + k, square + k);
-    settle(k);
+    settle(pivot[k], total[k], mean[k], square[k]);
   }
 }
 

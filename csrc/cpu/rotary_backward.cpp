@@ -27,8 +27,8 @@ struct GradHeads {
   int64_t affine_stride;
   const S* mean;
   const S* rstd;
-  S* cross;  // sum of g * (x - mean)
-  S* total;  // sum of g
+  S* cross;  // sum of g * (x - mean), then mean of g * n
+  S* total;  // sum of g, then its mean
   int64_t stat_stride;
   S scale;  // 1 / count of a statistic
   bool stream;
@@ -51,58 +51,91 @@ struct Kernel {
   using V = typename simd<T>::V;
   static constexpr bool layer = kNorm == RotaryNorm::layer;
 
-  static void sums(GradHeads<T> o, const Rotation<S>& r) {
-    for (int64_t h = 0; h < o.count; ++h, o.advance()) {
-      const V mean = splat(*o.mean);
-      V cross_a{}, cross_b{}, total_a{}, total_b{};
-      walk<T, kInterleaved>(o.channels, r, [&](auto site) {
-        site.ahead(o.g + o.next_g);  // x's are asked for with the stores
-        const Pair<V> x = site.get(o.x);
-        Pair<V> g = site.turn_back(site.get(o.g), r);
-        if constexpr (kAffine) {
-          const Pair<V> w = site.vectors(o.weight);
-          g = {g.a * w.a, g.b * w.b};
-        }
+  static void sums(const GradHeads<T>& o, const Rotation<S>& r) {
+    int64_t h = 0;
+    if (o.stat_stride) {
+      for (; h + kRows <= o.count; h += kRows) sums<kRows>(o, h, r);
+    }
+    for (; h < o.count; ++h) sums<1>(o, h, r);
+  }
+
+  // Of `count` heads from `first`, side by side: their chains overlap, and they share what belongs to no head.
+  template <int count>
+  FASTDIT_INLINE static void sums(const GradHeads<T>& o, int64_t first, const Rotation<S>& r) {
+    const T *x[count], *dy[count];
+    const S* const weight = o.weight + first * o.affine_stride;
+    V mean[count], cross[count] = {}, total[count] = {};
+    for (int k = 0; k < count; ++k) {
+      x[k] = o.x + (first + k) * o.x_stride, dy[k] = o.g + (first + k) * o.g_stride;
+      mean[k] = splat(o.mean[(first + k) * o.stat_stride]);
+    }
+    walk<T, kInterleaved>(o.channels, r, [&](auto site) {
+      const Pair<V> angle = site.angle(r);
+      Pair<V> w{};
+      if constexpr (kAffine) w = site.vectors(weight);
+#pragma GCC unroll 4
+      for (int k = 0; k < count; ++k) {
+        site.ahead(dy[k] + o.next_g);  // x's are asked for with the stores
+        const Pair<V> at = site.get(x[k]);
+        Pair<V> g = site.turn_back(site.get(dy[k]), angle);
+        if constexpr (kAffine) g = {unfused(g.a * w.a), unfused(g.b * w.b)};
         if constexpr (layer) {
-          total_a += g.a;
-          total_b += g.b;
-          cross_a += g.a * (x.a - mean);
-          cross_b += g.b * (x.b - mean);
+          total[k] += g.a + g.b;
+          cross[k] = multiply_add(multiply_add(cross[k], g.a, at.a - mean[k]), g.b, at.b - mean[k]);
         } else {
-          cross_a += g.a * x.a;
-          cross_b += g.b * x.b;
+          cross[k] = multiply_add(multiply_add(cross[k], g.a, at.a), g.b, at.b);
         }
-      });
-      *o.cross += sum(cross_a + cross_b);
-      if constexpr (layer) *o.total += sum(total_a + total_b);
+      }
+    });
+    S sums[2][count];
+    sum_each<count>(cross, sums[0]);
+    if constexpr (layer) sum_each<count>(total, sums[1]);
+    for (int k = 0; k < count; ++k) {
+      o.cross[(first + k) * o.stat_stride] += sums[0][k];
+      if constexpr (layer) o.total[(first + k) * o.stat_stride] += sums[1][k];
     }
   }
 
-  static void gradients(GradHeads<T> o, const Rotation<S>& r) {
-    for (int64_t h = 0; h < o.count; ++h, o.advance()) {
-      const V mean = splat(*o.mean), rstd = splat(*o.rstd);
-      const V mean_g = splat(*o.total * o.scale), mean_gn = splat(*o.cross * *o.rstd * o.scale);
-      const auto input = [&](V g, V n) {
-        if constexpr (layer) g = g - mean_g;
-        return (g - n * mean_gn) * rstd;
-      };
-      walk<T, kInterleaved>(o.channels, r, [&](auto site) {
-        site.ahead(kNorm == RotaryNorm::none ? o.g + o.next_g : o.x + o.next_x);
-        Pair<V> g = site.turn_back(site.get(o.g), r);
+  static void gradients(const GradHeads<T>& o, const Rotation<S>& r) {
+    if constexpr (kInterleaved) {
+      if (o.affine_stride == 0) return gradients<true>(o, r);
+    }
+    gradients<false>(o, r);
+  }
+
+  // kShared: block by block. What the heads share, cos, sin, weight, dw and db, then stays in registers.
+  template <bool kShared>
+  static void gradients(const GradHeads<T>& o, const Rotation<S>& r) {
+    const auto turn = [&](auto site, int64_t begin, int64_t end) {
+      const Pair<V> angle = site.angle(r);
+      Pair<V> dw{}, db{}, w{};
+      if constexpr (kAffine) w = site.vectors(o.weight + begin * o.affine_stride);
+      for (int64_t h = begin; h < end; ++h) {
+        const T *const x = o.x + h * o.x_stride, *const dy = o.g + h * o.g_stride;
+        site.ahead(kNorm == RotaryNorm::none ? dy + o.next_g : x + o.next_x);
+        Pair<V> g = site.turn_back(site.get(dy), angle);
         if constexpr (kNorm != RotaryNorm::none) {
-          Pair<V> n = site.get(o.x);
-          if constexpr (layer) n = {n.a - mean, n.b - mean};
+          const int64_t at = h * o.stat_stride;
+          const V rstd = splat(o.rstd[at]), mean_gn = splat(o.cross[at]);
+          Pair<V> n = site.get(x);
+          if constexpr (layer) n = {n.a - splat(o.mean[at]), n.b - splat(o.mean[at])};
           n = {n.a * rstd, n.b * rstd};
-          if (o.dw) site.add(o.dw, {g.a * n.a, g.b * n.b});
-          if (o.db) site.add(o.db, g);
-          if constexpr (kAffine) {
-            const Pair<V> w = site.vectors(o.weight);
-            g = {g.a * w.a, g.b * w.b};
-          }
-          g = {input(g.a, n.a), input(g.b, n.b)};
+          dw = {dw.a + g.a * n.a, dw.b + g.b * n.b};
+          db = {db.a + g.a, db.b + g.b};
+          if constexpr (kAffine) g = {g.a * w.a, g.b * w.b};
+          if constexpr (layer) g = {g.a - splat(o.total[at]), g.b - splat(o.total[at])};
+          g = {(g.a - n.a * mean_gn) * rstd, (g.b - n.b * mean_gn) * rstd};
         }
-        if (o.dx) site.put(o.dx, g, o.stream);
-      });
+        if (o.dx) site.put(o.dx + h * o.dx_stride, g, o.stream);
+      }
+      if (o.dw) site.add(o.dw + begin * o.affine_stride, dw);
+      if (o.db) site.add(o.db + begin * o.affine_stride, db);
+    };
+    if constexpr (kShared) {
+      walk<T, kInterleaved>(o.channels, r, [&](auto site) { turn(site, 0, o.count); });
+    } else {
+      for (int64_t h = 0; h < o.count; ++h)
+        walk<T, kInterleaved>(o.channels, r, [&](auto site) { turn(site, h, h + 1); });
     }
   }
 
@@ -131,8 +164,8 @@ struct Kernel {
 template <class T>
 struct Kernels {
   using S = typename simd<T>::S;
-  void (*sums)(GradHeads<T>, const Rotation<S>&) = nullptr;  // null: without a norm there are none
-  void (*gradients)(GradHeads<T>, const Rotation<S>&) = nullptr;
+  void (*sums)(const GradHeads<T>&, const Rotation<S>&) = nullptr;  // null: without a norm there are none
+  void (*gradients)(const GradHeads<T>&, const Rotation<S>&) = nullptr;
   void (*table)(const GradHeads<T>&, const Rotation<S>&, S*, S*) = nullptr;  // fp64 alone
 
   template <RotaryNorm kNorm, bool kAffine, bool kInterleaved>
@@ -280,6 +313,10 @@ struct GradWorker : Operand<T> {
     if (kernels.sums) {
       for (int64_t i = 0; i < 2 * o.heads; ++i) means.get()[i] = 0;
       each(all, b, n, stage, row, kernels.sums);
+      for (int64_t i = 0; i < (p.all_heads ? 1 : o.heads); ++i) {
+        all.cross[i] *= all.rstd[i] * all.scale;
+        all.total[i] *= all.scale;
+      }
     }
     each(all, b, n, stage, row, kernels.gradients);
     outlet.close(dx);

@@ -56,12 +56,16 @@ struct Site {
     }
   }
   FASTDIT_INLINE int turning() const { return kInterleaved ? nb : na; }
+  FASTDIT_INLINE Pair<V> angle(const Rotation<S>& r) const {  // cos, sin
+    if constexpr (kTurn == Turn::none) return Pair<V>{};
+    if constexpr (kTail) return Pair<V>{load_n(r.c + pair, turning()), load_n(r.s + pair, turning())};
+    return Pair<V>{load(r.c + pair), load(r.s + pair)};
+  }
   // The gradient before the rotation from the one after it: the opposite angle.
-  FASTDIT_INLINE Pair<V> turn_back(Pair<V> g, const Rotation<S>& r) const {
+  FASTDIT_INLINE Pair<V> turn_back(Pair<V> g, Pair<V> angle) const {
     if constexpr (kTurn == Turn::none) return g;
-    const V c = kTail ? load_n(r.c + pair, turning()) : load(r.c + pair);
-    const V s = kTail ? load_n(r.s + pair, turning()) : load(r.s + pair);
-    const Pair<V> out{g.a * c + g.b * s, g.b * c - g.a * s};
+    const V c = angle.a, s = angle.b;
+    const Pair<V> out{multiply_add(unfused(g.b * s), g.a, c), multiply_add(unfused(g.b * c), -g.a, s)};
     if constexpr (kTurn == Turn::some) return {first_lanes(turning(), out.a, g.a), first_lanes(turning(), out.b, g.b)};
     return out;
   }
