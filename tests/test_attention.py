@@ -66,6 +66,49 @@ def test_large_logits(spread, isa):
 
 
 # ---- laws -------------------------------------------------------------------------------------------------
+def _climbing(dtype, step, queries=50, keys=600, d=24):
+    """One query vector, keys whose scores climb by `step` a key in units of log2 up to the middle, then fall."""
+    make = Maker(dtype)
+    q, k, v = make.randn(1, queries, 1, d), make.randn(1, keys, 1, d), make.randn(1, keys, 1, d)
+    q[..., 0], k[..., 1:] = 1, k[..., 1:] * 0.1
+    height = keys / 2 - (torch.arange(keys) - keys / 2).abs()
+    k[0, :, 0, 0] = (height * step * d**0.5 * math.log(2)).to(dtype)
+    return q, k, v
+
+
+@each_dtype
+@pytest.mark.parametrize("step", [0.01, 0.5, 2.0, 8.0])
+def test_scores_that_climb(step, dtype, isa):
+    """The shift of the softmax follows within a block of keys and from block to block, by little and by much."""
+    _check("attention", workloads.sdpa, _climbing(dtype, step), dict(return_lse=True), f"climbing by {step}")
+
+
+@each_dtype
+def test_a_query_does_not_see_how_others_climb(dtype, isa):
+    """Bits of a query are the same whether the rest of its tile raises its shift or not, and in tiles of any width."""
+    q, k, v = _climbing(dtype, 2.0)
+    calm = q.clone()
+    calm[..., 0] = 0
+    mixed = torch.where((torch.arange(q.shape[1]) % 3 == 0)[None, :, None, None], calm, q)
+    want = close.flat(ops.attention(calm, k, v, return_lse=True, backend="cpu"))
+    got = close.flat(ops.attention(mixed, k, v, return_lse=True, backend="cpu"))
+    alone = close.flat(ops.attention(calm[:, :3], k, v, return_lse=True, backend="cpu"))
+    for w, g, a, axis in zip(want, got, alone, (1, 2), strict=True):
+        every = torch.arange(0, q.shape[1], 3)
+        assert torch.equal(w.index_select(axis, every), g.index_select(axis, every))
+        assert torch.equal(w.narrow(axis, 0, 3), a)
+
+
+@pytest.mark.parametrize("dtype", [d for d in contract.DTYPES if d.itemsize == 2], ids=str)
+@pytest.mark.parametrize("step", [0.0, 0.5])
+def test_equal_values_come_back(step, dtype, isa):
+    """Weights that multiply V sum to one whatever they are rounded to: equal values are their own mean."""
+    q, k, v = _climbing(dtype, step)
+    v[:] = v[:, :1]
+    o = ops.attention(q, k, v, backend="cpu")
+    close.assert_close(o, v[:, :1].double().expand_as(o), v[:, :1].expand_as(o))
+
+
 @BOTH
 @pytest.mark.parametrize("poison", [math.nan, INF])
 def test_padded_keys_never_leak(backend, poison):

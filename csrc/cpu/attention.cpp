@@ -11,8 +11,8 @@ namespace {
 // Scratch of one thread.
 struct Layout {
   int64_t channel_tiles, steps, key_groups;  // of the longest sequence
-  int64_t q, k, v, s, o, zeros;              // bytes of each part
-  int64_t total() const { return q + k + v + s + o + zeros + key_groups * 8; }
+  int64_t q, k, v, p, o, zeros;              // bytes of each part
+  int64_t total() const { return q + k + v + p + o + zeros + key_groups * 8; }
 };
 
 template <class M>
@@ -25,7 +25,7 @@ Layout layout_of(const AttentionParams& p, int64_t key_groups) {
   l.q = l.steps * lanes * word;
   l.k = l.key_groups * 8 * l.steps * word;
   l.v = l.key_groups * l.channel_tiles * kValueWords<M> * word;
-  l.s = kBlockGroups<M> * 8 * lanes * sizeof(typename M::S);
+  l.p = kBlockGroups<M> * 8 / M::pair * lanes * word;
   l.o = l.channel_tiles * 8 * lanes * sizeof(typename M::S);
   l.zeros = ceil_div(p.head_dim, 8) * 64;
   return l;
@@ -38,29 +38,34 @@ void run_tile(const AttentionParams& p, const Sequence& s, int64_t head, Tile<M>
   const T* q = row<T>(p.q, p.q_stride, s.batch, s.first_q, head);
   pack_queries<M, T>(buf.q, pitch, tile.count, p.head_dim, l.steps,
                      [&](int64_t i) { return q + tile.query[i] * p.q_stride[1]; });
+  // what is read and written next, while the products run: rows of this tile's output, queries about where it ends
+  T* o = row<T>(p.o, p.o_stride, s.batch, s.first_q, head);
+  for (int i = 0; i < tile.count; ++i) {
+    ask_for_row<2>(o + tile.query[i] * p.o_stride[1], p.head_dim);
+    ask_for_row<2>(q + min64(tile.query[i] + tile.count, s.n - 1) * p.q_stride[1], p.head_dim);
+  }
   // the maximum is taken over s * sign(scale); scale = 0 weighs all visible keys alike
   const double c = (p.scale < 0 ? -p.scale : p.scale) * M::unit;
   if (p.scale <= 0) {
     for (int64_t i = 0; i < l.steps * pitch; ++i) buf.q[i] = p.scale < 0 ? M::negate(buf.q[i]) : typename M::Word{};
   }
   const auto scale = static_cast<typename M::S>(p.scale == 0 ? 1 : c);
-  alignas(64) typename M::S sums[kTileVectors * M::lanes], shifts[kTileVectors * M::lanes];
+  Softmax<M> softmax;
   switch (vectors) {
     case 1:
-      attend_tile<M, 1>(buf, tile.view, groups, l.steps, l.channel_tiles, scale, sums, shifts);
+      attend_tile<M, 1>(buf, tile.view, groups, l.steps, l.channel_tiles, scale, softmax);
       break;
 #if defined(__AVX512F__)
     case 2:
-      attend_tile<M, 2>(buf, tile.view, groups, l.steps, l.channel_tiles, scale, sums, shifts);
+      attend_tile<M, 2>(buf, tile.view, groups, l.steps, l.channel_tiles, scale, softmax);
       break;
     default:
-      attend_tile<M, 3>(buf, tile.view, groups, l.steps, l.channel_tiles, scale, sums, shifts);
+      attend_tile<M, 3>(buf, tile.view, groups, l.steps, l.channel_tiles, scale, softmax);
 #endif
   }
-  T* o = row<T>(p.o, p.o_stride, s.batch, s.first_q, head);
   auto* lse = static_cast<typename M::S*>(p.lse) + s.batch * p.lse_stride[0] + head * p.lse_stride[1] + s.first_q;
   store_tile<M, T>(
-      buf.o, pitch, tile.count, p.head_dim, sums, shifts, [&](int i) { return o + tile.query[i] * p.o_stride[1]; },
+      buf.o, pitch, tile.count, p.head_dim, softmax, [&](int i) { return o + tile.query[i] * p.o_stride[1]; },
       [&](int i) { return lse + tile.query[i]; }, p.lse != nullptr);
 }
 
@@ -68,12 +73,12 @@ template <class T, class M>
 void run_task(const AttentionParams& p, const Sequence& s, const Task& task, int64_t kv_head, char* scratch,
               const Layout& l) {
   using Word = typename M::Word;
-  char* const at_q = scratch + l.s + l.o;
+  char* const at_q = scratch + l.p + l.o;
   const TileBuffers<M> buf = {reinterpret_cast<Word*>(at_q),
                               reinterpret_cast<Word*>(at_q + l.q),
                               reinterpret_cast<Word*>(at_q + l.q + l.k),
-                              reinterpret_cast<typename M::S*>(scratch),
-                              reinterpret_cast<typename M::S*>(scratch + l.s),
+                              reinterpret_cast<Word*>(scratch),
+                              reinterpret_cast<typename M::S*>(scratch + l.p),
                               reinterpret_cast<int64_t*>(at_q + l.q + l.k + l.v)};
   const T *k = row<T>(p.k, p.k_stride, s.batch, s.first_k, kv_head),
           *v = row<T>(p.v, p.v_stride, s.batch, s.first_k, kv_head);

@@ -32,6 +32,27 @@ FASTDIT_INLINE V higher(V a, V b) {
 #endif
 }
 
+// Whether any lane of a is above b's.
+template <class V>
+FASTDIT_INLINE bool any_above(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(a[0]) == 4)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+  else
+    return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ) != 0;
+#elif defined(__AVX__)
+  if constexpr (sizeof(a[0]) == 4)
+    return _mm256_movemask_ps((__m256)(a > b)) != 0;
+  else
+    return _mm256_movemask_pd((__m256d)(a > b)) != 0;
+#else
+  const auto above = a > b;
+  bool any = false;
+  for (size_t i = 0; i < sizeof(V) / sizeof(a[0]); ++i) any |= above[i] != 0;
+  return any;
+#endif
+}
+
 // log(x) of a sum of weights, 0 or normal: exponent, and Cephes' polynomial on [sqrt(1/2), sqrt(2)). 1 ulp; log(0) =
 // -inf.
 FASTDIT_INLINE vf natural_log(vf x) {
@@ -64,6 +85,8 @@ struct Fp32Math {
   // A weight is exp(s * c - shift) with c = scale * unit: base e keeps s - max exact where it is small.
   static constexpr double unit = 1.0;
   static FASTDIT_INLINE V power(V t) { return exp(t); }
+  static FASTDIT_INLINE V whole(V t) { return t; }
+  static FASTDIT_INLINE void scale(Word* w, V factor) { store_raw(w, load_raw<V>(w) * factor); }
   static FASTDIT_INLINE V log(V x) { return natural_log(x); }
   static FASTDIT_INLINE Word negate(Word x) { return -x; }
 };
@@ -80,6 +103,8 @@ struct Fp64Math {
   static FASTDIT_INLINE V multiply_add(V acc, Word a, V b) { return acc + splat(a) * b; }
   static constexpr double unit = 1.0;
   static FASTDIT_INLINE V power(V t) { return exp(t); }
+  static FASTDIT_INLINE V whole(V t) { return t; }
+  static FASTDIT_INLINE void scale(Word* w, V factor) { store_raw(w, load_raw<V>(w) * factor); }
   static FASTDIT_INLINE V log(V x) {
     for (int i = 0; i < WD; ++i) x[i] = __builtin_log(x[i]);
     return x;
@@ -98,6 +123,7 @@ struct Bf16Math {
   using Word = uint32_t;
   static constexpr int lanes = W;
   static constexpr int pair = 2;
+  static constexpr Word one = 0x3f803f80u;  // twice
   static FASTDIT_INLINE V multiply_add(V acc, Word a, V b) {
     return (V)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
   }
@@ -113,6 +139,12 @@ struct Bf16Math {
     p = p * f + 6.931530732e-1f;
     p = p * f + 9.999999251e-1f;
     return (vf)_mm512_scalef_ps((__m512)p, (__m512)t);
+  }
+  // Shifts are whole numbers, so that one brings along what another weighed without rounding it again.
+  static FASTDIT_INLINE V whole(V t) { return (vf)_mm512_roundscale_ps((__m512)t, 0x0A); }
+  static FASTDIT_INLINE void scale(Word* w, V factor) {
+    const vu pair = load_raw<vu>(w);
+    store_raw(w, zip_bf16((vf)(pair << 16) * factor, (vf)(pair & 0xffff0000u) * factor));
   }
   static FASTDIT_INLINE V log(V x) { return natural_log(x); }
   static FASTDIT_INLINE Word negate(Word x) { return x ^ 0x80008000u; }

@@ -1,8 +1,8 @@
 // One tile of queries against a list of key groups, everything transposed: lanes are queries.
 //
-//   S^T = K Q^T   [8 keys][lanes]       per group; maxima, sums and rescaling are vertical
-//   P^T = power(S^T c - m)               over the block, written over S^T
-//   O^T += V^T P^T   [8 channels][lanes] per channel tile; rescaled once per block
+//   S^T = K Q^T             [8 keys][lanes]      per group; stays in registers
+//   P^T = power(S^T c - m)  [8 keys][lanes]      m: what the largest score so far was when it last rose by kRise
+//   O^T += V^T P^T          [8 channels][lanes]  per channel tile and block of groups; rescaled once per block
 //
 // A lane never meets another, so a query's result does not depend on the tile it sits in.
 #pragma once
@@ -25,7 +25,8 @@ struct TileView {
 template <class M>
 struct TileBuffers {
   typename M::Word *q, *k, *v;  // packed operands
-  typename M::S *s, *o;         // [keys of a block][pitch] scores, then weights; [channels][pitch]
+  typename M::Word* p;          // [key words of a block][pitch] weights
+  typename M::S* o;             // [channels][pitch]
   int64_t* groups;              // key groups to visit: 2 * group + (1 if partly masked)
 };
 
@@ -150,90 +151,124 @@ inline void mask_group(typename M::S* s, int64_t group, const TileView<M>& view,
   }
 }
 
-// Scores of G groups of 8 keys, and the running maximum of each lane. Not inlined: its 24 accumulators, operands and
+// The softmax of a tile's lanes. A weight is power(s * c - shift); a score above `limit` takes the shift with it.
+template <class M>
+struct Softmax {
+  static constexpr int lanes = kTileVectors * M::lanes;
+  alignas(64) typename M::S shift[lanes], limit[lanes];  // limit = (shift + kRise) / c; -inf: no visible key yet
+  alignas(64) typename M::S keep[lanes];                 // what O and sums before this block are to be scaled by
+  // Sums of the block's weights: lse is made of `sum`, O is divided by `rounded`, of the words that multiply V, which
+  // makes it a mean of values, whatever a weight is rounded to: with one key O = v. Where no word rounds it is `sum`.
+  alignas(64) typename M::S sum[lanes], rounded[lanes];
+};
+constexpr int kRise = 8;  // weights stay below power(kRise)
+
+// Lanes whose largest score of a group is above their limit take it as their shift, and bring along what was weighed
+// before. Factors of other lanes are 1: what they hold keeps its bits.
+template <class M, int NV>
+inline void raise_shift(const typename M::V (&top)[NV], typename M::S c, Softmax<M>& softmax, typename M::Word* p,
+                        const typename M::Word* end) {
+  using V = typename M::V;
+  using S = typename M::S;
+  const V lowest = splat(-static_cast<S>(__builtin_inff())), one = splat(S{1});
+  V factor[NV];
+  for (int n = 0; n < NV; ++n) {
+    const int at = n * M::lanes;
+    const V shift = load_raw<V>(softmax.shift + at), limit = load_raw<V>(softmax.limit + at);
+    const V next = M::whole(top[n] * c), brought = limit == lowest ? V{} : M::power(shift - next);
+    factor[n] = top[n] > limit ? brought : one;
+    store_raw(softmax.shift + at, top[n] > limit ? next : shift);
+    store_raw(softmax.limit + at, top[n] > limit ? (next + static_cast<S>(kRise)) / c : limit);
+    store_raw(softmax.keep + at, load_raw<V>(softmax.keep + at) * factor[n]);
+    store_raw(softmax.sum + at, load_raw<V>(softmax.sum + at) * factor[n]);
+    store_raw(softmax.rounded + at, load_raw<V>(softmax.rounded + at) * factor[n]);
+  }
+  for (; p < end; p += NV * M::lanes)
+    for (int n = 0; n < NV; ++n) M::scale(p + n * M::lanes, factor[n]);
+}
+
+// Masks the scores of a group, if it is marked, and sees to their shift.
+template <class M, int NV>
+__attribute__((noinline)) void settle_group(typename M::S* s, int64_t group, const TileView<M>& view, typename M::S c,
+                                            Softmax<M>& softmax, typename M::Word* p, const typename M::Word* end) {
+  using V = typename M::V;
+  if (group & 1) mask_group<M, NV>(s, group >> 1, view, -static_cast<typename M::S>(__builtin_inff()));
+  V top[NV];
+  bool raised = false;
+  for (int n = 0; n < NV; ++n) {
+    top[n] = load_raw<V>(s + n * M::lanes);
+    for (int r = 1; r < 8; ++r) top[n] = higher(top[n], load_raw<V>(s + (r * NV + n) * M::lanes));
+    raised |= any_above(top[n], load_raw<V>(softmax.limit + n * M::lanes));
+  }
+  if (raised) raise_shift<M, NV>(top, c, softmax, p, end);
+}
+
+// Weights of G groups of 8 keys behind those of the block, p to `to`. Not inlined: its 24 accumulators, operands and
 // broadcast need all registers for themselves.
 template <class M, int NV, int G>
-__attribute__((noinline)) void score_groups(const typename M::Word* k, const int64_t* groups, const typename M::Word* q,
-                                            int64_t steps, typename M::S* s, typename M::S* max) {
-  using V = typename M::V;
-  V acc[8 * G][NV] = {};
-  const typename M::Word* from[G];
-  for (int g = 0; g < G; ++g) from[g] = k + (groups[g] >> 1) * 8 * steps;
-  multiply_in_chains<M, NV, G, kScoreChain>(acc, from, q, steps);
-#pragma GCC unroll 3
-  for (int n = 0; n < NV; ++n) {
-    V top = load_raw<V>(max + n * M::lanes);
-#pragma GCC unroll 24
-    for (int r = 0; r < 8 * G; ++r) {
-      store_raw(s + (r * NV + n) * M::lanes, acc[r][n]);
-      top = higher(top, acc[r][n]);
-    }
-    store_raw(max + n * M::lanes, top);
-  }
-}
-
-// Scores of G groups with their masks.
-template <class M, int NV, int G>
-inline void score_some(const TileBuffers<M>& buf, const TileView<M>& view, const int64_t* groups, int64_t steps,
-                       typename M::S* s, typename M::S* max) {
-  using V = typename M::V;
-  alignas(64) typename M::S unused[NV * M::lanes];
-  bool masked = false;
-  for (int g = 0; g < G; ++g) masked |= groups[g] & 1;
-  if (masked) __builtin_memcpy(unused, max, sizeof(unused));
-  score_groups<M, NV, G>(buf.k, groups, buf.q, steps, s, masked ? unused : max);
-  if (!masked) return;
-  for (int g = 0; g < G; ++g) {
-    if (groups[g] & 1)
-      mask_group<M, NV>(s + g * 8 * NV * M::lanes, groups[g] >> 1, view, -static_cast<typename M::S>(__builtin_inff()));
-  }
-  for (int n = 0; n < NV; ++n) {
-    V top = load_raw<V>(max + n * M::lanes);
-    for (int r = 0; r < 8 * G; ++r) top = higher(top, load_raw<V>(s + (r * NV + n) * M::lanes));
-    store_raw(max + n * M::lanes, top);
-  }
-}
-
-template <class M, int NV>
-inline void score_block(const TileBuffers<M>& buf, const TileView<M>& view, const int64_t* groups, int64_t count,
-                        int64_t steps, typename M::S* max) {
-  constexpr int G = kRowGroups<NV>;
-  constexpr int64_t size = 8 * NV * M::lanes;
-  int64_t i = 0;
-  for (; i + G <= count; i += G) score_some<M, NV, G>(buf, view, groups + i, steps, buf.s + i * size, max);
-  if constexpr (G == 3) {
-    if (count - i == 2) score_some<M, NV, 2>(buf, view, groups + i, steps, buf.s + i * size, max), i += 2;
-    if (i < count) score_some<M, NV, 1>(buf, view, groups + i, steps, buf.s + i * size, max);
-  }
-}
-
-// Scores -> weights power(s * c - shift), in place as words; sum[n] = their sum over the block, 32 rows at a time:
-// short chains keep the rounding of long sums small.
-template <class M, int NV>
-inline void weigh_block(typename M::S* s, int64_t rows, typename M::S c, const typename M::V (&shift)[NV],
-                        typename M::V (&sum)[NV]) {
+__attribute__((noinline)) void softmax_groups(const TileBuffers<M>& buf, const TileView<M>& view, const int64_t* groups,
+                                              int64_t steps, typename M::S c, Softmax<M>& softmax,
+                                              typename M::Word* to) {
   using V = typename M::V;
   constexpr int64_t pitch = NV * M::lanes;
-  typename M::Word* out = reinterpret_cast<typename M::Word*>(s);
-  for (int64_t chunk = 0; chunk < rows; chunk += 32) {
-    V part[NV] = {};
-    const int64_t end = rows < chunk + 32 ? rows : chunk + 32;
-    for (int64_t r = chunk; r < end; r += M::pair, s += M::pair * pitch, out += pitch) {
+  V acc[8 * G][NV] = {};
+  const typename M::Word* from[G];
+  for (int g = 0; g < G; ++g) from[g] = buf.k + (groups[g] >> 1) * 8 * steps;
+  multiply_in_chains<M, NV, G, kScoreChain>(acc, from, buf.q, steps);
 #pragma GCC unroll 3
-      for (int n = 0; n < NV; ++n) {
-        const V p = M::power(load_raw<V>(s + n * M::lanes) * c - shift[n]);
-        part[n] += p;
-        if constexpr (M::pair == 2) {
-          const V next = M::power(load_raw<V>(s + pitch + n * M::lanes) * c - shift[n]);
-          part[n] += next;
-          store_raw(out + n * M::lanes, zip_bf16(p, next));
-        } else {
-          store_raw(out + n * M::lanes, p);
-        }
-      }
+  for (int g = 0; g < G; ++g, to += 8 / M::pair * pitch) {
+    bool unsettled = groups[g] & 1;
+#pragma GCC unroll 3
+    for (int n = 0; n < NV; ++n) {
+      V top = acc[8 * g][n];
+#pragma GCC unroll 7
+      for (int r = 1; r < 8; ++r) top = higher(top, acc[8 * g + r][n]);
+      unsettled |= any_above(top, load_raw<V>(softmax.limit + n * M::lanes));
+    }
+    if (__builtin_expect(unsettled, 0)) {
+      alignas(64) typename M::S s[8 * pitch];
+#pragma GCC unroll 24
+      for (int i = 0; i < 8 * NV; ++i) store_raw(s + i * M::lanes, acc[8 * g + i / NV][i % NV]);
+      settle_group<M, NV>(s, groups[g], view, c, softmax, buf.p, to);
+#pragma GCC unroll 24
+      for (int i = 0; i < 8 * NV; ++i) acc[8 * g + i / NV][i % NV] = load_raw<V>(s + i * M::lanes);
     }
 #pragma GCC unroll 3
-    for (int n = 0; n < NV; ++n) sum[n] += part[n];
+    for (int n = 0; n < NV; ++n) {
+      const V shift = load_raw<V>(softmax.shift + n * M::lanes);
+      V sum = {}, rounded = {};  // of 8 keys: short chains keep the rounding of long sums small
+#pragma GCC unroll 8
+      for (int r = 0; r < 8; r += M::pair) {
+        typename M::Word* at = to + r / M::pair * pitch + n * M::lanes;
+        const V p = M::power(acc[8 * g + r][n] * c - shift);
+        sum += p;
+        if constexpr (M::pair == 2) {
+          const V next = M::power(acc[8 * g + r + 1][n] * c - shift);
+          sum += next;
+          const auto words = zip_bf16(p, next);
+          rounded = M::multiply_add(rounded, M::one, (V)words);
+          store_raw(at, words);
+        } else {
+          store_raw(at, p);
+        }
+      }
+      store_raw(softmax.sum + n * M::lanes, load_raw<V>(softmax.sum + n * M::lanes) + sum);
+      if constexpr (M::pair == 2)
+        store_raw(softmax.rounded + n * M::lanes, load_raw<V>(softmax.rounded + n * M::lanes) + rounded);
+    }
+  }
+}
+
+template <class M, int NV>
+inline void softmax_block(const TileBuffers<M>& buf, const TileView<M>& view, const int64_t* groups, int64_t count,
+                          int64_t steps, typename M::S c, Softmax<M>& softmax) {
+  constexpr int G = kRowGroups<NV>;
+  constexpr int64_t size = 8 / M::pair * NV * M::lanes;
+  int64_t i = 0;
+  for (; i + G <= count; i += G) softmax_groups<M, NV, G>(buf, view, groups + i, steps, c, softmax, buf.p + i * size);
+  if constexpr (G == 3) {
+    if (count - i == 2) softmax_groups<M, NV, 2>(buf, view, groups + i, steps, c, softmax, buf.p + i * size), i += 2;
+    if (i < count) softmax_groups<M, NV, 1>(buf, view, groups + i, steps, c, softmax, buf.p + i * size);
   }
 }
 
@@ -275,47 +310,40 @@ __attribute__((noinline)) void value_tile(const typename M::Word* v, const typen
   }
 }
 
-// Visits the groups; leaves O^T unscaled in buf.o, and per lane the sum and the shift it is relative to.
+// Visits the groups; leaves O^T unscaled in buf.o, and its sums and shifts in `softmax`.
 template <class M, int NV>
 inline void attend_tile(const TileBuffers<M>& buf, const TileView<M>& view, int64_t count, int64_t steps,
-                        int64_t channel_tiles, typename M::S c, typename M::S* sums, typename M::S* shifts) {
+                        int64_t channel_tiles, typename M::S c, Softmax<M>& softmax) {
   using V = typename M::V;
   using S = typename M::S;
   constexpr int64_t pitch = NV * M::lanes;
-  const V lowest = V{} - static_cast<S>(__builtin_inff());
-  alignas(64) S max[pitch], keep[pitch];
-  V top[NV], total[NV], shift[NV];
+  V sum[NV] = {}, rounded[NV] = {};
   for (int n = 0; n < NV; ++n) {
-    top[n] = lowest;
-    total[n] = shift[n] = V{};
-    store_raw(max + n * M::lanes, lowest);
+    store_raw(softmax.shift + n * M::lanes, V{});
+    store_raw(softmax.limit + n * M::lanes, splat(-static_cast<S>(__builtin_inff())));
   }
   for (int64_t at = 0; at < count; at += kBlockGroups<M>) {
     const int64_t block = count - at < kBlockGroups<M> ? count - at : kBlockGroups<M>, *groups = buf.groups + at;
-    score_block<M, NV>(buf, view, groups, block, steps, max);
-    V sum[NV];
     for (int n = 0; n < NV; ++n) {
-      const V highest = load_raw<V>(max + n * M::lanes);
-      const V next = highest == lowest ? V{} : highest * c;  // no key so far: power(-inf - 0) = 0
-      const V factor = top[n] == lowest ? V{} : M::power(shift[n] - next);
-      store_raw(keep + n * M::lanes, factor);
-      total[n] *= factor;
-      top[n] = highest;
-      shift[n] = next;
-      sum[n] = V{};
+      store_raw(softmax.keep + n * M::lanes, splat(S{1}));
+      store_raw(softmax.sum + n * M::lanes, V{});
+      store_raw(softmax.rounded + n * M::lanes, V{});
     }
-    weigh_block<M, NV>(buf.s, block * 8, c, shift, sum);
-    for (int n = 0; n < NV; ++n) total[n] += sum[n];
+    softmax_block<M, NV>(buf, view, groups, block, steps, c, softmax);
+    for (int n = 0; n < NV; ++n) {
+      const V keep = load_raw<V>(softmax.keep + n * M::lanes);
+      sum[n] = sum[n] * keep + load_raw<V>(softmax.sum + n * M::lanes);
+      rounded[n] = M::pair == 1 ? sum[n] : rounded[n] * keep + load_raw<V>(softmax.rounded + n * M::lanes);
+    }
     each_channel_tile<kRowGroups<NV>>(channel_tiles, [&](auto tiles, int64_t tile) {
-      value_tile<M, NV, decltype(tiles)::value>(buf.v + tile * kBlockGroups<M> * kValueWords<M>,
-                                                reinterpret_cast<typename M::Word*>(buf.s), groups, block,
-                                                channel_tiles, buf.o + tile * 8 * pitch, at ? keep : nullptr);
+      value_tile<M, NV, decltype(tiles)::value>(buf.v + tile * kBlockGroups<M> * kValueWords<M>, buf.p, groups, block,
+                                                channel_tiles, buf.o + tile * 8 * pitch, at ? softmax.keep : nullptr);
     });
   }
   if (count == 0) __builtin_memset(buf.o, 0, channel_tiles * 8 * pitch * sizeof(S));
   for (int n = 0; n < NV; ++n) {
-    store_raw(sums + n * M::lanes, total[n]);
-    store_raw(shifts + n * M::lanes, shift[n]);
+    store_raw(softmax.sum + n * M::lanes, sum[n]);
+    store_raw(softmax.rounded + n * M::lanes, rounded[n]);
   }
 }
 
@@ -355,21 +383,22 @@ inline void store_columns(const typename M::S* from, int pitch, int count, int64
   }
 }
 
-// O^T / sum -> rows of o; lse = shift / unit + log(sum).
+// O^T / rounded -> rows of o; lse = shift / unit + log(sum).
 template <class M, class T, class RowOf, class LseOf>
-inline void store_tile(const typename M::S* o, int pitch, int count, int64_t dim, const typename M::S* sums,
-                       const typename M::S* shifts, RowOf&& row_of, LseOf&& lse_of, bool want_lse) {
+inline void store_tile(const typename M::S* o, int pitch, int count, int64_t dim, const Softmax<M>& softmax,
+                       RowOf&& row_of, LseOf&& lse_of, bool want_lse) {
   using V = typename M::V;
   using S = typename M::S;
   S inverse[kTileVectors * M::lanes];
   for (int n = 0; n < pitch; n += M::lanes) {
-    const V sum = load_raw<V>(sums + n);
+    const V sum = load_raw<V>(softmax.rounded + n);
     store_raw(inverse + n, sum == S{0} ? V{} : S{1} / sum);
   }
   if (want_lse) {
     S lse[kTileVectors * M::lanes];
     for (int n = 0; n < pitch; n += M::lanes)
-      store_raw(lse + n, load_raw<V>(shifts + n) * static_cast<S>(1 / M::unit) + M::log(load_raw<V>(sums + n)));
+      store_raw(lse + n,
+                load_raw<V>(softmax.shift + n) * static_cast<S>(1 / M::unit) + M::log(load_raw<V>(softmax.sum + n)));
     for (int lane = 0; lane < count; ++lane) *lse_of(lane) = lse[lane];
   }
   store_columns<M, T>(o, pitch, count, dim, inverse, row_of);
