@@ -7,9 +7,10 @@
 namespace fastdit::cpu::FASTDIT_ISA {
 
 constexpr int64_t kStripBytes = int64_t{3} << 19;  // activated rows in flight per thread: about its share of the caches
-// Products summed in one register: short chains, small error. What a tile's transform adds to it takes shorter ones;
-// what the norm's backward subtracts magnifies errors (bf16 rounds coarser anyway).
-constexpr int64_t kMaxChain = 160, kMaxTileChain = 48, kMaxGradChain = 32;
+// Steps summed in one register: short chains, small error. What a tile's transform adds to it takes shorter ones; what
+// the norm's backward subtracts magnifies errors. bf16 rounds coarser anyway: there a chain ends before its weights,
+// 192 bytes a step, crowd the second-level cache.
+constexpr int64_t kMaxChain = 160, kMaxTileChain = 48, kMaxGradChain = 32, kMaxPairChain = 1280;
 constexpr int64_t kRegionPixels = 128, kRegionUnits = 32;  // direct; Winograd's pairs or tiles: sums stay in cache
 constexpr int64_t kMinTasks = 32, kOwnStrips = 8;
 constexpr double kTransform = 0.25;  // cost of a transformed value in activated ones
@@ -32,7 +33,7 @@ class Plan : public Input<T, M> {
         region_units_(p.winograd ? kRegionUnits : kRegionPixels) {
     runs_ = p.dilation[2] == 1 ? 1 : taps_.columns;
     run_length_ = taps_.columns / runs_ * cp_;
-    const int64_t chain = M::step * (M::step > 1  ? kMaxChain
+    const int64_t chain = M::step * (M::step > 1  ? kMaxPairChain
                                      : p.gradient ? kMaxGradChain
                                      : tiles_     ? kMaxTileChain
                                                   : kMaxChain);
