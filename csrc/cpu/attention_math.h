@@ -85,8 +85,6 @@ struct Fp32Math {
   // A weight is exp(s * c - shift) with c = scale * unit: base e keeps s - max exact where it is small.
   static constexpr double unit = 1.0;
   static FASTDIT_INLINE V power(V t) { return exp(t); }
-  static FASTDIT_INLINE V whole(V t) { return t; }
-  static FASTDIT_INLINE void scale(Word* w, V factor) { store_raw(w, load_raw<V>(w) * factor); }
   static FASTDIT_INLINE V log(V x) { return natural_log(x); }
   static FASTDIT_INLINE Word negate(Word x) { return -x; }
 };
@@ -103,8 +101,6 @@ struct Fp64Math {
   static FASTDIT_INLINE V multiply_add(V acc, Word a, V b) { return acc + splat(a) * b; }
   static constexpr double unit = 1.0;
   static FASTDIT_INLINE V power(V t) { return exp(t); }
-  static FASTDIT_INLINE V whole(V t) { return t; }
-  static FASTDIT_INLINE void scale(Word* w, V factor) { store_raw(w, load_raw<V>(w) * factor); }
   static FASTDIT_INLINE V log(V x) {
     for (int i = 0; i < WD; ++i) x[i] = __builtin_log(x[i]);
     return x;

@@ -1,7 +1,7 @@
 // One tile of queries against a list of key groups, everything transposed: lanes are queries.
 //
-//   S^T = K Q^T             [8 keys][lanes]      per group; stays in registers
-//   P^T = power(S^T c - m)  [8 keys][lanes]      m: what the largest score so far was when it last rose by kRise
+//   S^T = K Q^T             [8 keys][lanes]      per group; in 16 bits it stays in registers
+//   P^T = power(S^T c - m)  [8 keys][lanes]      m: the largest score so far; in 16 bits, when it last rose by kRise
 //   O^T += V^T P^T          [8 channels][lanes]  per channel tile and block of groups; rescaled once per block
 //
 // A lane never meets another, so a query's result does not depend on the tile it sits in.
@@ -151,7 +151,8 @@ inline void mask_group(typename M::S* s, int64_t group, const TileView<M>& view,
   }
 }
 
-// The softmax of a tile's lanes. A weight is power(s * c - shift); a score above `limit` takes the shift with it.
+// The softmax of a tile's lanes. A weight is power(s * c - shift); in 16 bits a score above `limit` takes the shift
+// with it, elsewhere `limit` is the maximum.
 template <class M>
 struct Softmax {
   static constexpr int lanes = kTileVectors * M::lanes;
@@ -163,8 +164,7 @@ struct Softmax {
 };
 constexpr int kRise = 8;  // weights stay below power(kRise)
 
-// Lanes whose largest score of a group is above their limit take it as their shift, and bring along what was weighed
-// before. Factors of other lanes are 1: what they hold keeps its bits.
+// Lanes with a score above their limit take its shift and bring along what was weighed before; others keep their bits.
 template <class M, int NV>
 inline void raise_shift(const typename M::V (&top)[NV], typename M::S c, Softmax<M>& softmax, typename M::Word* p,
                         const typename M::Word* end) {
@@ -203,8 +203,7 @@ __attribute__((noinline)) void settle_group(typename M::S* s, int64_t group, con
   if (raised) raise_shift<M, NV>(top, c, softmax, p, end);
 }
 
-// Weights of G groups of 8 keys behind those of the block, p to `to`. Not inlined: its 24 accumulators, operands and
-// broadcast need all registers for themselves.
+// Weights of G groups of 8 keys, behind those from buf.p to `to`. Not inlined: 24 accumulators need all registers.
 template <class M, int NV, int G>
 __attribute__((noinline)) void softmax_groups(const TileBuffers<M>& buf, const TileView<M>& view, const int64_t* groups,
                                               int64_t steps, typename M::S c, Softmax<M>& softmax,
@@ -238,30 +237,22 @@ __attribute__((noinline)) void softmax_groups(const TileBuffers<M>& buf, const T
       const V shift = load_raw<V>(softmax.shift + n * M::lanes);
       V sum = {}, rounded = {};  // of 8 keys: short chains keep the rounding of long sums small
 #pragma GCC unroll 8
-      for (int r = 0; r < 8; r += M::pair) {
-        typename M::Word* at = to + r / M::pair * pitch + n * M::lanes;
-        const V p = M::power(acc[8 * g + r][n] * c - shift);
-        sum += p;
-        if constexpr (M::pair == 2) {
-          const V next = M::power(acc[8 * g + r + 1][n] * c - shift);
-          sum += next;
-          const auto words = zip_bf16(p, next);
-          rounded = M::multiply_add(rounded, M::one, (V)words);
-          store_raw(at, words);
-        } else {
-          store_raw(at, p);
-        }
+      for (int r = 0; r < 8; r += 2) {
+        const V p = M::power(acc[8 * g + r][n] * c - shift), next = M::power(acc[8 * g + r + 1][n] * c - shift);
+        sum = sum + p + next;
+        const auto words = zip_bf16(p, next);
+        rounded = M::multiply_add(rounded, M::one, (V)words);
+        store_raw(to + r / 2 * pitch + n * M::lanes, words);
       }
       store_raw(softmax.sum + n * M::lanes, load_raw<V>(softmax.sum + n * M::lanes) + sum);
-      if constexpr (M::pair == 2)
-        store_raw(softmax.rounded + n * M::lanes, load_raw<V>(softmax.rounded + n * M::lanes) + rounded);
+      store_raw(softmax.rounded + n * M::lanes, load_raw<V>(softmax.rounded + n * M::lanes) + rounded);
     }
   }
 }
 
 template <class M, int NV>
-inline void softmax_block(const TileBuffers<M>& buf, const TileView<M>& view, const int64_t* groups, int64_t count,
-                          int64_t steps, typename M::S c, Softmax<M>& softmax) {
+inline void softmax_block_of_pairs(const TileBuffers<M>& buf, const TileView<M>& view, const int64_t* groups,
+                                   int64_t count, int64_t steps, typename M::S c, Softmax<M>& softmax) {
   constexpr int G = kRowGroups<NV>;
   constexpr int64_t size = 8 / M::pair * NV * M::lanes;
   int64_t i = 0;
@@ -270,6 +261,104 @@ inline void softmax_block(const TileBuffers<M>& buf, const TileView<M>& view, co
     if (count - i == 2) softmax_groups<M, NV, 2>(buf, view, groups + i, steps, c, softmax, buf.p + i * size), i += 2;
     if (i < count) softmax_groups<M, NV, 1>(buf, view, groups + i, steps, c, softmax, buf.p + i * size);
   }
+}
+
+// Scores of G groups of 8 keys, and the running maximum of each lane. Not inlined: its 24 accumulators, operands and
+// broadcast need all registers for themselves.
+template <class M, int NV, int G>
+__attribute__((noinline)) void score_groups(const typename M::Word* k, const int64_t* groups, const typename M::Word* q,
+                                            int64_t steps, typename M::S* s, typename M::S* max) {
+  using V = typename M::V;
+  V acc[8 * G][NV] = {};
+  const typename M::Word* from[G];
+  for (int g = 0; g < G; ++g) from[g] = k + (groups[g] >> 1) * 8 * steps;
+  multiply_in_chains<M, NV, G, kScoreChain>(acc, from, q, steps);
+#pragma GCC unroll 3
+  for (int n = 0; n < NV; ++n) {
+    V top = load_raw<V>(max + n * M::lanes);
+#pragma GCC unroll 24
+    for (int r = 0; r < 8 * G; ++r) {
+      store_raw(s + (r * NV + n) * M::lanes, acc[r][n]);
+      top = higher(top, acc[r][n]);
+    }
+    store_raw(max + n * M::lanes, top);
+  }
+}
+
+// Scores of G groups with their masks.
+template <class M, int NV, int G>
+inline void score_some(const TileBuffers<M>& buf, const TileView<M>& view, const int64_t* groups, int64_t steps,
+                       typename M::S* s, typename M::S* max) {
+  using V = typename M::V;
+  alignas(64) typename M::S unused[NV * M::lanes];
+  bool masked = false;
+  for (int g = 0; g < G; ++g) masked |= groups[g] & 1;
+  if (masked) __builtin_memcpy(unused, max, sizeof(unused));
+  score_groups<M, NV, G>(buf.k, groups, buf.q, steps, s, masked ? unused : max);
+  if (!masked) return;
+  for (int g = 0; g < G; ++g) {
+    if (groups[g] & 1)
+      mask_group<M, NV>(s + g * 8 * NV * M::lanes, groups[g] >> 1, view, -static_cast<typename M::S>(__builtin_inff()));
+  }
+  for (int n = 0; n < NV; ++n) {
+    V top = load_raw<V>(max + n * M::lanes);
+    for (int r = 0; r < 8 * G; ++r) top = higher(top, load_raw<V>(s + (r * NV + n) * M::lanes));
+    store_raw(max + n * M::lanes, top);
+  }
+}
+
+template <class M, int NV>
+inline void score_block(const TileBuffers<M>& buf, const TileView<M>& view, const int64_t* groups, int64_t count,
+                        int64_t steps, typename M::S* s, typename M::S* max) {
+  constexpr int G = kRowGroups<NV>;
+  constexpr int64_t size = 8 * NV * M::lanes;
+  int64_t i = 0;
+  for (; i + G <= count; i += G) score_some<M, NV, G>(buf, view, groups + i, steps, s + i * size, max);
+  if constexpr (G == 3) {
+    if (count - i == 2) score_some<M, NV, 2>(buf, view, groups + i, steps, s + i * size, max), i += 2;
+    if (i < count) score_some<M, NV, 1>(buf, view, groups + i, steps, s + i * size, max);
+  }
+}
+
+// Scores -> weights power(s * c - shift), in place; sum[n] = their sum over the block, 32 rows at a time: short chains
+// keep the rounding of long sums small.
+template <class M, int NV>
+inline void weigh_block(typename M::S* s, int64_t rows, typename M::S c, const typename M::V (&shift)[NV],
+                        typename M::V (&sum)[NV]) {
+  using V = typename M::V;
+  for (int64_t chunk = 0; chunk < rows; chunk += 32) {
+    V part[NV] = {};
+    const int64_t end = rows < chunk + 32 ? rows : chunk + 32;
+    for (int64_t r = chunk; r < end; ++r) {
+#pragma GCC unroll 3
+      for (int n = 0; n < NV; ++n, s += M::lanes) {
+        const V p = M::power(load_raw<V>(s) * c - shift[n]);
+        part[n] += p;
+        store_raw(s, p);
+      }
+    }
+#pragma GCC unroll 3
+    for (int n = 0; n < NV; ++n) sum[n] += part[n];
+  }
+}
+
+// A block against its own maximum: weights above one round too coarsely for fp32's gradients (1.2 in rms, 2.7 at most).
+template <class M, int NV>
+inline void softmax_block(const TileBuffers<M>& buf, const TileView<M>& view, const int64_t* groups, int64_t count,
+                          int64_t steps, typename M::S c, Softmax<M>& softmax) {
+  using V = typename M::V;
+  const V lowest = splat(-static_cast<typename M::S>(__builtin_inff()));
+  V top[NV], shift[NV], sum[NV] = {};
+  for (int n = 0; n < NV; ++n) top[n] = load_raw<V>(softmax.limit + n * M::lanes);
+  score_block<M, NV>(buf, view, groups, count, steps, buf.p, softmax.limit);
+  for (int n = 0; n < NV; ++n) {
+    const V highest = load_raw<V>(softmax.limit + n * M::lanes), before = load_raw<V>(softmax.shift + n * M::lanes);
+    shift[n] = highest == lowest ? V{} : highest * c;  // no key so far: power(-inf - 0) = 0
+    store_raw(softmax.keep + n * M::lanes, top[n] == lowest ? V{} : M::power(before - shift[n]));
+    store_raw(softmax.shift + n * M::lanes, shift[n]);
+  }
+  weigh_block<M, NV>(buf.p, count * 8, c, shift, sum);
+  for (int n = 0; n < NV; ++n) store_raw(softmax.sum + n * M::lanes, sum[n]);
 }
 
 template <int N>
@@ -329,7 +418,10 @@ inline void attend_tile(const TileBuffers<M>& buf, const TileView<M>& view, int6
       store_raw(softmax.sum + n * M::lanes, V{});
       store_raw(softmax.rounded + n * M::lanes, V{});
     }
-    softmax_block<M, NV>(buf, view, groups, block, steps, c, softmax);
+    if constexpr (M::pair == 2)
+      softmax_block_of_pairs<M, NV>(buf, view, groups, block, steps, c, softmax);
+    else
+      softmax_block<M, NV>(buf, view, groups, block, steps, c, softmax);
     for (int n = 0; n < NV; ++n) {
       const V keep = load_raw<V>(softmax.keep + n * M::lanes);
       sum[n] = sum[n] * keep + load_raw<V>(softmax.sum + n * M::lanes);
